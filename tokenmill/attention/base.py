@@ -1,0 +1,77 @@
+"""What attention needs to know of a step (`AttentionMetadata`), of a layer (`AttentionSpec`), and what a backend is.
+
+Shapes: T tokens of the step, R rows (sequences), H query heads, G key/value heads, D head size, N cache blocks,
+B tokens per block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import torch
+
+LayerCache: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values of one layer: two tensors [N, B, G, D]."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """What is fixed about one attention layer.
+
+    Args:
+        num_heads: query heads H (of this rank).
+        num_kv_heads: key/value heads G (of this rank); divides H.
+        head_dim: D.
+        scale: factor on the scores.
+        sliding_window: a query sees at most this many of the latest positions, itself included; None: all.
+        soft_cap: scores become `soft_cap * tanh(scores / soft_cap)`; None: unchanged.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    sliding_window: int | None = None
+    soft_cap: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMetadata:
+    """One step as attention sees it. Rows of one token (decode) come first. Computed once a step, used by all layers.
+
+    Args:
+        query_start: [R + 1] int32, row r's tokens are query_start[r] to query_start[r + 1].
+        kv_lens: [R] int32, cached tokens of the row including this step's; the row's last query is at kv_len - 1.
+        block_tables: [R, max_blocks_of_any_row] int32.
+        slot_mapping: [T] int64, where each token's key and value go: block * tokens_per_block + offset.
+        num_decode_rows: rows of exactly one token, at the front.
+        query_lens: the rows' token counts, on the host.
+        kv_lens_host: `kv_lens` on the host.
+    """
+
+    query_start: torch.Tensor
+    kv_lens: torch.Tensor
+    block_tables: torch.Tensor
+    slot_mapping: torch.Tensor
+    num_decode_rows: int
+    query_lens: tuple[int, ...]
+    kv_lens_host: tuple[int, ...]
+
+
+class AttentionBackend(Protocol):
+    """Reads and writes the paged cache. Stateless between steps; may keep per-step work keyed by the metadata."""
+
+    name: str
+
+    def forward(
+        self,
+        spec: AttentionSpec,
+        query: torch.Tensor,  # [T, H, D]
+        key: torch.Tensor,  # [T, G, D]
+        value: torch.Tensor,  # [T, G, D]
+        cache: LayerCache,
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:  # [T, H, D]
+        """Write key and value to the cache at `slot_mapping`, then attend causally over each row's cached tokens."""
+        ...

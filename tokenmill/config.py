@@ -1,0 +1,144 @@
+"""Configuration that a user passes in: strict, keyword-only, nested by owner.
+
+`StrictModel` is the base of every user-facing configuration: an unknown key is an `UnknownParameterError` with a
+did-you-mean, a bad value an `InvalidParameterError` that names the field. `LlmArgs` holds all arguments of `LLM`;
+`LLM` takes a private copy, so that changing a configuration afterwards has no effect on a running engine.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tokenmill.errors import InvalidParameterError, UnknownParameterError, did_you_mean
+
+
+class StrictModel(BaseModel):
+    """A pydantic model whose errors are tokenmill's: unknown and invalid fields are named, with a remedy."""
+
+    model_config = ConfigDict(
+        extra="forbid", validate_assignment=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    def __init__(self, **values: Any) -> None:
+        for name in values:
+            if name not in type(self).model_fields:
+                raise UnknownParameterError(
+                    f"{type(self).__name__} has no parameter '{name}'.",
+                    field=name,
+                    remedy=did_you_mean(name, type(self).model_fields),
+                )
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise _invalid_parameter(type(self).__name__, error) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_") and name not in type(self).model_fields:
+            raise UnknownParameterError(
+                f"{type(self).__name__} has no parameter '{name}'.",
+                field=name,
+                remedy=did_you_mean(name, type(self).model_fields),
+            )
+        try:
+            super().__setattr__(name, value)
+        except ValidationError as error:
+            raise _invalid_parameter(type(self).__name__, error) from None
+
+
+def _invalid_parameter(owner: str, error: ValidationError) -> InvalidParameterError:
+    first = error.errors()[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, InvalidParameterError):
+        return cause
+    location = [str(part) for part in first["loc"]]
+    field = location[0] if location else None
+    value = f", got {first['input']!r}" if field and not isinstance(first["input"], dict) else ""
+    return InvalidParameterError(f"{owner}.{'.'.join(location)}: {first['msg']}{value}.", field=field)
+
+
+class CapacitySchedulerPolicy(StrEnum):
+    """How requests are admitted when cache blocks are scarce."""
+
+    GUARANTEED_NO_EVICT = "GUARANTEED_NO_EVICT"
+    """Admit a request only when its longest possible course fits: nothing running is ever stopped."""
+    MAX_UTILIZATION = "MAX_UTILIZATION"
+    """Admit as long as there is room now; on shortage preempt the request that came last and resume it later."""
+    STATIC_BATCH = "STATIC_BATCH"
+    """Admit a batch, run it to its end, admit the next."""
+
+
+class SchedulerConfig(StrictModel):
+    """How the scheduler admits and orders requests."""
+
+    capacity_scheduler_policy: CapacitySchedulerPolicy = CapacitySchedulerPolicy.GUARANTEED_NO_EVICT
+    """Admission policy for cache blocks."""
+    waiting_queue_policy: Literal["fcfs", "priority"] = "fcfs"
+    """Order of the waiting queue: by arrival, or by `priority` (higher first) and then arrival."""
+
+
+class KvCacheConfig(StrictModel):
+    """The paged cache of keys and values."""
+
+    enable_block_reuse: bool = True
+    """Keep finished prefixes and reuse them for later prompts that start the same."""
+    enable_partial_reuse: bool = True
+    """Reuse a block of which only the first tokens match, by copying it."""
+    tokens_per_block: int = Field(default=32, ge=1, le=1024)
+    """Tokens in one block."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Size of the cache in tokens; None: as `free_gpu_memory_fraction` allows (on a CPU: a quarter of free memory)."""
+    free_gpu_memory_fraction: float = Field(default=0.9, gt=0.0, lt=1.0)
+    """Share of the device memory left after loading weights that the cache may take."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of cached keys and values; auto: the model's."""
+
+
+class LlmArgs(StrictModel):
+    """All arguments of `LLM`, checked."""
+
+    model: str | Path
+    """A directory in Hugging Face format, a `.gguf` file, a hub id or an alias such as `smollm2:135m`."""
+    tokenizer: Any = None
+    """A path, hub id or tokenizer object to use instead of the model's own."""
+    tokenizer_mode: Literal["auto", "slow"] = "auto"
+    """`slow` loads the tokenizer through transformers."""
+    skip_tokenizer_init: bool = False
+    """Token ids in, token ids out; no tokenizer is loaded."""
+    trust_remote_code: bool = False
+    """Accepted for compatibility; tokenmill never runs code from a checkpoint."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """Number of devices that share each layer."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of weights and activations; auto: bfloat16 where the device computes in it, else float32."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    tokenizer_revision: str | None = None
+    """Branch, tag or commit of a hub tokenizer."""
+    backend: Literal["auto", "torch", "pytorch"] = "auto"
+    """What runs the model; `pytorch` is another name for `torch`."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`; auto: the first GPU, else the CPU."""
+    load_format: Literal["auto", "dummy"] = "auto"
+    """`dummy`: random weights of the right shape, made on the device."""
+    attn_backend: str = "auto"
+    """Attention backend by name (`tokenmill inspect` lists them)."""
+    max_batch_size: int = Field(default=64, ge=1)
+    """Most sequences that run at the same time."""
+    max_num_tokens: int = Field(default=2048, ge=1)
+    """Most tokens computed in one step, over all sequences."""
+    max_seq_len: int | None = Field(default=None, ge=2)
+    """Longest prompt plus answer, in tokens; None: the model's context."""
+    enable_chunked_prefill: bool = True
+    """Split long prompts over steps and mix them with running answers."""
+    kv_cache_config: KvCacheConfig = Field(default_factory=KvCacheConfig)
+    """The paged cache."""
+    scheduler_config: SchedulerConfig = Field(default_factory=SchedulerConfig)
+    """Admission and order."""
+    max_queue_size: int = Field(default=4096, ge=1)
+    """Most requests that may wait; one more is refused with `QueueFullError`."""
+    num_threads: int | None = Field(default=None, ge=1)
+    """CPU threads for tensor work; None: torch's default."""

@@ -1,0 +1,138 @@
+"""What crosses the `Runner` seam: a frozen `BatchPlan` down, a frozen `StepOutput` up. Ids, counts and blocks only.
+
+The runner keeps all state of a sequence by *slot* (tokens, block table, sampling parameters). A plan says what changed
+(`new_slots`, `new_blocks`, `block_copies`), then which slots compute which positions (`rows`). The order of application
+is: block copies, new slots, new blocks, rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from tokenmill.outputs import TokenLogprobs
+from tokenmill.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class NewSlot:
+    """A sequence takes a slot; whatever the slot held before is overwritten.
+
+    Args:
+        slot: 0 <= slot < max_batch_size.
+        token_ids: all known tokens: the prompt, and after a preemption the answer so far.
+        num_prompt_tokens: how many of them are the prompt.
+        block_ids: its block table so far.
+        sampling: how its tokens are chosen.
+        seed: seed of the request, 64 bits.
+        sequence_index: which of the request's sequences; with `seed` and the position it fixes the random draw.
+        end_ids: tokens that end the sequence (banned until `sampling.min_tokens`).
+        bad_words: token sequences that must not be generated.
+    """
+
+    slot: int
+    token_ids: tuple[int, ...]
+    num_prompt_tokens: int
+    block_ids: tuple[int, ...]
+    sampling: SamplingParams
+    seed: int
+    sequence_index: int
+    end_ids: tuple[int, ...]
+    bad_words: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NewBlocks:
+    """Append `block_ids` to the block table of `slot`, from index `start`."""
+
+    slot: int
+    start: int
+    block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCopy:
+    """Copy a cache block, all layers (copy-on-write)."""
+
+    source: int
+    destination: int
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Compute positions `start` to `start + num_tokens - 1` of the sequence in `slot`.
+
+    Input tokens are read from the slot's token buffer. With `sample`, the last position's logits give the token at
+    position `start + num_tokens`, which the runner also writes to the slot's token buffer. With `prompt_logprobs`,
+    log-probabilities of the prompt tokens at positions `start + 1` to `start + num_tokens` are returned.
+    """
+
+    slot: int
+    start: int
+    num_tokens: int
+    sample: bool
+    prompt_logprobs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """One step's work. `rows` holds each slot at most once, rows of one token first."""
+
+    step: int
+    rows: tuple[Row, ...]
+    new_slots: tuple[NewSlot, ...] = ()
+    new_blocks: tuple[NewBlocks, ...] = ()
+    block_copies: tuple[BlockCopy, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed in this step."""
+        return sum(row.num_tokens for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class RowOutput:
+    """What one row of the plan gave.
+
+    Args:
+        token_id: the sampled token; None when the row did not sample, or failed.
+        logprobs: of the sampled token and the most likely ones, if asked for (the sampled one always if best_of > n).
+        prompt_logprobs: one entry for each prompt token that the row covers, if asked for.
+        error: set when the row's logits are not finite; the sequence cannot go on.
+    """
+
+    token_id: int | None = None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a step gave: `rows[i]` answers `plan.rows[i]`."""
+
+    rows: tuple[RowOutput, ...]
+
+
+class PendingStep(Protocol):
+    """A launched step; only the runner that made it can read it."""
+
+
+class Runner(Protocol):
+    """What the engine needs from a runtime.
+
+    `run(plan)` is `collect(launch(plan))`. Steps are collected in the order of launch; a step may be launched before
+    the one before it is collected, since sampled tokens stay in the slots.
+    """
+
+    def launch(self, plan: BatchPlan) -> PendingStep:
+        """Start the step."""
+        ...
+
+    def collect(self, pending: PendingStep) -> StepOutput:
+        """Wait for the step and read what it gave."""
+        ...
+
+    def run(self, plan: BatchPlan) -> StepOutput:
+        """Launch and collect."""
+        ...
