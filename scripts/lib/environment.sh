@@ -46,18 +46,17 @@ find_python() {
 
 # Runs a command, its output in the log; on a terminal its latest line is shown in place. On failure the log's end is.
 with_progress() {
-  local log="$VENV/install.log" line width
+  local log="$VENV/install.log" line width status=0
   if [ -t 2 ]; then
     width=$(($(tput cols 2>/dev/null || echo 80) - 4))
     "$@" 2>&1 | tee -a "$log" | while IFS= read -r line; do
       printf '\r\033[K  %s' "${line:0:$width}" >&2
-    done
-    local status="${PIPESTATUS[0]}"
+    done || status=$?
     printf '\r\033[K' >&2
-    [ "$status" -eq 0 ] && return
   else
-    "$@" >>"$log" 2>&1 && return
+    "$@" >>"$log" 2>&1 || status=$?
   fi
+  [ "$status" -ne 0 ] || return 0
   tail -n 25 "$log" >&2
   die "the installation failed; the lines above are the end of $log"
 }
