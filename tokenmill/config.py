@@ -21,7 +21,11 @@ class StrictModel(BaseModel):
     """A pydantic model whose errors are tokenmill's: unknown and invalid fields are named, with a remedy."""
 
     model_config = ConfigDict(
-        extra="forbid", validate_assignment=True, allow_inf_nan=False, use_attribute_docstrings=True
+        extra="forbid",
+        validate_assignment=True,
+        revalidate_instances="always",  # a nested configuration is copied in, not shared with the caller
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )
 
     def __init__(self, **values: Any) -> None:
