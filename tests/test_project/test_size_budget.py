@@ -70,7 +70,7 @@ def _function_sizes(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[tuple[
 
 
 def _class_sizes(node: ast.ClassDef) -> list[tuple[str, int, int]]:
-    methods = [part for part in node.body if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef)]
+    methods = {part.name for part in node.body if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef)}
     assigned: list[ast.expr] = []
     for part in node.body:
         if isinstance(part, ast.Assign):
@@ -100,7 +100,8 @@ def all_excesses() -> list[Excess]:
 
 def test_everything_is_within_its_budget() -> None:
     assert len(python_files()) > 20
-    assert [excess for excess in all_excesses() if excess.key not in EXEMPTIONS] == []
+    found = [excess for excess in all_excesses() if excess.key not in EXEMPTIONS]
+    assert not found, "\n".join(["", *(f"{key}: {size} {what}, budget {budget}" for key, what, size, budget in found)])
 
 
 def test_every_exemption_is_still_needed() -> None:
