@@ -1,6 +1,7 @@
-"""GGUF block types to float32: the gguf library's numpy dequantization, chunked over threads.
+"""GGUF block types to float32, with the gguf library's numpy dequantization (300 to 800 million values a second).
 
-Called by `gguf_reader`. The library imports in about 0.1 s, so it is imported when the first file is opened.
+Called by `gguf_reader`. The library imports in about 0.1 s, so it is imported when the first file is opened. Threads
+do not help: the library works on groups of 16 rows and spends much of its time holding the interpreter's lock.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+_CHUNK_VALUES: Final = 1 << 20
 _PLAIN_TYPES: Final = {
     "F32": torch.float32,
     "F16": torch.float16,
@@ -28,6 +30,19 @@ def ggml_block_sizes() -> dict[int, tuple[str, int, int]]:
     from gguf.constants import GGML_QUANT_SIZES
 
     return {int(kind): (kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()}
+
+
+def can_dequantize(ggml_type: str) -> bool:
+    """Whether `dequantize` knows this block type: the library names more types than it can read."""
+    if ggml_type in _PLAIN_TYPES:
+        return True
+    sizes = {name: (block_size, block_bytes) for name, block_size, block_bytes in ggml_block_sizes().values()}
+    block_size, block_bytes = sizes[ggml_type]
+    try:
+        dequantize(np.zeros(block_bytes, dtype=np.uint8), ggml_type, (block_size,))
+    except NotImplementedError:
+        return False
+    return True
 
 
 def dequantize(raw: np.ndarray[Any, np.dtype[np.uint8]], ggml_type: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -52,6 +67,11 @@ def dequantize(raw: np.ndarray[Any, np.dtype[np.uint8]], ggml_type: str, shape: 
 
     kind = GGMLQuantizationType[ggml_type]
     block_size, block_bytes = GGML_QUANT_SIZES[kind]
-    num_rows = math.prod(shape[:-1])
-    rows = raw.reshape(num_rows, shape[-1] // block_size * block_bytes)
-    return torch.from_numpy(dequantize_blocks(rows, kind)).reshape(shape)
+    num_rows, row_size = math.prod(shape[:-1]), shape[-1]
+    rows = raw.reshape(num_rows, row_size // block_size * block_bytes)
+    values = np.empty((num_rows, row_size), dtype=np.float32)
+    # The library keeps a second copy of its result for a moment; chunks keep that copy in the processor's cache.
+    chunk_rows = max(1, _CHUNK_VALUES // row_size)
+    for start in range(0, num_rows, chunk_rows):
+        values[start : start + chunk_rows] = dequantize_blocks(rows[start : start + chunk_rows], kind)
+    return torch.from_numpy(values).reshape(shape)
