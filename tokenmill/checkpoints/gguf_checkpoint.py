@@ -72,8 +72,7 @@ class GgufCheckpoint:
             types[info.ggml_type] += info.nbytes
         _refuse_unreadable(path, types)
         self.num_bytes = sum(types.values())
-        matrices = Counter({kind: size for kind, size in types.items() if kind not in _UNQUANTIZED})
-        self.quantization = "+".join(kind for kind, _ in matrices.most_common()) or "none"
+        self.quantization = _quantization(self.file, types)
 
     def tensors(self) -> Iterator[LazyTensor]:
         """Every weight, as float32, under its Hugging Face name, in file order."""
@@ -113,6 +112,19 @@ class GgufCheckpoint:
             )
         pairs = tensor.reshape(num_heads, num_rows // num_heads // 2, 2, *tensor.shape[1:])
         return pairs.transpose(1, 2).reshape(tensor.shape)
+
+
+def _quantization(file: GgufFile, types: Counter[str]) -> str:
+    """The mixture's name (`Q4_K_M`) if the file says one, else the block types, the largest share first."""
+    from gguf.constants import LlamaFileType
+
+    block_types = [kind for kind, _ in types.most_common() if kind not in _UNQUANTIZED]
+    if not block_types:
+        return "none"
+    named = {int(kind): kind.name.removeprefix("MOSTLY_") for kind in LlamaFileType if kind.name.startswith("MOSTLY_")}
+    file_type = file.metadata.get("general.file_type")
+    name = named.get(file_type) if isinstance(file_type, int) else None
+    return name or "+".join(block_types)
 
 
 def _refuse_split(file: GgufFile) -> None:
