@@ -20,7 +20,7 @@ class Attention(nn.Module):
     def __init__(self, spec: AttentionSpec, context: LayerContext) -> None:
         super().__init__()
         self.spec = spec
-        self.backend = context.attention
+        self.backend = context.backend
 
     def forward(
         self,

@@ -19,7 +19,7 @@ class LayerContext:
     Args:
         dtype: type of weights and activations.
         device: where weights live.
-        attention: the backend that every attention layer calls.
+        backend: what every attention layer calls.
         linear_method: makes the `LinearMethod` of each linear layer, by the layer's full name.
         group: the ranks over which layers are sharded.
         prefix: full name of the module that is being built.
@@ -27,7 +27,7 @@ class LayerContext:
 
     dtype: torch.dtype
     device: torch.device
-    attention: AttentionBackend
+    backend: AttentionBackend
     linear_method: LinearMethodFactory = unquantized
     group: ParallelGroup = field(default_factory=ParallelGroup)
     prefix: str = ""

@@ -34,7 +34,7 @@ class RotaryEmbedding:
     def __init__(self, config: RopeConfig, head_dim: int, device: torch.device) -> None:
         frequencies = inverse_frequencies(config, head_dim)
         self._frequencies = torch.cat((frequencies, frequencies)).to(device)
-        signs = torch.ones(head_dim)
+        signs = torch.ones(head_dim, device="cpu")
         signs[: head_dim // 2] = -1.0
         self._sin_factor = (signs * config.attention_factor).to(device)
         self._cos_factor = config.attention_factor
@@ -59,7 +59,7 @@ def inverse_frequencies(config: RopeConfig, head_dim: int) -> torch.Tensor:
     elif config.type == "yarn":
         frequencies = _yarn(frequencies, config, head_dim)
     if config.frequency_factors is not None:
-        frequencies = frequencies / torch.tensor(config.frequency_factors, dtype=torch.float32)
+        frequencies = frequencies / torch.tensor(config.frequency_factors, dtype=torch.float32, device="cpu")
     return frequencies
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from tokenmill.models.config import SUPPORTED_MODEL_TYPES, ModelConfig
 
 if TYPE_CHECKING:
-    from tokenmill.models.protocol import CausalLM
+    from tokenmill.models.base import CausalLM
 
 __all__ = ["SUPPORTED_MODEL_TYPES", "ModelConfig", "load_model_class"]
 

@@ -19,7 +19,7 @@ from tokenmill.layers.mlp import GatedMLP
 from tokenmill.layers.norm import RMSNorm
 from tokenmill.layers.rope import RotaryEmbedding, Rotation
 from tokenmill.models.config import ModelConfig
-from tokenmill.models.protocol import CausalLM
+from tokenmill.models.base import CausalLM
 
 
 class LlamaAttention(nn.Module):
