@@ -18,8 +18,8 @@ from tokenmill.layers.linear import QKVLinear, RowParallelLinear
 from tokenmill.layers.mlp import GatedMLP
 from tokenmill.layers.norm import RMSNorm
 from tokenmill.layers.rope import RotaryEmbedding, Rotation
-from tokenmill.models.config import ModelConfig
 from tokenmill.models.base import CausalLM
+from tokenmill.models.config import ModelConfig
 
 
 class LlamaAttention(nn.Module):
