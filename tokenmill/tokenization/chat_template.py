@@ -1,7 +1,7 @@
 """`ChatTemplate`: renders a conversation into a prompt with the model's Jinja template, as transformers does.
 
 Owns the choice among a model's templates, compiled templates, and whether a template takes content as a list of parts.
-`Tokenizer.apply_chat_template` calls it. Format: Hugging Face chat templates (`chat_template` of tokenizer_config.json).
+`Tokenizer.apply_chat_template` calls it. Format: Hugging Face's (`chat_template` of tokenizer_config.json).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How byte-level BPE vocabularies in GGUF files split text into words, by `tokenizer.ggml.pre`.
 
-A GGUF file names the family of its pre-tokenizer instead of carrying it. Each family here is what the `tokenizer.json` of
-the models that bear the name says; where llama.cpp's emulation differs (Unicode normalization), the original wins. The
-names are llama.cpp's (`llama-vocab.cpp`). Used by `gguf_tokenizer.py`.
+A GGUF file names the family of its pre-tokenizer instead of carrying it. Each family here is what the `tokenizer.json`
+of the models that bear the name says; where llama.cpp's emulation differs (Unicode normalization), the original wins.
+The names are llama.cpp's (`llama-vocab.cpp`). Used by `gguf_tokenizer.py`.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ _GPT4O = (
 )
 _DEEPSEEK3 = (
     r"\p{N}{1,3}",
-    r"[一-龥぀-ゟ゠-ヿ]+",
+    r"[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )

@@ -1,13 +1,14 @@
 """Rebuilds a tokenizer from the metadata of a GGUF file.
 
 A GGUF file carries the vocabulary, token types, and merges or scores, but not the pipeline around them. This module
-builds the pipeline that the original Hugging Face tokenizer has: byte-level BPE (`tokenizer.ggml.model` "gpt2") with the
+builds the pipeline of the original Hugging Face tokenizer: byte-level BPE (`tokenizer.ggml.model` "gpt2") with the
 named pre-tokenizer, or sentencepiece BPE ("llama", "gemma4"). Keys: GGUF specification, "Tokenizer"; their meaning:
 llama.cpp's `llama-vocab.cpp`. Called by `loading.py`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import Any
@@ -25,6 +26,7 @@ from tokenmill.tokenization.tokenizer import SpecialTokens, Tokenizer
 
 _REMEDY = "Download the file again, or pass the original model's tokenizer."
 _ID_BITS = 21
+_RESERVED = re.compile(r"<unused\d+>")
 
 
 class TokenType(IntEnum):
@@ -105,6 +107,11 @@ class _Vocabulary:
                 SPACE_MARK * len(token) if kind == TokenType.USER_DEFINED and not token.strip(" ") else token
                 for token, kind in zip(self.tokens, self.types, strict=True)
             ]
+        # Converters write Gemma's reserved tokens as control tokens; in the original they are plain added tokens.
+        self.types = [
+            TokenType.USER_DEFINED if kind == TokenType.CONTROL and _RESERVED.fullmatch(token) else kind
+            for token, kind in zip(self.tokens, self.types, strict=True)
+        ]
         self.ids: dict[str, int] = {token: token_id for token_id, token in enumerate(self.tokens)}
         if len(self.ids) != len(self.tokens):
             twice = next(token for token_id, token in enumerate(self.tokens) if self.ids[token] != token_id)
@@ -245,14 +252,12 @@ def _add_post_processor(
     backend: tokenizers.Tokenizer, vocabulary: _Vocabulary, *, bos_id: int | None, eos_id: int | None
 ) -> None:
     """Put the start token before and the end token behind a text, where they are given."""
-    around = {role: token_id for role, token_id in (("bos", bos_id), ("eos", eos_id)) if token_id is not None}
-    if not around:
+    if bos_id is None and eos_id is None:
         return
-    single = ["$bos:0"] * (bos_id is not None) + ["$A:0"] + ["$eos:0"] * (eos_id is not None)
-    names = {f"${role}:0": vocabulary.tokens[token_id] for role, token_id in around.items()}
+    bos, eos = [[] if token_id is None else [vocabulary.tokens[token_id]] for token_id in (bos_id, eos_id)]
     backend.post_processor = processors.TemplateProcessing(
-        single=[names[part] if part in names else part for part in single],
-        special_tokens=[(vocabulary.tokens[token_id], token_id) for token_id in around.values()],
+        single=[*bos, "$A", *eos],
+        special_tokens=[(token, vocabulary.ids[token]) for token in dict.fromkeys(bos + eos)],
     )
 
 

@@ -25,9 +25,9 @@ _REPLACEMENT = "�"
 class IncrementalDetokenizer:
     """The text of a growing answer.
 
-    The pieces from `append` and `flush` together are what the answer adds to the prompt's text: `decode(answer)` without
-    a prompt, else `decode(prompt + answer)` after `decode(prompt)`. This is exact for byte-level tokenizers and for
-    sentencepiece with byte fallback; for others it holds as long as a token's text depends on its near neighbours only.
+    The pieces from `append` and `flush` together are what the answer adds to the prompt's text: `decode(answer)`
+    without a prompt, else `decode(prompt + answer)` after `decode(prompt)`. This is exact for byte-level tokenizers and
+    sentencepiece with byte fallback; for others as long as a token's text depends on its near neighbours only.
 
     Args:
         tokenizer: whose tokens they are.

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -37,7 +38,7 @@ class GenerationBlock(Extension):
 class SafeNamespace(Namespace):
     """`namespace(...)` without underscore names, through which a template could reach Python's internals."""
 
-    def __init__(*args: Any, **values: Any) -> None:  # noqa: N805  (so that `namespace(self=...)` works)
+    def __init__(*args: Any, **values: Any) -> None:  # no `self`, so that `namespace(self=...)` works
         instance, *rest = args
         attributes = dict(*rest, **values)
         for name in attributes:
@@ -51,7 +52,7 @@ class SafeNamespace(Namespace):
 
 def _check_name(name: object) -> None:
     if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.sandbox.SecurityError(f"a namespace cannot hold the name {name!r}")
+        raise SecurityError(f"a namespace cannot hold the name {name!r}")
 
 
 class _DictFactory:

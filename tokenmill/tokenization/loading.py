@@ -1,7 +1,7 @@
 """Makes a `Tokenizer` from what a checkpoint brings: a Hugging Face directory, a GGUF file, or a ready object.
 
-`load_tokenizer` reads files with the `tokenizers` library alone; transformers, which costs seconds at start, is imported
-only for tokenizers that have no `tokenizer.json`. Called by `LLM`.
+`load_tokenizer` reads files with the `tokenizers` library alone; transformers, which costs seconds at start, is
+imported only for tokenizers that have no `tokenizer.json`. Called by `LLM`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from tokenizers import AddedToken, processors
 from tokenmill.errors import CheckpointError, InvalidParameterError, UnsupportedFeatureError
 from tokenmill.tokenization.backends import TokenizerBackend, TokenizersBackend, TransformersBackend
 from tokenmill.tokenization.end_of_turn import end_of_turn_candidates, end_of_turn_ids
+from tokenmill.tokenization.gguf_tokenizer import tokenizer_from_gguf_metadata
 from tokenmill.tokenization.tokenizer import SpecialTokens, Tokenizer
 
 _REMEDY = "Give a directory with tokenizer.json, or a .gguf file, in `tokenizer`."
@@ -79,9 +80,8 @@ def _load_gguf(path: Path, mode: str) -> Tokenizer:
             field="tokenizer_mode",
             remedy="Use 'auto', or pass a directory in `tokenizer`.",
         )
-    # Late: most checkpoints are directories.
+    # Late: the reader of GGUF files brings torch along.
     from tokenmill.checkpoints.gguf_reader import GgufFile
-    from tokenmill.tokenization.gguf_tokenizer import tokenizer_from_gguf_metadata
 
     return tokenizer_from_gguf_metadata(GgufFile(path).metadata)
 
@@ -149,9 +149,9 @@ def _add_declared_tokens(tokenizer: tokenizers.Tokenizer, config: Mapping[str, A
     for token_id, entry in sorted((int(token_id), entry) for token_id, entry in declared.items()):
         flags = {flag: bool(entry[flag]) for flag in _ADDED_TOKEN_FLAGS if flag in entry}
         existing = present.get(token_id)
-        if existing is not None and existing.content == entry["content"]:
-            if all(getattr(existing, flag) == value for flag, value in flags.items()):
-                continue
+        is_same = existing is not None and existing.content == entry["content"]
+        if is_same and all(getattr(existing, flag) == value for flag, value in flags.items()):
+            continue
         tokenizer.add_tokens([AddedToken(entry["content"], **flags)])
         if tokenizer.token_to_id(entry["content"]) != token_id:
             raise CheckpointError(
@@ -170,9 +170,9 @@ def _set_post_processor(tokenizer: tokenizers.Tokenizer, config: Mapping[str, An
         return
     bos = names.get("bos_token") if config.get("add_bos_token") else None
     eos = names.get("eos_token") if config.get("add_eos_token") else None
-    used = [token for token in (bos, eos) if token is not None]
+    used = dict.fromkeys(token for token in (bos, eos) if token is not None)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=[*([bos] if bos else []), "$A:0", *([eos] if eos else [])],
+        single=[*([bos] if bos else []), "$A", *([eos] if eos else [])],
         special_tokens=[(token, tokenizer.token_to_id(token)) for token in used],
     )
 

@@ -1,7 +1,7 @@
 """`Tokenizer`: text to token ids and back, chat messages to a prompt.
 
-One class for every source: a Hugging Face directory, a GGUF file, a transformers object (`loading.py` makes them). It is
-used by `LLM` and the server for prompts, by the detokenizer for answers, and by the engine for the end tokens.
+One class for every source: a Hugging Face directory, a GGUF file, a transformers object (`loading.py` makes them). Used
+by `LLM` and the server for prompts, by the detokenizer for answers, and by the engine for the end tokens.
 """
 
 from __future__ import annotations
