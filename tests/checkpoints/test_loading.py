@@ -86,7 +86,7 @@ def test_a_shape_that_would_broadcast_is_refused(tmp_path: Path) -> None:
 def test_ignored_tensors_may_be_there_and_are_loaded_if_wanted(tmp_path: Path) -> None:
     checkpoint = checkpoint_of(tmp_path, **{"lm_head.weight": torch.ones(2), "lm_head.weight_scale": torch.ones(1)})
     head = torch.zeros(2)
-    with pytest.raises(CheckpointError, match="lm_head.weight_scale"):  # a pattern matches the whole name
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight_scale"):  # a pattern matches the whole name
         load_weights({}, checkpoint, ignore=[re.compile(r"lm_head\.weight")])
     patterns = [re.compile(r"lm_head\..*")]
     load_weights({}, checkpoint, ignore=patterns)

@@ -70,7 +70,9 @@ def test_floating_point_types(tmp_path: Path, dtype: torch.dtype) -> None:
 def test_other_types_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
     write_config(tmp_path)
     save_file({"a.weight": torch.zeros(4).to(dtype)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: tensor 'a\.weight' has the unsupported type") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors: tensor 'a\.weight' has the unsupported type"
+    ) as caught:
         list(open_checkpoint(tmp_path).tensors())
     assert caught.value.field == "model"
 
