@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from conftest import wrap
+from tests.tokenization.small_tokenizers import wrap
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tokenmill.errors import InvalidParameterError, UserError
@@ -116,7 +116,11 @@ TOOL_CONVERSATION: list[dict[str, Any]] = [
         "content": None,
         "tool_calls": [
             {"id": "1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Paris <3"}}},
-            {"id": "2", "type": "function", "function": {"name": "weather", "arguments": {"city": "Rome", "n": [1, None]}}},
+            {
+                "id": "2",
+                "type": "function",
+                "function": {"name": "weather", "arguments": {"city": "Rome", "n": [1, None]}},
+            },
         ],
     },
     {"role": "tool", "tool_call_id": "1", "content": '{"temperature": 21}'},
@@ -147,7 +151,9 @@ def by_transformers(source: str, messages: list[dict[str, Any]], **variables: An
 
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
-@pytest.mark.parametrize("source", [SMOLLM2, GEMMA3, TOOLS, GENERATION], ids=["smollm2", "gemma3", "tools", "generation"])
+@pytest.mark.parametrize(
+    "source", [SMOLLM2, GEMMA3, TOOLS, GENERATION], ids=["smollm2", "gemma3", "tools", "generation"]
+)
 def test_equals_transformers(source: str, conversation: str, add_generation_prompt: bool) -> None:
     messages = CONVERSATIONS[conversation]
     template = ChatTemplate({"default": source}, TOKENS)
@@ -306,7 +312,11 @@ def test_arguments_as_json_text_become_objects() -> None:
         "role": "assistant",
         "tool_calls": [
             {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris <3"}'}},
-            {"id": "2", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome", "n": [1, null]}'}},
+            {
+                "id": "2",
+                "type": "function",
+                "function": {"name": "weather", "arguments": '{"city": "Rome", "n": [1, null]}'},
+            },
         ],
     }
     template = ChatTemplate({"default": TOOLS}, TOKENS)
@@ -334,7 +344,9 @@ def test_values_are_reduced_to_plain_data() -> None:
 
 def test_tokens_are_not_added_twice(byte_level: tokenizers.Tokenizer) -> None:
     tokenizer = Tokenizer(
-        wrap(byte_level)._backend, wrap(byte_level)._special_tokens, {"default": "<|im_start|>{{ messages[0].content }}"}
+        wrap(byte_level)._backend,
+        wrap(byte_level)._special_tokens,
+        {"default": "<|im_start|>{{ messages[0].content }}"},
     )
     text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
     assert text == "<|im_start|>hi"
@@ -357,7 +369,10 @@ def test_real_templates(smollm2: Tokenizer, gemma3: Tokenizer) -> None:
 
 def test_rendering_is_the_same_for_each_entry_point(byte_level: tokenizers.Tokenizer) -> None:
     render: Callable[..., Any] = wrap(byte_level).apply_chat_template
-    assert render(CONVERSATIONS["single"], chat_template="{{ x }}", x=[1, {"a": None}], tokenize=False) == "[1, {'a': None}]"
+    assert (
+        render(CONVERSATIONS["single"], chat_template="{{ x }}", x=[1, {"a": None}], tokenize=False)
+        == "[1, {'a': None}]"
+    )
     with pytest.raises(InvalidParameterError) as caught:
         render(CONVERSATIONS["single"], chat_template="{{ x }}", x=object())
     assert caught.value.field == "chat_template_kwargs"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
-from conftest import SPECIAL, TEXTS, byte_level_metadata, sentencepiece_metadata, train_byte_level
+from tests.tokenization.small_tokenizers import SPECIAL, TEXTS, byte_level_metadata, sentencepiece_metadata, train_byte_level
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Regex, normalizers, pre_tokenizers
@@ -70,7 +70,9 @@ ORIGINALS: dict[str, tuple[Callable[[], pre_tokenizers.PreTokenizer], Any]] = {
 def test_byte_level_equals_original(pre: str) -> None:
     pre_tokenizer, normalizer = ORIGINALS[pre]
     original = train_byte_level(pre_tokenizer(), normalizer() if normalizer else None)
-    rebuilt = tokenizer_from_gguf_metadata(byte_level_metadata(original, pre, **{"tokenizer.ggml.add_bos_token": False}))
+    rebuilt = tokenizer_from_gguf_metadata(
+        byte_level_metadata(original, pre, **{"tokenizer.ggml.add_bos_token": False})
+    )
     for text in TEXTS:
         ids = rebuilt.encode(text)
         assert ids == original.encode(text).ids, text
@@ -187,7 +189,9 @@ def test_start_and_end_tokens() -> None:
     assert ids("llama-bpe", add_bos_token=False) == [a]
     assert ids("gpt-2", add_bos_token=True, add_eos_token=True) == [1, a, 2]
     assert ids("gpt-2", add_eos_token=True) == [a, 2]
-    both = tokenizer_from_gguf_metadata(byte_level_metadata(original, "gpt-2", **{"tokenizer.ggml.add_bos_token": True}))
+    both = tokenizer_from_gguf_metadata(
+        byte_level_metadata(original, "gpt-2", **{"tokenizer.ggml.add_bos_token": True})
+    )
     assert both.encode("a", add_special_tokens=False) == [a]
     assert tokenizer_from_gguf_metadata(sentencepiece_metadata()).encode("")[0] == 1  # sentencepiece adds one
 
@@ -214,7 +218,9 @@ def test_special_tokens_and_end_of_turn() -> None:
     think = tokenizer.token_to_id("<think>")
     assert think is not None and tokenizer.encode("<think>") == [think]
     assert tokenizer.decode([think]) == "<think>"  # user-defined tokens are text
-    no_template = tokenizer_from_gguf_metadata(byte_level_metadata(original, "gpt-2", **{"tokenizer.ggml.eos_token_id": 0}))
+    no_template = tokenizer_from_gguf_metadata(
+        byte_level_metadata(original, "gpt-2", **{"tokenizer.ggml.eos_token_id": 0})
+    )
     assert no_template.eos_token_ids == (0,) and not no_template.has_chat_template
 
 

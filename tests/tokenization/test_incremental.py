@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import pytest
 import tokenizers
-from conftest import TEXTS, wrap
+from tests.tokenization.small_tokenizers import TEXTS, wrap
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -27,7 +28,7 @@ def detokenize(
     """The whole text and the pieces, with `token_ids` cut at `cuts`."""
     detokenizer = IncrementalDetokenizer(tokenizer, prompt_token_ids=prompt, skip_special_tokens=skip)
     bounds = [0, *sorted(min(cut, len(token_ids)) for cut in cuts), len(token_ids)]
-    pieces = [detokenizer.append(token_ids[start:end]) for start, end in zip(bounds, bounds[1:], strict=False)]
+    pieces = [detokenizer.append(token_ids[start:end]) for start, end in itertools.pairwise(bounds)]
     assert detokenizer.append([]) == ""
     tail = detokenizer.flush()
     assert detokenizer.flush() == "", "a second flush gives nothing"
@@ -178,7 +179,7 @@ def test_stop_strings(text: str, stop: list[str], cuts: list[int], include: bool
     bounds = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     given_out = ""
     matched: str | None = None
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         piece, matched = checker.append(text[start:end])
         given_out += piece
         if matched is None:  # exactly the text that can still start a stop string is held back
