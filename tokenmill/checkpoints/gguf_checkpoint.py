@@ -124,12 +124,14 @@ def _quantization(file: GgufFile, types: Counter[str]) -> str:
     named = {int(kind): kind.name.removeprefix("MOSTLY_") for kind in LlamaFileType if kind.name.startswith("MOSTLY_")}
     file_type = file.metadata.get("general.file_type")
     name = named.get(file_type) if isinstance(file_type, int) else None
-    return name or "+".join(block_types)
+    if name is not None and name.startswith(tuple(block_types)):  # else the name is not that of the weights
+        return name
+    return "+".join(block_types)
 
 
 def _refuse_split(file: GgufFile) -> None:
     num_parts = file.metadata.get("split.count", 1)
-    if num_parts not in (0, 1):
+    if isinstance(num_parts, int) and num_parts > 1:
         raise CheckpointError(
             f"{file.path} is one of {num_parts} parts of a split GGUF file, which is not supported.",
             field="model",

@@ -85,7 +85,7 @@ class _Keys:
     def __init__(self, file: GgufFile) -> None:
         self._file = file
         architecture = file.metadata.get("general.architecture")
-        if architecture not in _ARCHITECTURES:
+        if not isinstance(architecture, str) or architecture not in _ARCHITECTURES:
             raise CheckpointError(
                 f"{file.path} holds a model of the architecture {architecture!r}, which is not supported.",
                 field="model",
@@ -101,14 +101,16 @@ class _Keys:
         )
 
     def get(self, key: str) -> Any:
-        """The raw value, or None."""
-        return self._file.metadata.get(f"{self.architecture}.{key}")
+        """The value, or None; an array of equal values (one for each layer) counts as one."""
+        value = self._file.metadata.get(f"{self.architecture}.{key}")
+        if isinstance(value, np.ndarray):
+            values = set(value.tolist())
+            return values.pop() if len(values) == 1 else value.tolist()
+        return value
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """A positive integer; an array of equal ones (one for each layer) counts as one."""
+        """A positive integer."""
         value = self.get(key)
-        if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
-            value = value[0].item()
         if value is None and default is not None:
             return default
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -136,7 +138,7 @@ def _refuse_unsupported(keys: _Keys, config: dict[str, Any]) -> None:
     head_dim: int = config["head_dim"]
     if head_dim < 2 or head_dim % 2:
         raise keys.invalid(f"its attention heads have the odd size {head_dim}")
-    if keys.get("expert_count"):
+    if keys.get("expert_count") not in (None, 0):
         raise keys.invalid("it is a mixture of experts, which is not supported")
     if keys.integer("rope.dimension_count", head_dim) != head_dim:
         raise keys.invalid("its rotary embedding covers only a part of each head, which is not supported")

@@ -72,6 +72,7 @@ def dequantize(raw: np.ndarray[Any, np.dtype[np.uint8]], ggml_type: str, shape: 
     values = np.empty((num_rows, row_size), dtype=np.float32)
     # The library keeps a second copy of its result for a moment; chunks keep that copy in the processor's cache.
     chunk_rows = max(1, _CHUNK_VALUES // row_size)
-    for start in range(0, num_rows, chunk_rows):
-        values[start : start + chunk_rows] = dequantize_blocks(rows[start : start + chunk_rows], kind)
+    with np.errstate(over="ignore", invalid="ignore"):  # infinite weights are for the engine to notice
+        for start in range(0, num_rows, chunk_rows):
+            values[start : start + chunk_rows] = dequantize_blocks(rows[start : start + chunk_rows], kind)
     return torch.from_numpy(values).reshape(shape)
