@@ -106,6 +106,8 @@ LATE_OWN_IMPORTS: dict[str, str] = {
     "tokenmill.cli": "`--help` must not load torch: a command loads what it needs when it runs",
     "tokenmill.executor.executor": "`create` picks among classes that are derived from this module's",
     "tokenmill.checkpoints.base": "`open_checkpoint` picks among readers that are derived from this module's",
+    "tokenmill.tokenization.chat_template": "the environment derives from jinja2's, which completions never need",
+    "tokenmill.tokenization.loading": "the reader of GGUF files loads torch, which a tokenizer does not need",
 }
 
 # Nothing here may load torch, by itself or through anything that it imports.
