@@ -36,6 +36,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     # requests
     "executor": ("engine", "engine.request", "executor.engine_factory", "telemetry", "tokenization"),
     "executor.engine_factory": (  # where an engine is put together from its parts; nothing else sees both halves
+        "attention",
         "checkpoints",
         "engine",
         "kv_cache",
