@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
-from tests.tokenization.small_tokenizers import SPECIAL, TEXTS, byte_level_metadata, sentencepiece_metadata, train_byte_level
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Regex, normalizers, pre_tokenizers
@@ -18,6 +17,13 @@ from transformers.models.gemma.tokenization_gemma import GemmaTokenizer
 from transformers.models.llama.tokenization_llama import LlamaTokenizer
 from transformers.tokenization_utils_base import generate_merges
 
+from tests.tokenization.small_tokenizers import (
+    SPECIAL,
+    TEXTS,
+    byte_level_metadata,
+    sentencepiece_metadata,
+    train_byte_level,
+)
 from tokenmill.errors import CheckpointError, UnsupportedFeatureError
 from tokenmill.tokenization import Tokenizer, tokenizer_from_gguf_metadata
 

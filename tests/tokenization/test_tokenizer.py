@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import tokenizers
-from tests.tokenization.small_tokenizers import SPECIAL, TEXTS, wrap
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from tests.tokenization.small_tokenizers import SPECIAL, TEXTS, wrap
 from tokenmill.errors import InvalidParameterError
 from tokenmill.tokenization import DecoderStyle, SpecialTokens, Tokenizer, wrap_tokenizer
 from tokenmill.tokenization.backends import TokenizersBackend
