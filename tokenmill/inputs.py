@@ -19,6 +19,9 @@ ChatMessages: TypeAlias = Sequence[dict[str, Any]]
 PromptInput: TypeAlias = str | Sequence[int] | dict[str, Any] | ChatMessages
 """One prompt: text, token ids, {"prompt": text}, {"prompt_token_ids": ids}, or a conversation."""
 
+PreparedRequest: TypeAlias = tuple[GenerationRequest, str | None]
+"""A request, and the prompt's text if it was given as text."""
+
 _PROMPT_KEYS = ("prompt", "prompt_token_ids")
 
 
@@ -36,8 +39,8 @@ class InputProcessor:
 
     def make_request(
         self, request_id: int, prompt: PromptInput, sampling: SamplingParams, priority: float
-    ) -> tuple[GenerationRequest, str | None]:
-        """The request, and the prompt's text if it was given as text.
+    ) -> PreparedRequest:
+        """Tokenize and resolve.
 
         Raises:
             UserError: the prompt or a parameter is wrong; `field` names it.

@@ -1,10 +1,9 @@
 """`LLM`: load a model and generate with it. Named and shaped as TensorRT-LLM's LLM API.
 
-from tokenmill import LLM, SamplingParams
-
-with LLM("smollm2:135m") as llm:
-    for output in llm.generate(["Hello, my name is", "The sky is"], SamplingParams(temperature=0.8, top_p=0.95)):
-        print(output.outputs[0].text)
+Example:
+    with LLM("smollm2:135m") as llm:
+        for output in llm.generate(["Hello, my name is", "The sky is"], SamplingParams(temperature=0.8, top_p=0.95)):
+            print(output.outputs[0].text)
 """
 
 from __future__ import annotations
@@ -17,12 +16,18 @@ from typing import Any, Self, overload
 
 from tokenmill.checkpoints.resolve import resolve_model
 from tokenmill.config import LlmArgs
-from tokenmill.engine.request import GenerationRequest
 from tokenmill.errors import InvalidParameterError, QueueFullError
 from tokenmill.executor.engine_factory import EngineDescription
 from tokenmill.executor.executor import GenerationExecutor
 from tokenmill.executor.result import GenerationResult
-from tokenmill.inputs import ChatMessages, InputProcessor, PromptInput, is_conversation, is_single_prompt
+from tokenmill.inputs import (
+    ChatMessages,
+    InputProcessor,
+    PreparedRequest,
+    PromptInput,
+    is_conversation,
+    is_single_prompt,
+)
 from tokenmill.outputs import RequestOutput
 from tokenmill.progress import generation_progress, loading_progress
 from tokenmill.sampling_params import SamplingParams
@@ -228,9 +233,7 @@ class LLM:
 
     # ---- many requests ---------------------------------------------------------------------------------------
 
-    def _run_all(
-        self, requests: list[tuple[GenerationRequest, str | None]], show_progress: bool
-    ) -> list[RequestOutput]:
+    def _run_all(self, requests: list[PreparedRequest], show_progress: bool) -> list[RequestOutput]:
         """Submit all, as fast as the queue takes them, and wait. An error or Ctrl-C cancels the rest."""
         outputs: list[RequestOutput] = []
         waiting: deque[GenerationResult] = deque()

@@ -76,7 +76,7 @@ class Checkpoint(Protocol):
 def open_checkpoint(path: str | Path, *, config_only: bool = False) -> Checkpoint:
     """Open the model at `path`: a directory in Hugging Face format, or a GGUF file.
 
-    Only headers and configuration are read. With `config_only` a directory needs no weights, and its checkpoint has none.
+    Only headers and configuration are read. With `config_only` a directory needs no weights; its checkpoint has none.
 
     Raises:
         CheckpointError: nothing there can be read as a model; the text says what is wrong and what to do.
