@@ -1,5 +1,42 @@
-"""tokenmill compiles and serves large language models. The public API is what `__all__` lists."""
+"""tokenmill compiles and serves large language models. The public API is what `__all__` lists.
+
+Names are loaded when they are first used, so that `import tokenmill` and `tokenmill --help` are quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from tokenmill.version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from tokenmill.config import KvCacheConfig, SchedulerConfig
+    from tokenmill.llm import LLM
+    from tokenmill.outputs import CompletionOutput, RequestOutput
+    from tokenmill.sampling_params import SamplingParams
+
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "KvCacheConfig",
+    "RequestOutput",
+    "SamplingParams",
+    "SchedulerConfig",
+    "__version__",
+]
+
+_HOME = {
+    "LLM": "tokenmill.llm",
+    "CompletionOutput": "tokenmill.outputs",
+    "KvCacheConfig": "tokenmill.config",
+    "RequestOutput": "tokenmill.outputs",
+    "SamplingParams": "tokenmill.sampling_params",
+    "SchedulerConfig": "tokenmill.config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'tokenmill' has no attribute '{name}'")
+    return getattr(import_module(_HOME[name]), name)

@@ -13,14 +13,18 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tokenmill.errors import InvalidParameterError, UnknownParameterError, did_you_mean
+from tokenmill.errors import InvalidParameterError, UnknownParameterError, UserError, did_you_mean
 
 
 class StrictModel(BaseModel):
     """A pydantic model whose errors are tokenmill's: unknown and invalid fields are named, with a remedy."""
 
     model_config = ConfigDict(
-        extra="forbid", validate_assignment=True, allow_inf_nan=False, use_attribute_docstrings=True
+        extra="forbid",
+        validate_assignment=True,
+        revalidate_instances="always",  # a nested configuration is copied in, not shared with the caller
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )
 
     def __init__(self, **values: Any) -> None:
@@ -49,10 +53,10 @@ class StrictModel(BaseModel):
             raise _invalid_parameter(type(self).__name__, error) from None
 
 
-def _invalid_parameter(owner: str, error: ValidationError) -> InvalidParameterError:
+def _invalid_parameter(owner: str, error: ValidationError) -> UserError:
     first = error.errors()[0]
     cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, InvalidParameterError):
+    if isinstance(cause, UserError):
         return cause
     location = [str(part) for part in first["loc"]]
     field = location[0] if location else None

@@ -76,3 +76,24 @@ class RequestMetrics:
     finished_time: float | None = None
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """The state of one request at one moment; the final one has `finished` set.
+
+    Args:
+        request_id: number of the request.
+        prompt: its text; None when token ids were given.
+        prompt_token_ids: its tokens.
+        outputs: the `n` sequences; with `best_of` the most likely ones, best first.
+        finished: no more will come.
+        metrics: when things happened; complete once `finished`.
+    """
+
+    request_id: int
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: RequestMetrics

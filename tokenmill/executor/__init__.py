@@ -1,0 +1,1 @@
+"""From callers to engines: `GenerationExecutor` takes requests, `GenerationResult` gives their tokens back."""

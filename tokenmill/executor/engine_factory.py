@@ -1,0 +1,147 @@
+"""`build_engine`: from arguments to an engine that can step. Runs in the process that owns the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tokenmill.checkpoints import open_checkpoint
+from tokenmill.config import LlmArgs
+from tokenmill.engine.core import EngineCore
+from tokenmill.engine.scheduler import Scheduler, SchedulerSettings
+from tokenmill.errors import InvalidParameterError, UnsupportedFeatureError
+from tokenmill.kv_cache.manager import KvCacheManager
+from tokenmill.kv_cache.tensors import allocate_caches
+from tokenmill.models.config import ModelConfig
+from tokenmill.ops.platform import free_memory
+from tokenmill.runtime.memory_planner import MemoryPlan, MemoryRequest, plan_memory
+from tokenmill.runtime.model_loader import load_model, resolve_device, resolve_dtype
+from tokenmill.runtime.model_runner import ModelRunner
+from tokenmill.runtime.slot_state import SlotState
+from tokenmill.sampling.sampler import Sampler
+
+
+@dataclass(frozen=True, slots=True)
+class EngineDescription:
+    """What an engine runs.
+
+    Args:
+        model: the architecture's numbers.
+        device, dtype, cache_dtype: where and in which types, as text.
+        attn_backend: the attention backend's name.
+        max_batch_size, max_num_tokens, max_seq_len: limits.
+        memory: the plan that the cache was sized by.
+    """
+
+    model: ModelConfig
+    device: str
+    dtype: str
+    cache_dtype: str
+    attn_backend: str
+    max_batch_size: int
+    max_num_tokens: int
+    max_seq_len: int
+    memory: MemoryPlan
+
+
+def build_engine(
+    args: LlmArgs, on_progress: Callable[[str, int, int], None] | None = None
+) -> tuple[EngineCore, EngineDescription]:
+    """Load the model, size and allocate its cache, and put scheduler and runner together.
+
+    Args:
+        args: `args.model` is a local path.
+        on_progress: called while weights load.
+
+    Raises:
+        UserError: the model or a parameter cannot be used.
+        OutOfMemoryError: the model or its cache does not fit.
+    """
+    _refuse_unsupported(args)
+    if args.num_threads is not None:
+        torch.set_num_threads(args.num_threads)
+    device = resolve_device(args.device)
+    dtype = resolve_dtype(args.dtype, device)
+    cache_dtype = dtype if args.kv_cache_config.dtype == "auto" else resolve_dtype(args.kv_cache_config.dtype, device)
+    checkpoint = open_checkpoint(Path(args.model))
+    config = ModelConfig.from_hf(checkpoint.hf_config)
+    max_seq_len = resolve_max_seq_len(args, config)
+    plan = plan_memory(
+        config,
+        MemoryRequest(
+            weight_bytes=dtype.itemsize,
+            cache_bytes=cache_dtype.itemsize,
+            max_batch_size=args.max_batch_size,
+            max_num_tokens=args.max_num_tokens,
+            max_seq_len=max_seq_len,
+            is_cpu=device.type == "cpu",
+        ),
+        args.kv_cache_config,
+        free_memory(device),
+    )
+    model = load_model(args, config, checkpoint, device, dtype, on_progress)
+    block = args.kv_cache_config.tokens_per_block
+    caches = allocate_caches(
+        config.num_layers, plan.num_blocks, block, config.num_key_value_heads, config.head_dim, cache_dtype, device
+    )
+    runner = ModelRunner(
+        model,
+        caches,
+        SlotState(args.max_batch_size, max_seq_len, block, device),
+        Sampler(args.max_batch_size, config.vocab_size, device),
+    )
+    kv_cache = KvCacheManager(
+        plan.num_blocks,
+        block,
+        enable_block_reuse=args.kv_cache_config.enable_block_reuse,
+        enable_partial_reuse=args.kv_cache_config.enable_partial_reuse,
+    )
+    settings = SchedulerSettings(
+        max_batch_size=args.max_batch_size,
+        max_num_tokens=args.max_num_tokens,
+        max_seq_len=max_seq_len,
+        enable_chunked_prefill=args.enable_chunked_prefill,
+        capacity_scheduler_policy=args.scheduler_config.capacity_scheduler_policy,
+        waiting_queue_policy=args.scheduler_config.waiting_queue_policy,
+    )
+    description = EngineDescription(
+        model=config,
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        cache_dtype=str(cache_dtype).removeprefix("torch."),
+        attn_backend=model.attn_backend_name,
+        max_batch_size=args.max_batch_size,
+        max_num_tokens=args.max_num_tokens,
+        max_seq_len=max_seq_len,
+        memory=plan,
+    )
+    return EngineCore(Scheduler(settings, kv_cache), runner), description
+
+
+def resolve_max_seq_len(args: LlmArgs, config: ModelConfig) -> int:
+    """The longest sequence: what the user said, else the model's context.
+
+    Raises:
+        InvalidParameterError: longer than the model's context.
+    """
+    if args.max_seq_len is None:
+        return config.max_position_embeddings
+    if args.max_seq_len > config.max_position_embeddings:
+        raise InvalidParameterError(
+            f"max_seq_len ({args.max_seq_len}) is more than the model's context ({config.max_position_embeddings}).",
+            field="max_seq_len",
+            remedy=f"Use {config.max_position_embeddings} or less.",
+        )
+    return args.max_seq_len
+
+
+def _refuse_unsupported(args: LlmArgs) -> None:
+    if args.tensor_parallel_size > 1:
+        raise UnsupportedFeatureError(
+            f"tensor_parallel_size={args.tensor_parallel_size}: this version runs on one device.",
+            field="tensor_parallel_size",
+            remedy="Set it to 1.",
+        )

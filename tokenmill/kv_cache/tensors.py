@@ -1,0 +1,28 @@
+"""The paged cache's memory: two tensors (keys, values) for each layer."""
+
+from __future__ import annotations
+
+import torch
+
+from tokenmill.attention.base import LayerCache
+
+
+def allocate_caches(
+    num_layers: int,
+    num_blocks: int,
+    tokens_per_block: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[LayerCache, ...]:
+    """Keys and values of all layers, each [num_blocks, tokens_per_block, num_kv_heads, head_dim], zero.
+
+    Zeros matter: attention may read (and mask) positions of a block that nobody has written, and 0 * NaN is NaN. On a
+    CPU the pages of a zeroed allocation take memory only when they are first written.
+    """
+    shape = (num_blocks, tokens_per_block, num_kv_heads, head_dim)
+    return tuple(
+        (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+        for _ in range(num_layers)
+    )

@@ -1,0 +1,1 @@
+"""Runs batch plans: model loading, memory plan, per-slot state on the device, the model runner."""

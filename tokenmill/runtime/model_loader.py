@@ -1,0 +1,79 @@
+"""From a checkpoint to a model in memory, ready to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from tokenmill.attention.select import select_backend
+from tokenmill.checkpoints import Checkpoint, fill_dummy, load_weights
+from tokenmill.config import LlmArgs
+from tokenmill.errors import InvalidParameterError
+from tokenmill.layers.context import LayerContext
+from tokenmill.layers.weights import finalize_weights, weight_targets
+from tokenmill.models import load_model_class
+from tokenmill.models.config import ModelConfig
+from tokenmill.ops.platform import computes_bfloat16
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that `LlmArgs.device` means.
+
+    Raises:
+        InvalidParameterError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InvalidParameterError(
+            f"'{name}' is not a device.", field="device", remedy="Use 'cpu', 'cuda' or 'cuda:N'."
+        ) from None
+    if device.type == "cuda":
+        index = device.index or 0
+        if index >= torch.cuda.device_count():
+            raise InvalidParameterError(
+                f"There is no GPU {index} here ({torch.cuda.device_count()} found).", field="device"
+            )
+        return torch.device("cuda", index)
+    if device.type != "cpu":
+        raise InvalidParameterError(f"Device '{name}' is not supported.", field="device", remedy="Use 'cpu' or 'cuda'.")
+    return torch.device("cpu")
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type that `LlmArgs.dtype` means on `device`: `auto` is bfloat16 where the device computes in it."""
+    if name == "auto":
+        return torch.bfloat16 if computes_bfloat16(device) else torch.float32
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def load_model(
+    args: LlmArgs,
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> nn.Module:
+    """Build the model that `config` describes and fill it.
+
+    Raises:
+        CheckpointError: tensors are missing, left over or of the wrong shape.
+        UnsupportedFeatureError: the architecture is not supported.
+    """
+    context = LayerContext(dtype=dtype, device=device, backend=select_backend(args.attn_backend, device, config))
+    with torch.device(device):
+        model = load_model_class(config.model_type)(config, context)
+    targets = weight_targets(model)
+    if args.load_format == "dummy":
+        fill_dummy(targets, seed=0)
+    else:
+        load_weights(targets, checkpoint, ignore=model.ignored_weights, on_progress=on_progress)
+    finalize_weights(model)
+    return model.eval()
