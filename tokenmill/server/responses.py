@@ -1,4 +1,4 @@
-"""Bodies of responses and stream events, with OpenAI's names; `responses.py` is to answers what `schemas.py` is to requests.
+"""Bodies of responses and stream events, with OpenAI's names; `schemas.py` has those of requests.
 
 Endpoints set exactly the fields that OpenAI sends in that place; what was not set is not sent.
 """

@@ -1,4 +1,4 @@
-"""Bodies of requests, with OpenAI's names; fields beyond OpenAI's are those that vLLM's users know.
+"""Bodies of requests, with OpenAI's names (`responses.py` has those of answers); fields beyond OpenAI's are those that vLLM's users know.
 
 Types are strict: a string is not a number. A field of another name is refused with a did-you-mean, and a field that
 OpenAI or vLLM know but tokenmill cannot honour is refused by name, unless it asks for nothing. Ranges of sampling
@@ -45,7 +45,7 @@ Prompt = Annotated[
     Discriminator(
         _kind_of_prompt,
         custom_error_type="prompt_type",
-        custom_error_message="Input should be a string, a list of strings, a list of token ids, or a list of such lists",
+        custom_error_message="Input should be a string, a list of strings, token ids, or a list of token id lists",
     ),
 ]
 

@@ -68,9 +68,7 @@ class EngineCollector(Collector):
             "prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", cache.num_queried_tokens
         )
         yield self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.", cache.num_hit_tokens)
-        yield self._counter(
-            "prefix_cache_evictions", "Cached blocks given up for new work.", cache.num_evicted_blocks
-        )
+        yield self._counter("prefix_cache_evictions", "Cached blocks given up for new work.", cache.num_evicted_blocks)
 
     def _collect_finished(self, stats: EngineStats) -> Iterator[Metric]:
         success = CounterMetricFamily(

@@ -17,13 +17,13 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from tokenmill.errors import RequestCancelledError, RequestTimeoutError, TokenmillError
-from tokenmill.outputs import CompletionOutput
+from tokenmill.outputs import CompletionOutput, RequestOutput
 from tokenmill.server.errors import exception_body
 from tokenmill.server.responses import PromptTokensDetails, ResponseSchema, Usage
-from tokenmill.telemetry.prometheus import RequestHistograms
+from tokenmill.telemetry.prometheus import SUCCESS_REASONS, RequestHistograms
 
 if TYPE_CHECKING:
-    from tokenmill.llm import GenerationResult, RequestOutput
+    from tokenmill.executor.result import GenerationResult
 
 logger = logging.getLogger(__name__)
 
@@ -56,12 +56,10 @@ async def collect(
         if not generation.done():
             raise RequestCancelledError("The client disconnected before its answer was complete.")
         outputs: list[RequestOutput] = generation.result()
-    except BaseException:
-        generation.cancel()
-        _abort(results)
-        raise
     finally:
+        generation.cancel()
         disconnect.cancel()
+        _abort(results)
     for output in outputs:
         _count_finished(output, histograms)
     return outputs
@@ -105,6 +103,7 @@ async def stream(
     finally:
         for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def server_sent_events(chunks: AsyncGenerator[ResponseSchema, None]) -> AsyncGenerator[bytes, None]:
@@ -149,15 +148,13 @@ class EventStreamResponse(Response):
         disconnect = asyncio.create_task(_client_gone(receive))
         try:
             await asyncio.wait({sender, disconnect}, return_when=asyncio.FIRST_COMPLETED)
+            if sender.done():
+                sender.result()
         finally:
-            sent = sender.done()
             sender.cancel()
             disconnect.cancel()
-            if not sent or sender.exception() is not None:
-                _abort(self._results)
-        await asyncio.gather(sender, disconnect, return_exceptions=True)
-        if sent:
-            sender.result()
+            _abort(self._results)
+            await asyncio.gather(sender, disconnect, return_exceptions=True)
 
     async def _send_events(self, send: Send) -> None:
         async with aclosing(self._events) as events:
@@ -165,6 +162,11 @@ class EventStreamResponse(Response):
             async for event in events:
                 await send({"type": "http.response.body", "body": event, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def json_response(body: ResponseSchema) -> Response:
+    """A whole answer."""
+    return Response(body.to_json(), media_type="application/json")
 
 
 def finish_reason(completion: CompletionOutput) -> Literal["stop", "length"] | None:
@@ -207,6 +209,8 @@ def _abort(results: Iterable[GenerationResult]) -> None:
 
 
 def _count_finished(output: RequestOutput, histograms: RequestHistograms) -> None:
+    if any(completion.finish_reason not in SUCCESS_REASONS for completion in output.outputs):
+        return
     histograms.observe_request(
         output.metrics,
         prompt_tokens=len(output.prompt_token_ids),

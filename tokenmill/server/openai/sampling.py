@@ -1,14 +1,17 @@
-"""From the sampling fields of a request body to `SamplingParams`, and errors back to the names that the client wrote."""
+"""From the sampling fields of a request body to `SamplingParams`; errors name the fields as the client wrote them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenmill.errors import InvalidParameterError, UserError
 from tokenmill.sampling_params import SamplingParams
 from tokenmill.server.schemas import SamplingFields
+
+if TYPE_CHECKING:
+    from tokenmill.llm import LLM
 
 _MAX_LOGIT_BIAS = 100.0
 _SAME_NAME = (
@@ -55,6 +58,12 @@ def to_sampling_params(body: SamplingFields, **computed: Any) -> SamplingParams:
         values["logit_bias"] = _parse_logit_bias(body.logit_bias)
     values.update(computed)
     return SamplingParams(**values)
+
+
+def room_for_answer(llm: LLM, prompt_len: int) -> int:
+    """Tokens that fit after a prompt, in the model's context and in the cache; at least 1."""
+    cache = llm.stats().kv_cache
+    return max(1, min(llm.max_seq_len, cache.num_blocks * cache.tokens_per_block) - prompt_len)
 
 
 @contextmanager
