@@ -1,4 +1,4 @@
-"""Bodies of requests, with OpenAI's names (`responses.py` has those of answers); fields beyond OpenAI's are those that vLLM's users know.
+"""Bodies of requests, with OpenAI's names; fields beyond OpenAI's are those that vLLM's users know.
 
 Types are strict: a string is not a number. A field of another name is refused with a did-you-mean, and a field that
 OpenAI or vLLM know but tokenmill cannot honour is refused by name, unless it asks for nothing. Ranges of sampling
@@ -18,7 +18,9 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 def _kind_of_strings(value: Any) -> str | None:
-    return {str: "string", list: "list"}.get(type(value))
+    if isinstance(value, str):
+        return "string"
+    return "list" if isinstance(value, list) else None
 
 
 def _kind_of_prompt(value: Any) -> str | None:
@@ -199,9 +201,9 @@ class ContentPart(RequestSchema):
 
 
 Content = Annotated[
-    Annotated[str, Tag("string")] | Annotated[list[ContentPart], Field(fail_fast=True), Tag("parts")],
+    Annotated[str, Tag("string")] | Annotated[list[ContentPart], Field(fail_fast=True), Tag("list")],
     Discriminator(
-        lambda value: {str: "string", list: "parts"}.get(type(value)),
+        _kind_of_strings,
         custom_error_type="content_type",
         custom_error_message="Input should be a string or a list of content parts",
     ),

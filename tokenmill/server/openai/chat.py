@@ -34,7 +34,6 @@ from tokenmill.server.responses import (
     ChatCompletionChunk,
     ChatDelta,
     ChoiceLogprobs,
-    Usage,
 )
 from tokenmill.server.schemas import ChatCompletionRequest
 from tokenmill.server.state import ServerState, State
@@ -173,8 +172,10 @@ class _Reply:
         if ended is not None:
             choice.finish_reason = finish_reason(ended)
             choice.stop_reason = ended.stop_reason
-        no_usage: dict[str, Usage | None] = {"usage": None} if self._include_usage else {}
-        return ChatCompletionChunk(**self._identity, object="chat.completion.chunk", choices=[choice], **no_usage)
+        chunk = ChatCompletionChunk(**self._identity, object="chat.completion.chunk", choices=[choice])
+        if self._include_usage:
+            chunk.usage = None  # sent as null until the last chunk brings it
+        return chunk
 
     def _choice(self, output: RequestOutput, completion: CompletionOutput) -> ChatChoice:
         reason = finish_reason(completion)

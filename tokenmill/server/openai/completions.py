@@ -112,7 +112,7 @@ class _Choice:
             None
             if body.logprobs is None
             else CompletionLogprobsBuilder(
-                reply.texts, body.logprobs, reply.special_token_ids if body.skip_special_tokens is not False else ()
+                reply.texts, body.logprobs, hides_special_tokens=body.skip_special_tokens is not False
             )
         )
 
@@ -151,7 +151,6 @@ class _Reply:
     def __init__(self, body: CompletionRequest, prompts: list[str | list[int]], state: ServerState) -> None:
         self.body = body
         self.texts = TokenTexts(state.llm.tokenizer)
-        self.special_token_ids = state.special_token_ids
         self._prompts = prompts
         self._histograms = state.metrics.requests
         self._tokenizer = state.llm.tokenizer
@@ -186,7 +185,6 @@ class _Reply:
         }
         last: dict[int, RequestOutput] = {}
         include_usage = self.body.stream_options is not None and self.body.stream_options.include_usage
-        no_usage: dict[str, Usage | None] = {"usage": None} if include_usage else {}
         async with aclosing(stream(results, self._histograms)) as outputs:
             async for prompt_index, output in outputs:
                 last[prompt_index] = output
@@ -196,7 +194,10 @@ class _Reply:
                         continue
                     piece = choice.piece(output, completion)
                     if piece.text or piece.finish_reason is not None or (piece.logprobs and piece.logprobs.tokens):
-                        yield Completion(**self._identity, choices=[piece], **no_usage)
+                        chunk = Completion(**self._identity, choices=[piece])
+                        if include_usage:
+                            chunk.usage = None  # sent as null until the last chunk brings it
+                        yield chunk
         if include_usage:
             yield Completion(**self._identity, choices=[], usage=self._usage([last[index] for index in sorted(last)]))
 

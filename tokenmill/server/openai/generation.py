@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -52,7 +52,8 @@ async def collect(
     generation = asyncio.gather(*(result.aresult() for result in results))
     disconnect = asyncio.create_task(_client_gone(receive))
     try:
-        await asyncio.wait({generation, disconnect}, return_when=asyncio.FIRST_COMPLETED)
+        either: set[asyncio.Future[Any]] = {generation, disconnect}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not generation.done():
             raise RequestCancelledError("The client disconnected before its answer was complete.")
         outputs: list[RequestOutput] = generation.result()
@@ -111,16 +112,16 @@ async def server_sent_events(chunks: AsyncGenerator[ResponseSchema, None]) -> As
     try:
         async with aclosing(chunks):
             async for chunk in chunks:
-                yield b"data: " + chunk.to_json() + b"\n\n"
+                yield _event(chunk.to_json())
     except Exception as error:
         if isinstance(error, TokenmillError):
             logger.error("A stream ended early: %s", error)
         else:
             logger.exception("A stream ended early.")
         _, body = exception_body(error)
-        yield b"data: " + json.dumps(body).encode() + b"\n\n"
+        yield _event(json.dumps(body).encode())
     else:
-        yield b"data: [DONE]\n\n"
+        yield _event(b"[DONE]")
 
 
 class EventStreamResponse(Response):
@@ -196,6 +197,13 @@ def usage(outputs: Iterable[RequestOutput]) -> Usage:
         total_tokens=prompt_tokens + completion_tokens,
         prompt_tokens_details=PromptTokensDetails(cached_tokens=cached_tokens),
     )
+
+
+def _event(data: bytes) -> bytes:
+    # Only CR and LF end a line of a stream, but many clients split at every character that Unicode calls a line end.
+    for line_end, escape in ((b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"), (b"\xc2\x85", b"\\u0085")):
+        data = data.replace(line_end, escape)
+    return b"data: " + data + b"\n\n"
 
 
 async def _client_gone(receive: Receive) -> None:

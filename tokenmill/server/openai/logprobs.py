@@ -37,6 +37,10 @@ class TokenTexts:
         """The bytes of a token; None without a tokenizer."""
         return None if self._tokenizer is None else self._tokenizer.token_bytes(token_id)
 
+    def is_special(self, token_id: int) -> bool:
+        """Whether it is a control token rather than text."""
+        return self._tokenizer is not None and token_id in self._tokenizer.special_token_ids
+
     def text(self, token_id: int, *, escape_prefix: str = "") -> str:
         """A token as text; one that is only a part of a character is written as `\\xf0\\x9f` after `escape_prefix`."""
         raw = self.raw(token_id)
@@ -95,13 +99,13 @@ class CompletionLogprobsBuilder:
     Args:
         texts: names the tokens.
         num_top: how many of the most likely tokens to list; the chosen one is listed besides.
-        hidden: tokens that are left out of the text.
+        hides_special_tokens: whether the text leaves special tokens out.
     """
 
-    def __init__(self, texts: TokenTexts, num_top: int, hidden: frozenset[int] = frozenset()) -> None:
+    def __init__(self, texts: TokenTexts, num_top: int, *, hides_special_tokens: bool) -> None:
         self._texts = texts
         self._num_top = num_top
-        self._hidden = hidden
+        self._hides_special_tokens = hides_special_tokens
         self._offset = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
@@ -138,7 +142,9 @@ class CompletionLogprobsBuilder:
 
     def _width(self, token_id: int) -> int:
         raw = self._texts.raw(token_id)
-        return 0 if raw is None or token_id in self._hidden else len(self._decoder.decode(raw))
+        if raw is None or (self._hides_special_tokens and self._texts.is_special(token_id)):
+            return 0
+        return len(self._decoder.decode(raw))
 
 
 def _chat_token(texts: TokenTexts, token_id: int, entry: TokenLogprobs) -> TokenLogprob:
