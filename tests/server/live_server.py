@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ import uvicorn
 
 from tokenmill.llm import LLM
 from tokenmill.server.app import create_app
+from tokenmill.server.run import open_listener
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def live_server(llm: LLM, *, served_model_name: str | None = None, api_key: str 
     app = create_app(llm, served_model_name=served_model_name, api_key=api_key)
     config = uvicorn.Config(app, log_level="error", lifespan="off", ws="none", timeout_graceful_shutdown=5)
     server = uvicorn.Server(config)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with open_listener("127.0.0.1", 0) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="test-server")
         thread.start()
         while not server.started and thread.is_alive():

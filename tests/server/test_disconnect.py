@@ -104,7 +104,7 @@ def test_engine_that_dies_in_the_middle_of_a_stream(own_server: LiveServer, monk
     with own_server.client() as client:
         streams: list[Any] = [
             client.completions.create(
-                model="tiny", prompt=["a", "b"], max_tokens=3000, stream=True, extra_body={"ignore_eos": True}
+                model="tiny", prompt=["a", "b"], max_tokens=900, stream=True, extra_body={"ignore_eos": True}
             )
             for _ in range(2)
         ]

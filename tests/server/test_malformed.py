@@ -1,4 +1,4 @@
-"""No body, however malformed, makes the server fail: fields get random JSON values, and nothing but 200 and 4xx comes."""
+"""No body, however malformed, makes the server fail: random JSON is answered with 200 or 4xx, and the engine lives."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ BODIES: dict[str, tuple[dict[str, Any], list[str]]] = {
         sorted({*CompletionRequest.model_fields, *CompletionRequest.unsupported}),
     ),
 }
+message = st.dictionaries(st.sampled_from(["role", "content", "name", "tool_calls"]), anything)
 fuzzing = settings(
-    max_examples=250,
+    max_examples=120,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
@@ -106,7 +107,7 @@ def test_random_bytes(http: httpx.Client, path: str, content: bytes) -> None:
 
 @pytest.mark.spec("H2")
 @fuzzing
-@given(messages=st.lists(st.dictionaries(st.sampled_from(["role", "content", "name", "tool_calls"]), anything)))
+@given(messages=st.lists(message, max_size=3))
 def test_random_messages(http: httpx.Client, messages: Any) -> None:
     post(http, "chat/completions", {"messages": messages, "max_tokens": 1})
 

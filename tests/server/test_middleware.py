@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from contextlib import closing
+from http.client import HTTPConnection
+from urllib.parse import urlsplit
 
 import httpx
 import openai
@@ -54,10 +58,16 @@ def test_operators_need_no_key(locked_server: LiveServer, path: str) -> None:
 
 
 def test_body_declared_too_large(server: LiveServer) -> None:
-    headers = {"Content-Type": "application/json", "Content-Length": str(MAX_BODY_BYTES + 1)}
-    response = httpx.post(f"{server.url}/v1/completions", content=iter([b"{"]), headers=headers)
-    assert response.status_code == 413
-    assert response.json()["error"]["code"] == "request_too_large"
+    address = urlsplit(server.url)
+    assert address.hostname is not None
+    with closing(HTTPConnection(address.hostname, address.port, timeout=20)) as connection:
+        connection.putrequest("POST", "/v1/completions")
+        connection.putheader("Content-Type", "application/json")
+        connection.putheader("Content-Length", str(MAX_BODY_BYTES + 1))
+        connection.endheaders(b"{")
+        response = connection.getresponse()
+        assert response.status == 413
+        assert json.loads(response.read())["error"]["code"] == "request_too_large"
 
 
 def test_body_that_does_not_say_how_large_it_is(server: LiveServer) -> None:

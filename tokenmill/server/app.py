@@ -19,8 +19,8 @@ from tokenmill.version import __version__
 if TYPE_CHECKING:
     from tokenmill.llm import LLM
 
-MAX_BODY_BYTES = 64 * 2**20
-"""Larger request bodies are refused: room for batches of a million token ids, none for filling the memory."""
+MAX_BODY_BYTES = 16 * 2**20
+"""Larger request bodies are refused: room for a batch of two million token ids, none for filling the memory."""
 
 
 def create_app(llm: LLM, *, served_model_name: str | None = None, api_key: str | None = None) -> FastAPI:

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_MESSAGE_LEN = 2000
 _STATUS_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
-_STATUS_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
+_STATUS_CODES = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorResponse, "description": "The request is wrong; `param` names the field."},
@@ -85,9 +85,6 @@ async def _answer_invalid_request(request: Request, error: Exception) -> JSONRes
         if param is not None and cause.field is not None:
             param = f"{param}.{cause.field}"
         body = error_body(str(cause), cause.http_status, param=param or cause.field, code=cause.code)
-    elif first["type"] == "json_invalid":
-        reason = first.get("ctx", {}).get("error", first["msg"])
-        body = error_body(f"The request body is not valid JSON: {reason}.", 400, code="invalid_json")
     elif param is None:
         message = "The request body must be a JSON object, sent with 'Content-Type: application/json'."
         body = error_body(message, 400, code="invalid_json")

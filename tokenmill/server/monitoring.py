@@ -5,7 +5,8 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from tokenmill.server.errors import ERROR_RESPONSES
+from tokenmill.errors import TokenmillError
+from tokenmill.server.errors import ERROR_RESPONSES, error_body
 from tokenmill.server.state import State
 from tokenmill.version import __version__
 
@@ -32,7 +33,10 @@ async def describe(request: Request, state: State) -> JSONResponse:
 @router.get("/health", responses={503: ERROR_RESPONSES[503]})
 async def check_health(state: State) -> JSONResponse:
     """200 while the engine runs; else 503 with the reason."""
-    state.llm.check_health()
+    try:
+        state.llm.check_health()
+    except TokenmillError as error:
+        return JSONResponse(error_body(str(error), 503, code=error.code), status_code=503)
     return JSONResponse({"status": "ok"})
 
 

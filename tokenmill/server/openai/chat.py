@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
@@ -20,6 +18,7 @@ from tokenmill.server.openai.generation import (
     collect,
     finish_reason,
     json_response,
+    reply_identity,
     server_sent_events,
     stream,
     usage,
@@ -37,15 +36,15 @@ from tokenmill.server.responses import (
 )
 from tokenmill.server.schemas import ChatCompletionRequest
 from tokenmill.server.state import ServerState, State
-from tokenmill.version import __version__
+from tokenmill.server.strict_json import StrictJsonRoute
 
 if TYPE_CHECKING:
     from tokenmill.executor.result import GenerationResult
 
-router = APIRouter(tags=["OpenAI"])
+router = APIRouter(tags=["OpenAI"], route_class=StrictJsonRoute)
 
 _TEMPLATE_ARGUMENTS = frozenset({
-    "messages", "conversation", "chat_template", "tokenize", "add_generation_prompt", "tools", "documents",
+    "self", "messages", "chat_template", "tokenize", "add_generation_prompt", "tools",
 })  # fmt: skip
 """What `chat_template_kwargs` may not set, because the server does."""
 
@@ -120,12 +119,7 @@ class _Reply:
         self._body = body
         self._histograms = state.metrics.requests
         self._texts = TokenTexts(state.llm.tokenizer)
-        self._identity: dict[str, Any] = {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": state.model_name,
-            "system_fingerprint": f"tokenmill-{__version__}",
-        }
+        self._identity = reply_identity("chatcmpl", state.model_name)
 
     def completion(self, output: RequestOutput) -> ChatCompletion:
         """The whole answer."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from functools import partial
@@ -21,6 +19,7 @@ from tokenmill.server.openai.generation import (
     collect,
     finish_reason,
     json_response,
+    reply_identity,
     server_sent_events,
     stream,
     submit_all,
@@ -31,12 +30,12 @@ from tokenmill.server.openai.sampling import client_names, to_sampling_params
 from tokenmill.server.responses import Completion, CompletionChoice, CompletionLogprobs, Usage
 from tokenmill.server.schemas import CompletionRequest
 from tokenmill.server.state import ServerState, State
-from tokenmill.version import __version__
+from tokenmill.server.strict_json import StrictJsonRoute
 
 if TYPE_CHECKING:
     from tokenmill.executor.result import GenerationResult
 
-router = APIRouter(tags=["OpenAI"])
+router = APIRouter(tags=["OpenAI"], route_class=StrictJsonRoute)
 
 _DEFAULT_MAX_TOKENS = 16
 
@@ -155,13 +154,7 @@ class _Reply:
         self._histograms = state.metrics.requests
         self._tokenizer = state.llm.tokenizer
         self._num_choices = body.n or 1
-        self._identity: dict[str, Any] = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": state.model_name,
-            "system_fingerprint": f"tokenmill-{__version__}",
-        }
+        self._identity = reply_identity("cmpl", state.model_name)
 
     def completion(self, outputs: list[RequestOutput]) -> Completion:
         """The whole answer: the choices of the first prompt, then those of the second, and so on."""
@@ -174,7 +167,7 @@ class _Reply:
                         self.texts, output.prompt_token_ids, output.outputs[0].prompt_logprobs
                     )
                 choices.append(choice)
-        return Completion(**self._identity, choices=choices, usage=self._usage(outputs))
+        return Completion(**self._identity, object="text_completion", choices=choices, usage=self._usage(outputs))
 
     async def chunks(self, results: list[GenerationResult]) -> AsyncGenerator[Completion, None]:
         """The answer piece by piece, and the usage if asked for."""
@@ -194,12 +187,17 @@ class _Reply:
                         continue
                     piece = choice.piece(output, completion)
                     if piece.text or piece.finish_reason is not None or (piece.logprobs and piece.logprobs.tokens):
-                        chunk = Completion(**self._identity, choices=[piece])
+                        chunk = Completion(**self._identity, object="text_completion", choices=[piece])
                         if include_usage:
                             chunk.usage = None  # sent as null until the last chunk brings it
                         yield chunk
         if include_usage:
-            yield Completion(**self._identity, choices=[], usage=self._usage([last[index] for index in sorted(last)]))
+            yield Completion(
+                **self._identity,
+                object="text_completion",
+                choices=[],
+                usage=self._usage([last[index] for index in sorted(last)]),
+            )
 
     def prompt_text(self, prompt_index: int, output: RequestOutput) -> str:
         """A prompt as the client wrote it, or its token ids as text."""

@@ -9,6 +9,7 @@ import asyncio
 import json
 import logging
 import time
+import uuid
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +22,7 @@ from tokenmill.outputs import CompletionOutput, RequestOutput
 from tokenmill.server.errors import exception_body
 from tokenmill.server.responses import PromptTokensDetails, ResponseSchema, Usage
 from tokenmill.telemetry.prometheus import SUCCESS_REASONS, RequestHistograms
+from tokenmill.version import __version__
 
 if TYPE_CHECKING:
     from tokenmill.executor.result import GenerationResult
@@ -163,6 +165,16 @@ class EventStreamResponse(Response):
             async for event in events:
                 await send({"type": "http.response.body", "body": event, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def reply_identity(prefix: str, model_name: str) -> dict[str, Any]:
+    """The fields that every object and every chunk of one reply carry alike; ids are `prefix` and a random number."""
+    return {
+        "id": f"{prefix}-{uuid.uuid4().hex}",
+        "created": int(time.time()),
+        "model": model_name,
+        "system_fingerprint": f"tokenmill-{__version__}",
+    }
 
 
 def json_response(body: ResponseSchema) -> Response:

@@ -17,7 +17,7 @@ from tokenmill.server.responses import (
 )
 
 if TYPE_CHECKING:
-    from tokenmill.tokenization.tokenizer import Tokenizer
+    from tokenmill.tokenization import Tokenizer
 
 _LOWEST = -9999.0
 """Stands for minus infinity, which JSON cannot write."""
@@ -39,7 +39,7 @@ class TokenTexts:
 
     def is_special(self, token_id: int) -> bool:
         """Whether it is a control token rather than text."""
-        return self._tokenizer is not None and token_id in self._tokenizer.special_token_ids
+        return self._tokenizer is not None and self._tokenizer.is_special(token_id)
 
     def text(self, token_id: int, *, escape_prefix: str = "") -> str:
         """A token as text; one that is only a part of a character is written as `\\xf0\\x9f` after `escape_prefix`."""
