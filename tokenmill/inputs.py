@@ -52,7 +52,8 @@ class InputProcessor:
         token_ids, text = self._tokenize(prompt, sampling)
         if sampling.truncate_prompt_tokens is not None:
             token_ids = token_ids[-sampling.truncate_prompt_tokens :]
-        self._check_token_ids(token_ids)
+        self._check_token_ids(token_ids, "prompt_token_ids")
+        self._check_token_ids(list(sampling.logit_bias or ()), "logit_bias")
         request = GenerationRequest(
             request_id=request_id,
             prompt_token_ids=tuple(token_ids),
@@ -101,13 +102,13 @@ class InputProcessor:
             return self._tokenize(prompt["prompt"], sampling)
         raise InvalidParameterError("A prompt dictionary needs 'prompt' (text) or 'prompt_token_ids'.", field="prompt")
 
-    def _check_token_ids(self, token_ids: list[int]) -> None:
+    def _check_token_ids(self, token_ids: list[int], field: str) -> None:
         vocab_size = self._model.vocab_size
         if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
             wrong = next(token for token in token_ids if not 0 <= token < vocab_size)
             raise InvalidParameterError(
                 f"Token id {wrong} is not in the vocabulary (0 to {vocab_size - 1}).",
-                field="prompt_token_ids",
+                field=field,
                 remedy="Use the tokenizer that belongs to the model.",
             )
 
