@@ -1,0 +1,51 @@
+"""`tokenmill serve`: the model behind OpenAI's HTTP API."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tokenmill.cli.command import command, examples
+from tokenmill.cli.loading import loaded_llm
+from tokenmill.cli.options import DEFAULT_MODEL, ModelOptions
+
+_EPILOG = examples(
+    ("Serve the demo model on port 8000 of this machine", "tokenmill serve"),
+    ("Serve a model to the network, with a key", "tokenmill serve Qwen/Qwen3-0.6B --host 0.0.0.0 --api-key SECRET"),
+    (
+        "Ask it",
+        "curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' "
+        '-d \'{"model": "smollm2:135m", "messages": [{"role": "user", "content": "Hello!"}]}\'',
+    ),
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+
+    @command(app, "serve", epilog=_EPILOG)
+    def serve(
+        model: Annotated[
+            str | None, typer.Argument(metavar="MODEL", help="The model to serve.", show_default=DEFAULT_MODEL)
+        ] = None,
+        *,
+        host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every address.")] = "127.0.0.1",
+        port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
+        api_key: Annotated[
+            str | None, typer.Option(metavar="KEY", help="Refuse requests without it.", show_default="none")
+        ] = None,
+        served_model_name: Annotated[
+            str | None, typer.Option(metavar="NAME", help="Name of the model in the API.", show_default="MODEL")
+        ] = None,
+        model_options: ModelOptions,
+    ) -> None:
+        """Serve a model over HTTP: OpenAI's chat and text completions, health, Prometheus metrics.
+
+        Any OpenAI client works with base_url="http://HOST:PORT/v1".
+        """
+        arguments = model_options.llm_arguments(model)
+        with loaded_llm(arguments) as llm:
+            from tokenmill.server.run import serve as serve_llm
+
+            serve_llm(llm, host, port, api_key=api_key, served_model_name=served_model_name)
