@@ -183,7 +183,7 @@ def _tokenizer_report(path: Path, config: ModelConfig) -> TokenizerReport | None
     end_ids = dict.fromkeys((*config.eos_token_ids, *tokenizer.eos_token_ids))
     return TokenizerReport(
         vocab_size=tokenizer.vocab_size,
-        has_chat_template=tokenizer.chat_template is not None,
+        has_chat_template=tokenizer.has_chat_template,
         end_tokens=tuple((token_id, _token_text(tokenizer, token_id)) for token_id in end_ids),
     )
 

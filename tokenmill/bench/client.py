@@ -1,7 +1,7 @@
 """Drives an `LLM` the way its users would, and writes down when each token came.
 
-Everything is measured at the caller's end of the streaming API: tokenization of the prompt, queueing, detokenization and
-the hand-over to the caller are part of what is measured.
+Everything is measured at the caller's end of the streaming API: tokenization of the prompt, queueing, detokenization
+and the hand-over to the caller are part of what is measured.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from tokenmill.bench.workload import BenchmarkRequest
 from tokenmill.errors import InvalidParameterError, TokenmillError
+from tokenmill.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from tokenmill.llm import LLM
@@ -111,8 +112,6 @@ async def run_requests(
 
 async def _follow(llm: LLM, request: BenchmarkRequest, record: RequestRecord) -> None:
     """Send one request and fill in its record. A cancelled caller aborts the request."""
-    from tokenmill.sampling_params import SamplingParams
-
     sampling = SamplingParams(max_tokens=request.output_len, ignore_eos=True)
     prompt = request.prompt if isinstance(request.prompt, str) else list(request.prompt)
     try:

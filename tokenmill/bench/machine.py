@@ -10,6 +10,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from tokenmill.version import __version__
 
 
@@ -51,8 +53,6 @@ def describe_machine() -> Machine:
 
 def describe_versions() -> dict[str, str]:
     """Versions of Python, torch and tokenmill."""
-    import torch
-
     return {"tokenmill": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
 
 
@@ -89,8 +89,6 @@ def _memory_bytes() -> int:
 
 
 def _gpu_names() -> tuple[str, ...]:
-    import torch
-
     if not torch.cuda.is_available():
         return ()
     return tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))

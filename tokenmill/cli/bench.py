@@ -123,39 +123,40 @@ class WorkloadOptions:
 def register(app: typer.Typer) -> None:
     """Add the commands to `app`."""
     group = typer.Typer(no_args_is_help=True, help="Measure throughput and latency.", rich_markup_mode="rich")
-
-    @command(group, "throughput", epilog=_THROUGHPUT_EPILOG)
-    def throughput(
-        model: ModelArgument = None,
-        *,
-        num_requests: NumRequests = None,
-        concurrency: Concurrency = None,
-        request_rate: RequestRate = None,
-        workload: WorkloadOptions,
-        model_options: ModelOptions,
-    ) -> None:
-        """Many requests at a time: how much work gets done, and how long each request takes.
-
-        Prompts are random tokens unless there is a data set; decoding is greedy and goes on after end tokens. All
-        counts are of tokens that came back.
-        """
-        from tokenmill.bench.workload import with_poisson_arrivals
-
-        with_poisson_arrivals([], request_rate)  # refuse a bad rate before the model is loaded
-        _measure("throughput", model, model_options, workload, num_requests, concurrency, request_rate)
-
-    @command(group, "latency", epilog=_LATENCY_EPILOG)
-    def latency(
-        model: ModelArgument = None,
-        *,
-        num_iterations: NumIterations = 10,
-        workload: WorkloadOptions,
-        model_options: ModelOptions,
-    ) -> None:
-        """One request after the other: how fast a single user is served."""
-        _measure("latency", model, model_options, workload, num_iterations, 1, None)
-
+    command(group, "throughput", epilog=_THROUGHPUT_EPILOG)(throughput)
+    command(group, "latency", epilog=_LATENCY_EPILOG)(latency)
     app.add_typer(group, name="bench")
+
+
+def throughput(
+    model: ModelArgument = None,
+    *,
+    num_requests: NumRequests = None,
+    concurrency: Concurrency = None,
+    request_rate: RequestRate = None,
+    workload: WorkloadOptions,
+    model_options: ModelOptions,
+) -> None:
+    """Many requests at a time: how much work gets done, and how long each request takes.
+
+    Prompts are random tokens unless there is a data set; decoding is greedy and goes on after end tokens. All
+    counts are of tokens that came back.
+    """
+    from tokenmill.bench.workload import with_poisson_arrivals
+
+    with_poisson_arrivals([], request_rate)  # refuse a bad rate before the model is loaded
+    _measure("throughput", model, model_options, workload, num_requests, concurrency, request_rate)
+
+
+def latency(
+    model: ModelArgument = None,
+    *,
+    num_iterations: NumIterations = 10,
+    workload: WorkloadOptions,
+    model_options: ModelOptions,
+) -> None:
+    """One request after the other: how fast a single user is served."""
+    _measure("latency", model, model_options, workload, num_iterations, 1, None)
 
 
 def _measure(
@@ -206,7 +207,7 @@ def _synthetic(llm: LLM, workload: WorkloadOptions, count: int, seed: int) -> li
         input_len=workload.input_len,
         output_len=workload.output_len,
         vocab_size=llm.description.model.vocab_size,
-        special_token_ids=() if llm.tokenizer is None else llm.tokenizer.special_token_ids,
+        special_token_ids=() if llm.tokenizer is None else llm.tokenizer.all_special_ids,
         seed=seed,
     )
 

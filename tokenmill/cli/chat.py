@@ -17,6 +17,7 @@ from tokenmill.cli.line_input import LineReader
 from tokenmill.cli.loading import loaded_llm
 from tokenmill.cli.options import DEFAULT_MODEL, ModelOptions, SamplingOptions
 from tokenmill.cli.prompting import chat_token_ids, require_chat_template, sampling_for_room
+from tokenmill.env import read_environment
 from tokenmill.errors import ExecutorShutdownError, TokenmillError
 
 if TYPE_CHECKING:
@@ -36,31 +37,32 @@ _MIN_ANSWER_TOKENS = 256
 
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
+    command(app, "chat", epilog=_EPILOG)(chat)
 
-    @command(app, "chat", epilog=_EPILOG)
-    def chat(
-        model: Annotated[
-            str | None, typer.Argument(metavar="MODEL", help="The model to talk with.", show_default=DEFAULT_MODEL)
-        ] = None,
-        *,
-        system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message: how to answer.")] = None,
-        load: Annotated[
-            Path | None, typer.Option(metavar="FILE", help="Go on with a conversation that /save wrote.")
-        ] = None,
-        sampling: SamplingOptions,
-        model_options: ModelOptions,
-    ) -> None:
-        """Talk with a model: answers stream, the conversation is remembered.
 
-        Ctrl-C stops an answer and keeps what was said; Ctrl-C or Ctrl-D on an empty line leaves. /help lists commands.
-        """
-        conversation = Conversation() if load is None else Conversation.load(load)
-        if system is not None:
-            conversation.system = system
-        values = sampling.chat_parameters()
-        arguments = model_options.llm_arguments(model)
-        with loaded_llm(arguments) as llm:
-            ChatSession(llm, conversation, values).run()
+def chat(
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="The model to talk with.", show_default=DEFAULT_MODEL)
+    ] = None,
+    *,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message: how to answer.")] = None,
+    load: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Go on with a conversation that /save wrote.")
+    ] = None,
+    sampling: SamplingOptions,
+    model_options: ModelOptions,
+) -> None:
+    """Talk with a model: answers stream, the conversation is remembered.
+
+    Ctrl-C stops an answer and keeps what was said; Ctrl-C or Ctrl-D on an empty line leaves. /help lists commands.
+    """
+    conversation = Conversation() if load is None else Conversation.load(load)
+    if system is not None:
+        conversation.system = system
+    values = sampling.chat_parameters()
+    arguments = model_options.llm_arguments(model)
+    with loaded_llm(arguments) as llm:
+        ChatSession(llm, conversation, values).run()
 
 
 class ChatSession:
@@ -131,7 +133,5 @@ class ChatSession:
         return False
 
 
-def _history_file() -> Path | None:
-    from tokenmill.checkpoints import cache_folder
-
-    return cache_folder() / "chat_history"
+def _history_file() -> Path:
+    return read_environment().cache_dir / "chat_history"

@@ -28,7 +28,7 @@ _DEBUG_OPTION = Annotated[bool, typer.Option("--debug", help="Show the full trac
 
 
 def command(app: typer.Typer, name: str, *, epilog: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a function as command `name` of `app`.
+    """Registers a function as command `name` of `app`.
 
     A parameter whose type is a dataclass is a group of options: each of its fields (annotated with `typer.Option`)
     becomes an option of the command, and the function gets the dataclass. `--debug` is added to every command.

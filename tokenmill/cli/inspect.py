@@ -28,30 +28,31 @@ _EPILOG = examples(
 
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
+    command(app, "inspect", epilog=_EPILOG)(inspect)
 
-    @command(app, "inspect", epilog=_EPILOG)
-    def inspect(
-        model: Annotated[str, typer.Argument(metavar="MODEL", help="The model to look at.")],
-        *,
-        as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-        model_options: ModelOptions,
-    ) -> None:
-        """Say what a model is and how much memory it takes. No weight is loaded.
 
-        The memory plan is the one that the engine makes at start, for the free memory of this machine.
-        """
-        arguments = model_options.llm_arguments(model)
-        with progress(f"Reading {model}"):
-            from tokenmill.inspection import inspect_model
-        report = inspect_model(**arguments)
-        if as_json:
-            typer.echo(json.dumps(report.to_dict(), indent=2))
-            return
-        console = stdout_console()
-        console.print(_model_table(report))
-        console.print(_memory_table(report))
-        if report.shortage is not None:
-            print_warning(f"It does not fit this machine: {report.shortage}")
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The model to look at.")],
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    model_options: ModelOptions,
+) -> None:
+    """Say what a model is and how much memory it takes. No weight is loaded.
+
+    The memory plan is the one that the engine makes at start, for the free memory of this machine.
+    """
+    arguments = model_options.llm_arguments(model)
+    with progress(f"Reading {model}"):
+        from tokenmill.inspection import inspect_model
+    report = inspect_model(**arguments)
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=2))
+        return
+    console = stdout_console()
+    console.print(_model_table(report))
+    console.print(_memory_table(report))
+    if report.shortage is not None:
+        print_warning(f"It does not fit this machine: {report.shortage}")
 
 
 def _model_table(report: ModelReport) -> Table:

@@ -25,10 +25,11 @@ def _print_version(requested: bool) -> None:
         raise typer.Exit
 
 
-_HELP = """Compile and serve large language models.
-
-A MODEL is a directory in Hugging Face format, a .gguf file, a hub id such as Qwen/Qwen3-0.6B, or an alias: smollm2:135m \
-(the demo model, used when none is named) or gemma3:270m."""
+_HELP = (
+    "Compile and serve large language models.\n\n"
+    "A MODEL is a directory in Hugging Face format, a .gguf file, a hub id such as Qwen/Qwen3-0.6B, or an alias: "
+    "smollm2:135m (the demo model, used when none is named) or gemma3:270m."
+)
 
 
 def _root(

@@ -229,7 +229,9 @@ class SamplingOptions:
     min_p: Annotated[
         float | None,
         typer.Option(
-            help="Drop tokens below this share of the best one's probability.", rich_help_panel=_SAMPLING_PANEL
+            metavar="X",
+            help="Drop tokens below this share of the best one's probability.",
+            rich_help_panel=_SAMPLING_PANEL,
         ),
     ] = None
     repetition_penalty: Annotated[

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def has_chat_template(llm: LLM) -> bool:
     """Whether the model says how a conversation is written."""
-    return llm.tokenizer is not None and llm.tokenizer.chat_template is not None
+    return llm.tokenizer is not None and llm.tokenizer.has_chat_template
 
 
 def require_chat_template(llm: LLM) -> None:

@@ -36,43 +36,42 @@ _EPILOG = examples(
 
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
+    command(app, "run", epilog=_EPILOG)(run)
 
-    @command(app, "run", epilog=_EPILOG)
-    def run(
-        words: Annotated[
-            list[str],
-            typer.Argument(
-                metavar="[MODEL] PROMPT",
-                help="What to ask; - reads it from standard input. With one argument the demo model answers.",
-                show_default=False,
-            ),
-        ],
-        *,
-        model: Annotated[
-            str | None,
-            typer.Option("--model", "-m", metavar="MODEL", help="The model to ask.", show_default=DEFAULT_MODEL),
-        ] = None,
-        system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message: how to answer.")] = None,
-        raw: Annotated[
-            bool, typer.Option("--raw", help="Continue the prompt as it is, without chat template.")
-        ] = False,
-        sampling: SamplingOptions,
-        model_options: ModelOptions,
-    ) -> None:
-        """Ask a model one question and stream the answer to standard output.
 
-        A model with a chat template gets the prompt as a user's message, others (and --raw) continue it.
-        """
-        model, prompt = _model_and_prompt(words, model)
-        if raw and system is not None:
-            raise InvalidParameterError("--system needs the chat template, which --raw leaves out.", field="system")
-        values = sampling.chat_parameters()
-        arguments = model_options.llm_arguments(model)
-        prompt = _read_stdin() if prompt == "-" else prompt
-        with loaded_llm(arguments) as llm:
-            interrupted = _answer(llm, prompt, system, values, raw=raw)
-        if interrupted:
-            raise typer.Exit(EXIT_INTERRUPTED)
+def run(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[MODEL] PROMPT",
+            help="What to ask; - reads it from standard input. With one argument the demo model answers.",
+            show_default=False,
+        ),
+    ],
+    *,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", metavar="MODEL", help="The model to ask.", show_default=DEFAULT_MODEL),
+    ] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message: how to answer.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without chat template.")] = False,
+    sampling: SamplingOptions,
+    model_options: ModelOptions,
+) -> None:
+    """Ask a model one question and stream the answer to standard output.
+
+    A model with a chat template gets the prompt as a user's message, others (and --raw) continue it.
+    """
+    model, prompt = _model_and_prompt(words, model)
+    if raw and system is not None:
+        raise InvalidParameterError("--system needs the chat template, which --raw leaves out.", field="system")
+    values = sampling.chat_parameters()
+    arguments = model_options.llm_arguments(model)
+    prompt = _read_stdin() if prompt == "-" else prompt
+    with loaded_llm(arguments) as llm:
+        interrupted = _answer(llm, prompt, system, values, raw=raw)
+    if interrupted:
+        raise typer.Exit(EXIT_INTERRUPTED)
 
 
 def _model_and_prompt(words: list[str], model: str | None) -> tuple[str | None, str]:
