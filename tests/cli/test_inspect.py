@@ -56,7 +56,16 @@ def test_the_plan_is_the_engines(program: Program, tiny_model: Path) -> None:
 def test_the_tables_say_what_matters(program: Program, base_model: Path) -> None:
     done = program("inspect", str(base_model))
     assert done.returncode == 0, done.stderr
-    for text in ("LlamaForCausalLM", "Parameters", "64 tokens", "safetensors", "Chat template", "no", "KV cache", "Total"):
+    for text in (
+        "LlamaForCausalLM",
+        "Parameters",
+        "64 tokens",
+        "safetensors",
+        "Chat template",
+        "no",
+        "KV cache",
+        "Total",
+    ):
         assert text in done.stdout, text
 
 

@@ -62,7 +62,12 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
         ),
         ("max_batch_size: many", InvalidParameterError, "max_batch_size", "'many'"),
         ("max_batch_size: 0", InvalidParameterError, "max_batch_size", "greater than or equal to 1"),
-        ("scheduler_config:\n  capacity_scheduler_policy: EVICT", InvalidParameterError, "capacity_scheduler_policy", "EVICT"),
+        (
+            "scheduler_config:\n  capacity_scheduler_policy: EVICT",
+            InvalidParameterError,
+            "capacity_scheduler_policy",
+            "EVICT",
+        ),
         ("- a\n- b", InvalidParameterError, "config", "does not hold a table"),
         ("3: 4", InvalidParameterError, "config", "does not hold a table"),
         ("a: [", InvalidParameterError, "config", "is not valid YAML"),

@@ -92,6 +92,11 @@ def test_arguments_are_split_into_model_and_prompt(tiny_model: Path) -> None:
     assert _model_and_prompt(["hello"], "some/model") == ("some/model", "hello")
     assert _model_and_prompt(["some/model", "hello"], None) == ("some/model", "hello")
     assert _model_and_prompt(["x" * 5000], None) == (None, "x" * 5000)
-    for words, model in [(["a", "b", "c"], None), (["a", "b"], "m"), ([str(tiny_model)], None), (["smollm2:135m"], None)]:
+    for words, model in [
+        (["a", "b", "c"], None),
+        (["a", "b"], "m"),
+        ([str(tiny_model)], None),
+        (["smollm2:135m"], None),
+    ]:
         with pytest.raises(UserError):
             _model_and_prompt(words, model)
