@@ -7,6 +7,7 @@ did-you-mean, a bad value an `InvalidParameterError` that names the field. `LlmA
 
 from __future__ import annotations
 
+import reprlib
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
@@ -47,21 +48,30 @@ class StrictModel(BaseModel):
                 field=name,
                 remedy=did_you_mean(name, type(self).model_fields),
             )
+        before = dict(self.__dict__)
         try:
             super().__setattr__(name, value)
         except ValidationError as error:
+            self.__dict__.update(before)  # pydantic checks fields against each other only after it has assigned
             raise _invalid_parameter(type(self).__name__, error) from None
 
 
 def _invalid_parameter(owner: str, error: ValidationError) -> UserError:
     first = error.errors()[0]
     cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, UserError):
+    if isinstance(cause, UserError):  # raised by our own checks, here or in a nested configuration
         return cause
     location = [str(part) for part in first["loc"]]
     field = location[0] if location else None
-    value = f", got {first['input']!r}" if field and not isinstance(first["input"], dict) else ""
+    value = f", got {_shown(first['input'])}" if field and not isinstance(first["input"], dict) else ""
     return InvalidParameterError(f"{owner}.{'.'.join(location)}: {first['msg']}{value}.", field=field)
+
+
+def _shown(value: Any) -> str:
+    """The offending value for an error's text, of bounded length. Python refuses to print integers of many digits."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"an integer of {value.bit_length()} bits"
+    return reprlib.repr(value)
 
 
 class CapacitySchedulerPolicy(StrEnum):

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeAlias, overload
 
-from tokenmill.checkpoints import resolve_model
+from tokenmill.checkpoints.resolve import resolve_model
 from tokenmill.config import LlmArgs
 from tokenmill.engine.request import GenerationRequest
 from tokenmill.errors import InvalidParameterError, QueueFullError, UnknownParameterError, did_you_mean

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeAlias
 
 from pydantic import Field, model_validator
 
 from tokenmill.config import StrictModel
 from tokenmill.errors import InvalidParameterError, UnsupportedFeatureError
+
+MAX_COUNT = 2**31 - 1
+"""Largest count or token id: what fits the int32 tensors that a runner keeps."""
+
+TokenId: TypeAlias = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+LogitBias: TypeAlias = Annotated[float, Field(ge=-1e30, le=1e30)]  # finite in float32 and bfloat16
 
 
 class SamplingParams(StrictModel):
@@ -21,27 +27,27 @@ class SamplingParams(StrictModel):
         UnsupportedFeatureError: a parameter of TensorRT-LLM's that this version cannot honour.
     """
 
-    end_id: int | None = Field(default=None, ge=0)
+    end_id: TokenId | None = None
     """Token that ends the answer; None: the model's own end tokens."""
     pad_id: int | None = None
     """Accepted for compatibility; sequences are never padded."""
-    max_tokens: int = Field(default=32, ge=1)
+    max_tokens: int = Field(default=32, ge=1, le=MAX_COUNT)
     """Most tokens to generate."""
-    min_tokens: int | None = Field(default=None, ge=0)
+    min_tokens: int | None = Field(default=None, ge=0, le=MAX_COUNT)
     """End tokens and stop tokens are banned before this many tokens."""
     ignore_eos: bool = False
     """Go on after the end token."""
     stop: str | list[str] | None = None
     """Strings that end the answer; not part of the text unless `include_stop_str_in_output`."""
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: list[TokenId] | None = None
     """Tokens that end the answer."""
     include_stop_str_in_output: bool = False
     """Keep the stop string (or stop token) in the answer."""
     bad: str | list[str] | None = None
     """Words that must not be generated."""
-    bad_token_ids: list[int] | None = None
+    bad_token_ids: list[TokenId] | None = None
     """Tokens that must not be generated."""
-    logit_bias: dict[int, float] | None = None
+    logit_bias: dict[TokenId, LogitBias] | None = None
     """Added to the logits of these tokens."""
 
     n: int = Field(default=1, ge=1, le=256)
@@ -52,7 +58,7 @@ class SamplingParams(StrictModel):
     """Makes sampling repeatable, whatever else runs in the batch; None: a fresh one for each request."""
     temperature: float | None = Field(default=None, ge=0.0, le=100.0)
     """Logits are divided by it; 0 is greedy."""
-    top_k: int | None = Field(default=None, ge=0)
+    top_k: int | None = Field(default=None, ge=0, le=MAX_COUNT)
     """Sample from the k most likely tokens; 0 or None: from all."""
     top_p: float | None = Field(default=None, gt=0.0, le=1.0)
     """Sample from the smallest set of tokens whose probabilities sum to it."""
@@ -77,7 +83,7 @@ class SamplingParams(StrictModel):
     """Leave special tokens out of the text."""
     spaces_between_special_tokens: bool = True
     """Accepted for compatibility; text follows the tokenizer's own decoder."""
-    truncate_prompt_tokens: int | None = Field(default=None, ge=1)
+    truncate_prompt_tokens: int | None = Field(default=None, ge=1, le=MAX_COUNT)
     """Keep only the last tokens of the prompt."""
 
     not_yet: ClassVar[frozenset[str]] = frozenset({

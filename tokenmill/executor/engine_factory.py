@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from tokenmill.checkpoints import open_checkpoint
+from tokenmill.attention.select import select_backend
+from tokenmill.checkpoints.base import open_checkpoint
 from tokenmill.config import LlmArgs
 from tokenmill.engine.core import EngineCore
 from tokenmill.engine.scheduler import Scheduler, SchedulerSettings
@@ -21,7 +22,7 @@ from tokenmill.runtime.memory_planner import MemoryPlan, MemoryRequest, plan_mem
 from tokenmill.runtime.model_loader import load_model, resolve_device, resolve_dtype
 from tokenmill.runtime.model_runner import ModelRunner
 from tokenmill.runtime.slot_state import SlotState
-from tokenmill.sampling.sampler import Sampler
+from tokenmill.sampling.slot_params import SlotSamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,8 @@ def build_engine(
         args.kv_cache_config,
         free_memory(device),
     )
-    model = load_model(args, config, checkpoint, device, dtype, on_progress)
+    backend = select_backend(args.attn_backend, device)
+    model = load_model(args, config, checkpoint, device, dtype, backend, on_progress)
     block = args.kv_cache_config.tokens_per_block
     caches = allocate_caches(
         config.num_layers, plan.num_blocks, block, config.num_key_value_heads, config.head_dim, cache_dtype, device
@@ -91,7 +93,7 @@ def build_engine(
         model,
         caches,
         SlotState(args.max_batch_size, max_seq_len, block, device),
-        Sampler(args.max_batch_size, config.vocab_size, device),
+        SlotSamplingParams(args.max_batch_size, config.vocab_size, device),
     )
     kv_cache = KvCacheManager(
         plan.num_blocks,
@@ -104,15 +106,15 @@ def build_engine(
         max_num_tokens=args.max_num_tokens,
         max_seq_len=max_seq_len,
         enable_chunked_prefill=args.enable_chunked_prefill,
-        capacity_scheduler_policy=args.scheduler_config.capacity_scheduler_policy,
-        waiting_queue_policy=args.scheduler_config.waiting_queue_policy,
+        capacity_policy=args.scheduler_config.capacity_scheduler_policy,
+        queue_policy=args.scheduler_config.waiting_queue_policy,
     )
     description = EngineDescription(
         model=config,
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         cache_dtype=str(cache_dtype).removeprefix("torch."),
-        attn_backend=model.attn_backend_name,
+        attn_backend=backend.name,
         max_batch_size=args.max_batch_size,
         max_num_tokens=args.max_num_tokens,
         max_seq_len=max_seq_len,

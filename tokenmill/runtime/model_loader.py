@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import nn
 
-from tokenmill.attention.select import select_backend
-from tokenmill.checkpoints import Checkpoint, fill_dummy, load_weights
+from tokenmill.attention.base import AttentionBackend
+from tokenmill.checkpoints.base import Checkpoint
+from tokenmill.checkpoints.loading import fill_dummy, load_weights
 from tokenmill.config import LlmArgs
 from tokenmill.errors import InvalidParameterError
 from tokenmill.layers.context import LayerContext
 from tokenmill.layers.weights import finalize_weights, weight_targets
 from tokenmill.models import load_model_class
+from tokenmill.models.base import CausalLM
 from tokenmill.models.config import ModelConfig
 from tokenmill.ops.platform import computes_bfloat16
 
@@ -59,17 +60,17 @@ def load_model(
     checkpoint: Checkpoint,
     device: torch.device,
     dtype: torch.dtype,
+    backend: AttentionBackend,
     on_progress: Callable[[str, int, int], None] | None = None,
-) -> nn.Module:
+) -> CausalLM:
     """Build the model that `config` describes and fill it.
 
     Raises:
         CheckpointError: tensors are missing, left over or of the wrong shape.
         UnsupportedFeatureError: the architecture is not supported.
     """
-    context = LayerContext(dtype=dtype, device=device, backend=select_backend(args.attn_backend, device, config))
-    with torch.device(device):
-        model = load_model_class(config.model_type)(config, context)
+    context = LayerContext(dtype=dtype, device=device, backend=backend)
+    model = load_model_class(config.model_type)(config, context)
     targets = weight_targets(model)
     if args.load_format == "dummy":
         fill_dummy(targets, seed=0)

@@ -6,45 +6,59 @@ Nothing is read back before `collect`, so the host can prepare the next step mea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from tokenmill.attention.base import LayerCache
-from tokenmill.engine.plan import BatchPlan, RowOutput, StepOutput
+from tokenmill.engine.plan import BatchPlan, BlockCopy, NewSlot, Row, RowOutput, StepOutput
 from tokenmill.layers.forward_batch import ForwardBatch
 from tokenmill.models.base import CausalLM
+from tokenmill.ops.kv_cache import copy_blocks
 from tokenmill.runtime.slot_state import SlotState, StepInputs
-from tokenmill.sampling.logprobs import PromptLogprobs
-from tokenmill.sampling.sampler import SampledTokens, Sampler
+from tokenmill.sampling.logprobs import LogprobTensors, prompt_logprobs, to_token_logprobs
+from tokenmill.sampling.sampled_tokens import TokenReadback
+from tokenmill.sampling.sampler import Sampler
+from tokenmill.sampling.slot_params import SlotSamplingParams
 
 
 @dataclass(frozen=True, slots=True)
 class LaunchedStep:
-    """A step under way: the plan and the tensors that `collect` reads."""
+    """A step under way.
+
+    Args:
+        plan: what was launched.
+        sampled_rows: indices of the plan's rows that sample.
+        readback: their tokens, on the way to the host; None when no row samples.
+        prompt_logprobs: by row index, for the rows that asked: the tensors, and how many most likely tokens to tell.
+    """
 
     plan: BatchPlan
     sampled_rows: tuple[int, ...]
-    sampled: SampledTokens | None
-    prompt_logprobs: dict[int, PromptLogprobs]
+    readback: TokenReadback | None
+    prompt_logprobs: dict[int, tuple[LogprobTensors, int]]
 
 
 class ModelRunner:
-    """Runs plans. See `engine.plan.Runner`.
+    """Runs plans; see `engine.plan.Runner` for the contract.
 
     Args:
         model: loaded and finalized.
         caches: keys and values of each layer.
-        slots: state by slot.
-        sampler: with room for the same slots.
+        slots: tokens and block tables by slot.
+        sampling: sampling parameters by slot.
     """
 
-    def __init__(self, model: CausalLM, caches: tuple[LayerCache, ...], slots: SlotState, sampler: Sampler) -> None:
+    def __init__(
+        self, model: CausalLM, caches: tuple[LayerCache, ...], slots: SlotState, sampling: SlotSamplingParams
+    ) -> None:
         self._model = model
         self._caches = caches
         self._slots = slots
-        self._sampler = sampler
-        self._num_prompt_tokens: dict[int, int] = {}
+        self._sampling = sampling
+        self._sampler = Sampler(sampling)
+        self._assigned: dict[int, NewSlot] = {}
 
     def run(self, plan: BatchPlan) -> StepOutput:
         """Launch and collect."""
@@ -53,20 +67,98 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, plan: BatchPlan) -> LaunchedStep:
         """Start the step; on a GPU this returns before it is computed."""
-        self._apply_changes(plan)
-        if not plan.rows:
-            return LaunchedStep(plan, (), None, {})
+        self._copy_blocks(plan.block_copies)
+        self._slots.assign(plan.new_slots)
+        self._sampling.assign(plan.new_slots)
+        self._assigned.update((new.slot, new) for new in plan.new_slots)
+        self._slots.append_blocks(plan.new_blocks)
         inputs = StepInputs(plan.rows, self._slots)
-        batch = ForwardBatch(inputs.input_ids, inputs.positions, inputs.attention, self._caches)
-        hidden = self._model(batch)  # [T, hidden]
+        hidden = self._model(ForwardBatch(inputs.input_ids, inputs.positions, inputs.attention, self._caches))
+        sampled_rows = tuple(index for index, row in enumerate(plan.rows) if row.sample)
         return LaunchedStep(
             plan=plan,
-            sampled_rows=tuple(index for index, row in enumerate(plan.rows) if row.sample),
-            sampled=self._sample(plan, inputs, hidden),
-            prompt_logprobs=self._prompt_logprobs(plan, hidden),
+            sampled_rows=sampled_rows,
+            readback=self._sample(plan.rows, sampled_rows, inputs, hidden) if sampled_rows else None,
+            prompt_logprobs=self._prompt_logprobs(plan.rows, hidden),
         )
 
     def collect(self, pending: LaunchedStep) -> StepOutput:
         """Read what the step gave; waits for the device."""
-        rows = [RowOutput() for _ in pending.plan.rows]
-        return StepOutput(tuple(rows))
+        rows = pending.plan.rows
+        outputs = [RowOutput() for _ in rows]
+        of_prompts = {
+            index: tuple(to_token_logprobs(tensors.cpu(), [num_top] * len(tensors.token_ids)))
+            for index, (tensors, num_top) in pending.prompt_logprobs.items()
+        }
+        for index, entries in of_prompts.items():
+            outputs[index] = RowOutput(prompt_logprobs=entries)
+        sampled = pending.readback.wait() if pending.readback is not None else []
+        for index, (token_id, logprobs) in zip(pending.sampled_rows, sampled, strict=True):
+            outputs[index] = RowOutput(
+                token_id=token_id,
+                logprobs=logprobs,
+                prompt_logprobs=of_prompts.get(index, ()),
+                error=None if token_id is not None else "The model gave no finite logits for this request.",
+            )
+        self._heal([rows[index] for index in pending.sampled_rows if outputs[index].error is not None])
+        return StepOutput(tuple(outputs))
+
+    # ---- parts of a launch -----------------------------------------------------------------------------------
+
+    def _copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        if copies:
+            pairs = torch.tensor([[copy.source, copy.destination] for copy in copies], dtype=torch.int64)
+            source, destination = pairs.to(self._slots.device, non_blocking=True).unbind(1)
+            copy_blocks(self._caches, source, destination)
+
+    def _sample(
+        self, rows: Sequence[Row], sampled_rows: tuple[int, ...], inputs: StepInputs, hidden: torch.Tensor
+    ) -> TokenReadback:
+        """Tokens of the sampled rows, written to their slots as the next step's input."""
+        last, slots, positions = inputs.last_token_index, inputs.slots, inputs.next_positions
+        if len(sampled_rows) < len(rows):
+            index = torch.tensor(sampled_rows, dtype=torch.int64).to(slots.device, non_blocking=True)
+            last, slots, positions = last[index], slots[index], positions[index]
+        sampled = self._sampler.sample(
+            self._model.compute_logits(hidden[last]),  # [sampled, V]
+            slots,
+            [rows[row].slot for row in sampled_rows],
+            positions,
+            self._slots.token_ids,
+            max_position=max(rows[row].start + rows[row].num_tokens for row in sampled_rows),
+        )
+        self._slots.token_ids[slots, positions] = sampled.token_ids
+        return TokenReadback(sampled)
+
+    def _prompt_logprobs(self, rows: Sequence[Row], hidden: torch.Tensor) -> dict[int, tuple[LogprobTensors, int]]:
+        """Log-probabilities of the prompt tokens that follow each position of the rows that asked."""
+        found: dict[int, tuple[LogprobTensors, int]] = {}
+        first = 0  # index of the row's first token among all of the step's
+        for index, row in enumerate(rows):
+            if row.prompt_logprobs:
+                new = self._assigned[row.slot]
+                count = min(row.num_tokens, new.num_prompt_tokens - 1 - row.start)
+                if count > 0:
+                    num_top = new.sampling.prompt_logprobs or 0
+                    tensors = prompt_logprobs(
+                        hidden[first : first + count],
+                        self._model.compute_logits,
+                        self._slots.token_ids[row.slot, row.start + 1 : row.start + 1 + count],
+                        num_top,
+                        vocab_size=self._model.config.vocab_size,
+                    )
+                    found[index] = tensors, num_top
+            first += row.num_tokens
+        return found
+
+    # ---- parts of a collect ----------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _heal(self, failed: Sequence[Row]) -> None:
+        """Take NaN out of the blocks of failed rows: the next owner masks what it has not written, but 0 * NaN is NaN."""
+        for row in failed:
+            num_blocks = -(-(row.start + row.num_tokens) // self._slots.tokens_per_block)
+            blocks = self._slots.block_tables[row.slot, :num_blocks].long()
+            for layer in self._caches:
+                for cache in layer:
+                    cache[blocks] = cache[blocks].nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)

@@ -1,0 +1,144 @@
+"""Configuration is strict: unknown names, bad values and bad nested values are our errors and name the field."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokenmill.config import CapacitySchedulerPolicy, KvCacheConfig, LlmArgs, SchedulerConfig, StrictModel
+from tokenmill.errors import InvalidParameterError, UnknownParameterError, UserError
+
+CONFIGURATIONS: dict[type[StrictModel], dict[str, Any]] = {
+    KvCacheConfig: {},
+    SchedulerConfig: {},
+    LlmArgs: {"model": "some/model"},
+}
+
+BAD_VALUES: list[tuple[type[StrictModel], str, Any]] = [
+    (KvCacheConfig, "tokens_per_block", 0),
+    (KvCacheConfig, "tokens_per_block", 1025),
+    (KvCacheConfig, "tokens_per_block", 1.5),
+    (KvCacheConfig, "max_tokens", 0),
+    (KvCacheConfig, "free_gpu_memory_fraction", 0.0),
+    (KvCacheConfig, "free_gpu_memory_fraction", 1.0),
+    (KvCacheConfig, "free_gpu_memory_fraction", math.nan),
+    (KvCacheConfig, "free_gpu_memory_fraction", -math.inf),
+    (KvCacheConfig, "dtype", "int3"),
+    (KvCacheConfig, "enable_block_reuse", "maybe"),
+    (SchedulerConfig, "capacity_scheduler_policy", "GUARANTEED"),
+    (SchedulerConfig, "waiting_queue_policy", "random"),
+    (LlmArgs, "model", 7),
+    (LlmArgs, "max_batch_size", -1),
+    (LlmArgs, "max_num_tokens", 0),
+    (LlmArgs, "max_seq_len", 1),
+    (LlmArgs, "tensor_parallel_size", 0),
+    (LlmArgs, "dtype", "float8"),
+    (LlmArgs, "backend", "tensorrt"),
+    (LlmArgs, "load_format", "magic"),
+    (LlmArgs, "num_threads", 0),
+    (LlmArgs, "max_queue_size", 0),
+    (LlmArgs, "kv_cache_config", 3),
+]
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def fields() -> list[tuple[type[StrictModel], str]]:
+    """Every field of every configuration."""
+    return [(owner, name) for owner in CONFIGURATIONS for name in owner.model_fields]
+
+
+@pytest.mark.parametrize("owner", CONFIGURATIONS)
+def test_every_field_is_documented(owner: type[StrictModel]) -> None:
+    assert [name for name, field in owner.model_fields.items() if not field.description] == []
+
+
+@pytest.mark.parametrize("owner", CONFIGURATIONS)
+def test_unknown_name_is_refused_with_the_closest_one(owner: type[StrictModel]) -> None:
+    known = next(reversed(owner.model_fields))
+    with pytest.raises(UnknownParameterError, match=f"Did you mean '{known}'") as caught:
+        owner(**CONFIGURATIONS[owner], **{f"{known}x": 1})
+    assert caught.value.field == f"{known}x"
+
+
+@pytest.mark.parametrize(("owner", "field", "value"), BAD_VALUES)
+def test_bad_value_names_the_field(owner: type[StrictModel], field: str, value: object) -> None:
+    with pytest.raises(InvalidParameterError, match=field) as caught:
+        owner(**{**CONFIGURATIONS[owner], field: value})
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(("owner", "field", "value"), BAD_VALUES)
+def test_bad_assignment_changes_nothing(owner: type[StrictModel], field: str, value: object) -> None:
+    configuration = owner(**CONFIGURATIONS[owner])
+    before = configuration.model_dump()
+    with pytest.raises(InvalidParameterError) as caught:
+        setattr(configuration, field, value)
+    assert caught.value.field == field
+    assert configuration.model_dump() == before
+
+
+def test_an_integer_too_long_to_print_is_described() -> None:
+    with pytest.raises(InvalidParameterError, match="an integer of 16610 bits"):
+        LlmArgs(model="m", max_batch_size=-(10**5000))
+
+
+@given(owner_and_field=st.sampled_from(fields()), value=anything)
+def test_any_value_is_taken_or_refused_by_name(owner_and_field: tuple[type[StrictModel], str], value: object) -> None:
+    owner, field = owner_and_field
+    try:
+        configuration = owner(**{**CONFIGURATIONS[owner], field: value})
+    except UserError as error:
+        nested = value if isinstance(value, dict) else {}
+        assert error.field == field or error.field in nested
+        return
+    again = owner(**configuration.model_dump())
+    assert again == configuration
+
+
+def test_nested_mistakes_are_named() -> None:
+    with pytest.raises(UnknownParameterError, match="Did you mean 'max_tokens'") as unknown:
+        LlmArgs(model="m", kv_cache_config={"max_tokns": 1})  # type: ignore[arg-type]
+    assert unknown.value.field == "max_tokns"
+    with pytest.raises(InvalidParameterError, match=r"KvCacheConfig\.max_tokens") as invalid:
+        LlmArgs(model="m", kv_cache_config={"max_tokens": -1})  # type: ignore[arg-type]
+    assert invalid.value.field == "max_tokens"
+
+
+def test_missing_model_is_named() -> None:
+    with pytest.raises(InvalidParameterError, match="required") as caught:
+        LlmArgs()
+    assert caught.value.field == "model"
+
+
+def test_unknown_attribute_is_refused() -> None:
+    configuration = KvCacheConfig()
+    with pytest.raises(UnknownParameterError, match="Did you mean 'max_tokens'"):
+        configuration.max_token = 3
+
+
+def test_values_are_taken_as_users_write_them() -> None:
+    arguments = LlmArgs(
+        model=Path("models/a"),
+        kv_cache_config=KvCacheConfig(max_tokens=4096, free_gpu_memory_fraction=0.5),
+        scheduler_config={"capacity_scheduler_policy": "MAX_UTILIZATION"},  # type: ignore[arg-type]
+        backend="pytorch",
+    )
+    assert arguments.model == Path("models/a")
+    assert arguments.kv_cache_config.max_tokens == 4096
+    assert arguments.scheduler_config.capacity_scheduler_policy is CapacitySchedulerPolicy.MAX_UTILIZATION
+
+
+def test_defaults_are_not_shared() -> None:
+    first, second = LlmArgs(model="a"), LlmArgs(model="b")
+    first.kv_cache_config.max_tokens = 64
+    assert second.kv_cache_config.max_tokens is None

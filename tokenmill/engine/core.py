@@ -1,0 +1,91 @@
+"""`EngineCore`: the step loop. Whoever owns the engine calls `step` while `has_work`, and forwards the events."""
+
+from __future__ import annotations
+
+from tokenmill.engine.events import EngineEvent
+from tokenmill.engine.plan import BatchPlan, PendingStep, Runner
+from tokenmill.engine.request import GenerationRequest
+from tokenmill.engine.scheduler import Scheduler
+from tokenmill.errors import EngineError, TokenmillError
+from tokenmill.outputs import FinishReason
+from tokenmill.telemetry.stats import EngineStats
+
+
+class EngineCore:
+    """A scheduler and a runner. Use either `step` or `step_overlapped` on one engine; both give the same tokens.
+
+    Args:
+        scheduler: what to compute.
+        runner: computes it.
+    """
+
+    def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self._launched: tuple[BatchPlan, PendingStep] | None = None
+
+    def step(self) -> list[EngineEvent]:
+        """One step: schedule, run, commit."""
+        assert self._launched is None, "a step is in flight; go on with step_overlapped"
+        plan = self.scheduler.schedule()
+        if not plan.rows:
+            return self.scheduler.take_events()
+        try:
+            output = self.runner.run(plan)
+        except Exception as error:  # the boundary between the engine and a model: its requests fail, others go on
+            return self.scheduler.fail(plan, _as_engine_error(error))
+        return self.scheduler.commit(plan, output)
+
+    def step_overlapped(self) -> list[EngineEvent]:
+        """One step, launched before the one before it is read: the device works while the host reads and plans."""
+        plan = self.scheduler.schedule()
+        previous, self._launched = self._launched, None
+        events = self._launch(plan) if plan.rows else []
+        return events + (self._collect(*previous) if previous else self.scheduler.take_events())
+
+    def _launch(self, plan: BatchPlan) -> list[EngineEvent]:
+        try:
+            self._launched = plan, self.runner.launch(plan)
+        except Exception as error:  # see step
+            return self.scheduler.fail(plan, _as_engine_error(error))
+        return []
+
+    def _collect(self, plan: BatchPlan, pending: PendingStep) -> list[EngineEvent]:
+        try:
+            output = self.runner.collect(pending)
+        except Exception as error:  # see step
+            return self.scheduler.fail(plan, _as_engine_error(error))
+        return self.scheduler.commit(plan, output)
+
+    def add(self, request: GenerationRequest) -> None:
+        """Put a request into the waiting queue; raises `UserError` if it can never run."""
+        self.scheduler.add(request)
+
+    def cancel(self, request_id: int) -> bool:
+        """End a request; its events come with the next step. False if it is not here (any more)."""
+        return self.scheduler.cancel(request_id)
+
+    def finish_sequence(self, request_id: int, sequence_index: int, finish_reason: FinishReason) -> bool:
+        """End one sequence for a reason found outside, such as a stop string. False if it has ended already."""
+        return self.scheduler.finish_sequence(request_id, sequence_index, finish_reason)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return self.scheduler.has_work
+
+    def stats(self) -> EngineStats:
+        """A snapshot of counters and gauges."""
+        return self.scheduler.stats()
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when requests, slots and cache blocks do not fit together."""
+        self.scheduler.check_integrity()
+
+
+def _as_engine_error(error: Exception) -> TokenmillError:
+    if isinstance(error, TokenmillError):
+        return error
+    wrapped = EngineError(f"The model runner failed: {type(error).__name__}: {error}")
+    wrapped.__cause__ = error
+    return wrapped

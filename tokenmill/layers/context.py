@@ -1,0 +1,37 @@
+"""`LayerContext`: the only thing that a model and its layers get from outside, besides the architecture's numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from tokenmill.attention.base import AttentionBackend
+from tokenmill.parallel.group import ParallelGroup
+from tokenmill.quantization.base import LinearMethodFactory
+from tokenmill.quantization.unquantized import unquantized
+
+
+@dataclass(frozen=True, slots=True)
+class LayerContext:
+    """How layers are built, not what they are.
+
+    Args:
+        dtype: type of weights and activations.
+        device: where weights live.
+        backend: what every attention layer calls.
+        linear_method: makes the `LinearMethod` of each linear layer, by the layer's full name.
+        group: the ranks over which layers are sharded.
+        prefix: full name of the module that is being built.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    backend: AttentionBackend
+    linear_method: LinearMethodFactory = unquantized
+    group: ParallelGroup = field(default_factory=ParallelGroup)
+    prefix: str = ""
+
+    def child(self, name: str) -> LayerContext:
+        """The context for the submodule `name`."""
+        return replace(self, prefix=f"{self.prefix}.{name}" if self.prefix else name)

@@ -1,0 +1,52 @@
+"""Root-mean-square norms, with the residual addition in front of them. Called by models."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from tokenmill.layers.context import LayerContext
+from tokenmill.ops.rms_norm import add_rms_norm, rms_norm
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, times `weight`."""
+
+    def __init__(self, size: int, eps: float, context: LayerContext) -> None:
+        super().__init__()
+        self.eps = eps
+        ones = torch.ones(size, dtype=context.dtype, device=context.device)
+        self.weight = nn.Parameter(ones, requires_grad=False)
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """What the normalized input is multiplied by: [size]."""
+        return self.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalize x [..., size]."""
+        return rms_norm(x, self.scale, self.eps)
+
+    def add_and_norm(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(normalized sum, sum) of x and residual [T, size]; without a residual, x starts the stream."""
+        if residual is None:
+            return rms_norm(x, self.scale, self.eps), x
+        return add_rms_norm(x, residual, self.scale, self.eps)
+
+
+class GemmaRMSNorm(RMSNorm):
+    """Gemma's norm: the factor is `1 + weight`, in float32, so that a weight of zero is the identity."""
+
+    def __init__(self, size: int, eps: float, context: LayerContext) -> None:
+        super().__init__(size, eps, context)
+        nn.init.zeros_(self.weight)
+        self._scale: torch.Tensor | None = None
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """`1 + weight` in float32: [size]."""
+        return 1.0 + self.weight.float() if self._scale is None else self._scale
+
+    def finalize_weights(self) -> None:
+        """Compute `1 + weight` once."""
+        self._scale = 1.0 + self.weight.float()

@@ -1,0 +1,157 @@
+"""Gemma 3 (https://arxiv.org/abs/2503.19786), the language model: norms before and after attention and MLP, normalized
+query and key heads, and a pattern of layers with a sliding window and layers that see everything, each with rotary
+embeddings of their own. Serves `gemma3_text` and the language model inside `gemma3`; images are not read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from tokenmill.attention.base import AttentionMetadata, AttentionSpec, LayerCache
+from tokenmill.layers.attention import Attention
+from tokenmill.layers.context import LayerContext
+from tokenmill.layers.embedding import LMHead, VocabParallelEmbedding
+from tokenmill.layers.forward_batch import ForwardBatch
+from tokenmill.layers.linear import QKVLinear, RowParallelLinear
+from tokenmill.layers.mlp import GatedMLP
+from tokenmill.layers.norm import GemmaRMSNorm
+from tokenmill.layers.rope import RotaryEmbedding, Rotation
+from tokenmill.models.base import CausalLM
+from tokenmill.models.config import ModelConfig
+
+
+class Gemma3Attention(nn.Module):
+    """Self-attention with normalized query and key heads; sliding or full by layer."""
+
+    def __init__(self, config: ModelConfig, layer: int, context: LayerContext) -> None:
+        super().__init__()
+        self.qkv_proj = QKVLinear(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            bias=config.attention.qkv_bias,
+            context=context.child("qkv_proj"),
+        )
+        self.o_proj = RowParallelLinear(
+            config.num_attention_heads * config.head_dim,
+            config.hidden_size,
+            bias=config.attention.output_bias,
+            context=context.child("o_proj"),
+        )
+        self.q_norm = GemmaRMSNorm(config.head_dim, config.rms_norm_eps, context)
+        self.k_norm = GemmaRMSNorm(config.head_dim, config.rms_norm_eps, context)
+        spec = AttentionSpec(
+            num_heads=self.qkv_proj.num_heads,
+            num_kv_heads=self.qkv_proj.num_kv_heads,
+            head_dim=config.head_dim,
+            scale=config.attention.scale,
+            sliding_window=config.window_of(layer),
+            soft_cap=config.attention.soft_cap,
+        )
+        self.attention = Attention(spec, context)
+
+    def forward(
+        self, x: torch.Tensor, rotation: Rotation, metadata: AttentionMetadata, cache: LayerCache
+    ) -> torch.Tensor:
+        """[T, hidden_size] to [T, hidden_size]."""
+        query, key, value = self.qkv_proj.split_heads(self.qkv_proj(x))
+        query = rotation.apply(self.q_norm(query))
+        key = rotation.apply(self.k_norm(key))
+        return self.o_proj(self.attention(query, key, value, metadata, cache))  # type: ignore[no-any-return]
+
+
+class Gemma3DecoderLayer(nn.Module):
+    """Attention and MLP, each between two norms and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int, context: LayerContext) -> None:
+        super().__init__()
+        self.self_attn = Gemma3Attention(config, layer, context.child("self_attn"))
+        self.mlp = GatedMLP(
+            config.hidden_size,
+            config.intermediate_size,
+            config.hidden_act,
+            bias=config.mlp_bias,
+            context=context.child("mlp"),
+        )
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = GemmaRMSNorm(size, eps, context)
+        self.post_attention_layernorm = GemmaRMSNorm(size, eps, context)
+        self.pre_feedforward_layernorm = GemmaRMSNorm(size, eps, context)
+        self.post_feedforward_layernorm = GemmaRMSNorm(size, eps, context)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        rotation: Rotation,
+        metadata: AttentionMetadata,
+        cache: LayerCache,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(what the MLP adds, residual stream), [T, hidden_size] each; the next norm adds them up."""
+        x, residual = self.input_layernorm.add_and_norm(x, residual)
+        x = self.post_attention_layernorm(self.self_attn(x, rotation, metadata, cache))
+        x, residual = self.pre_feedforward_layernorm.add_and_norm(x, residual)
+        return self.post_feedforward_layernorm(self.mlp(x)), residual
+
+
+class Gemma3Model(nn.Module):
+    """Scaled embedding, decoder layers, final norm."""
+
+    def __init__(self, config: ModelConfig, context: LayerContext) -> None:
+        super().__init__()
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, context)
+        # Rounded to the model's type, as the model was trained: sqrt(640) is 25.25 in bfloat16.
+        self.embedding_scale = torch.tensor(config.hidden_size**0.5, dtype=context.dtype, device="cpu").item()
+        self.layers = nn.ModuleList(
+            Gemma3DecoderLayer(config, layer, context.child(f"layers.{layer}")) for layer in range(config.num_layers)
+        )
+        self.norm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps, context)
+        local_rope = config.local_rope if config.local_rope is not None else config.rope
+        self.rotary = RotaryEmbedding(config.rope, config.head_dim, context.device)
+        self.local_rotary = RotaryEmbedding(local_rope, config.head_dim, context.device)
+        self.is_local = [layer_type == "sliding_attention" for layer_type in config.layer_types]
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """Normalized hidden states [T, hidden_size]."""
+        x = self.embed_tokens(batch.input_ids) * self.embedding_scale
+        residual: torch.Tensor | None = None
+        full, local = self.rotary(batch.positions), self.local_rotary(batch.positions)
+        for layer, cache, is_local in zip(self.layers, batch.caches, self.is_local, strict=True):
+            x, residual = layer(x, residual, local if is_local else full, batch.attention, cache)
+        return self.norm.add_and_norm(x, residual)[0]
+
+
+class Gemma3ForCausalLM(CausalLM):
+    """Gemma 3 with its output head."""
+
+    def __init__(self, config: ModelConfig, context: LayerContext) -> None:
+        super().__init__(config, context)
+        self.model = Gemma3Model(config, context.child("model"))
+        self.lm_head = LMHead(
+            config.vocab_size,
+            config.hidden_size,
+            tied_to=self.model.embed_tokens if config.tie_word_embeddings else None,
+            context=context.child("lm_head"),
+            soft_cap=config.final_logit_soft_cap,
+        )
+
+    @property
+    def ignored_weights(self) -> Sequence[re.Pattern[str]]:
+        """What a multimodal checkpoint holds besides the language model, too."""
+        return [*super().ignored_weights, re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")]
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """Hidden states after the final norm [T, hidden_size]; writes the step's keys and values to the caches."""
+        return self.model(batch)  # type: ignore[no-any-return]
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, hidden_size] to [n, vocab_size] float32."""
+        return self.lm_head(hidden)  # type: ignore[no-any-return]
+
+
+MODEL_CLASS = Gemma3ForCausalLM

@@ -1,0 +1,141 @@
+"""Llama (https://arxiv.org/abs/2302.13971, https://arxiv.org/abs/2407.21783) and models of its shape, such as SmolLM2.
+
+Biases and sliding windows come from the configuration, so that `mistral` and `qwen2` are this model with other numbers.
+Module names are those of Hugging Face; query, key and value, and gate and up projections are merged.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from tokenmill.attention.base import AttentionMetadata, AttentionSpec, LayerCache
+from tokenmill.layers.attention import Attention
+from tokenmill.layers.context import LayerContext
+from tokenmill.layers.embedding import LMHead, VocabParallelEmbedding
+from tokenmill.layers.forward_batch import ForwardBatch
+from tokenmill.layers.linear import QKVLinear, RowParallelLinear
+from tokenmill.layers.mlp import GatedMLP
+from tokenmill.layers.norm import RMSNorm
+from tokenmill.layers.rope import RotaryEmbedding, Rotation
+from tokenmill.models.base import CausalLM
+from tokenmill.models.config import ModelConfig
+
+
+class LlamaAttention(nn.Module):
+    """Self-attention with grouped key/value heads and rotary positions."""
+
+    def __init__(self, config: ModelConfig, layer: int, context: LayerContext) -> None:
+        super().__init__()
+        self.qkv_proj = QKVLinear(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            bias=config.attention.qkv_bias,
+            context=context.child("qkv_proj"),
+        )
+        self.o_proj = RowParallelLinear(
+            config.num_attention_heads * config.head_dim,
+            config.hidden_size,
+            bias=config.attention.output_bias,
+            context=context.child("o_proj"),
+        )
+        spec = AttentionSpec(
+            num_heads=self.qkv_proj.num_heads,
+            num_kv_heads=self.qkv_proj.num_kv_heads,
+            head_dim=config.head_dim,
+            scale=config.attention.scale,
+            sliding_window=config.window_of(layer),
+            soft_cap=config.attention.soft_cap,
+        )
+        self.attention = Attention(spec, context)
+        self.num_rotated_heads = spec.num_heads + spec.num_kv_heads
+
+    def forward(
+        self, x: torch.Tensor, rotation: Rotation, metadata: AttentionMetadata, cache: LayerCache
+    ) -> torch.Tensor:
+        """[T, hidden_size] to [T, hidden_size]."""
+        qkv = self.qkv_proj(x)  # [T, H + 2 G, D]
+        query_key = rotation.apply(qkv[:, : self.num_rotated_heads])
+        query, key = query_key[:, : self.qkv_proj.num_heads], query_key[:, self.qkv_proj.num_heads :]
+        value = qkv[:, self.num_rotated_heads :]
+        return self.o_proj(self.attention(query, key, value, metadata, cache))  # type: ignore[no-any-return]
+
+
+class LlamaDecoderLayer(nn.Module):
+    """Attention and MLP, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int, context: LayerContext) -> None:
+        super().__init__()
+        self.self_attn = LlamaAttention(config, layer, context.child("self_attn"))
+        self.mlp = GatedMLP(
+            config.hidden_size,
+            config.intermediate_size,
+            config.hidden_act,
+            bias=config.mlp_bias,
+            context=context.child("mlp"),
+        )
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        rotation: Rotation,
+        metadata: AttentionMetadata,
+        cache: LayerCache,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(what the MLP adds, residual stream), [T, hidden_size] each; the next norm adds them up."""
+        x, residual = self.input_layernorm.add_and_norm(x, residual)
+        x = self.self_attn(x, rotation, metadata, cache)
+        x, residual = self.post_attention_layernorm.add_and_norm(x, residual)
+        return self.mlp(x), residual
+
+
+class LlamaModel(nn.Module):
+    """Embedding, decoder layers, final norm."""
+
+    def __init__(self, config: ModelConfig, context: LayerContext) -> None:
+        super().__init__()
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, context.child("embed_tokens"))
+        self.layers = nn.ModuleList(
+            LlamaDecoderLayer(config, layer, context.child(f"layers.{layer}")) for layer in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
+        self.rotary = RotaryEmbedding(config.rope, config.head_dim, context.device)
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """Normalized hidden states [T, hidden_size]."""
+        x = self.embed_tokens(batch.input_ids)
+        residual: torch.Tensor | None = None
+        rotation = self.rotary(batch.positions)
+        for layer, cache in zip(self.layers, batch.caches, strict=True):
+            x, residual = layer(x, residual, rotation, batch.attention, cache)
+        return self.norm.add_and_norm(x, residual)[0]
+
+
+class LlamaForCausalLM(CausalLM):
+    """Llama with its output head."""
+
+    def __init__(self, config: ModelConfig, context: LayerContext) -> None:
+        super().__init__(config, context)
+        self.model = LlamaModel(config, context.child("model"))
+        self.lm_head = LMHead(
+            config.vocab_size,
+            config.hidden_size,
+            tied_to=self.model.embed_tokens if config.tie_word_embeddings else None,
+            context=context.child("lm_head"),
+        )
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """Hidden states after the final norm [T, hidden_size]; writes the step's keys and values to the caches."""
+        return self.model(batch)  # type: ignore[no-any-return]
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, hidden_size] to [n, vocab_size] float32."""
+        return self.lm_head(hidden)  # type: ignore[no-any-return]
+
+
+MODEL_CLASS = LlamaForCausalLM

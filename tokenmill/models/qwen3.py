@@ -1,0 +1,137 @@
+"""Qwen 3 (https://arxiv.org/abs/2505.09388): Llama with a norm on every query and key head, no bias by default."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from tokenmill.attention.base import AttentionMetadata, AttentionSpec, LayerCache
+from tokenmill.layers.attention import Attention
+from tokenmill.layers.context import LayerContext
+from tokenmill.layers.embedding import LMHead, VocabParallelEmbedding
+from tokenmill.layers.forward_batch import ForwardBatch
+from tokenmill.layers.linear import QKVLinear, RowParallelLinear
+from tokenmill.layers.mlp import GatedMLP
+from tokenmill.layers.norm import RMSNorm
+from tokenmill.layers.rope import RotaryEmbedding, Rotation
+from tokenmill.models.base import CausalLM
+from tokenmill.models.config import ModelConfig
+
+
+class Qwen3Attention(nn.Module):
+    """Self-attention with normalized query and key heads and rotary positions."""
+
+    def __init__(self, config: ModelConfig, layer: int, context: LayerContext) -> None:
+        super().__init__()
+        self.qkv_proj = QKVLinear(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            bias=config.attention.qkv_bias,
+            context=context.child("qkv_proj"),
+        )
+        self.o_proj = RowParallelLinear(
+            config.num_attention_heads * config.head_dim,
+            config.hidden_size,
+            bias=config.attention.output_bias,
+            context=context.child("o_proj"),
+        )
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, context)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, context)
+        spec = AttentionSpec(
+            num_heads=self.qkv_proj.num_heads,
+            num_kv_heads=self.qkv_proj.num_kv_heads,
+            head_dim=config.head_dim,
+            scale=config.attention.scale,
+            sliding_window=config.window_of(layer),
+            soft_cap=config.attention.soft_cap,
+        )
+        self.attention = Attention(spec, context)
+
+    def forward(
+        self, x: torch.Tensor, rotation: Rotation, metadata: AttentionMetadata, cache: LayerCache
+    ) -> torch.Tensor:
+        """[T, hidden_size] to [T, hidden_size]."""
+        query, key, value = self.qkv_proj.split_heads(self.qkv_proj(x))
+        query = rotation.apply(self.q_norm(query))
+        key = rotation.apply(self.k_norm(key))
+        return self.o_proj(self.attention(query, key, value, metadata, cache))  # type: ignore[no-any-return]
+
+
+class Qwen3DecoderLayer(nn.Module):
+    """Attention and MLP, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int, context: LayerContext) -> None:
+        super().__init__()
+        self.self_attn = Qwen3Attention(config, layer, context.child("self_attn"))
+        self.mlp = GatedMLP(
+            config.hidden_size,
+            config.intermediate_size,
+            config.hidden_act,
+            bias=config.mlp_bias,
+            context=context.child("mlp"),
+        )
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        rotation: Rotation,
+        metadata: AttentionMetadata,
+        cache: LayerCache,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(what the MLP adds, residual stream), [T, hidden_size] each; the next norm adds them up."""
+        x, residual = self.input_layernorm.add_and_norm(x, residual)
+        x = self.self_attn(x, rotation, metadata, cache)
+        x, residual = self.post_attention_layernorm.add_and_norm(x, residual)
+        return self.mlp(x), residual
+
+
+class Qwen3Model(nn.Module):
+    """Embedding, decoder layers, final norm."""
+
+    def __init__(self, config: ModelConfig, context: LayerContext) -> None:
+        super().__init__()
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, context)
+        self.layers = nn.ModuleList(
+            Qwen3DecoderLayer(config, layer, context.child(f"layers.{layer}")) for layer in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
+        self.rotary = RotaryEmbedding(config.rope, config.head_dim, context.device)
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """Normalized hidden states [T, hidden_size]."""
+        x = self.embed_tokens(batch.input_ids)
+        residual: torch.Tensor | None = None
+        rotation = self.rotary(batch.positions)
+        for layer, cache in zip(self.layers, batch.caches, strict=True):
+            x, residual = layer(x, residual, rotation, batch.attention, cache)
+        return self.norm.add_and_norm(x, residual)[0]
+
+
+class Qwen3ForCausalLM(CausalLM):
+    """Qwen 3 with its output head."""
+
+    def __init__(self, config: ModelConfig, context: LayerContext) -> None:
+        super().__init__(config, context)
+        self.model = Qwen3Model(config, context.child("model"))
+        self.lm_head = LMHead(
+            config.vocab_size,
+            config.hidden_size,
+            tied_to=self.model.embed_tokens if config.tie_word_embeddings else None,
+            context=context.child("lm_head"),
+        )
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """Hidden states after the final norm [T, hidden_size]; writes the step's keys and values to the caches."""
+        return self.model(batch)  # type: ignore[no-any-return]
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, hidden_size] to [n, vocab_size] float32."""
+        return self.lm_head(hidden)  # type: ignore[no-any-return]
+
+
+MODEL_CLASS = Qwen3ForCausalLM

@@ -1,0 +1,80 @@
+"""Writes to the paged cache of keys and values: this step's tokens, and whole blocks for copy-on-write.
+
+Shapes: T tokens, G key/value heads, D head size, N blocks, B tokens per block. A slot is `block * B + offset`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import TypeAlias
+
+import torch
+
+WriteKv: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
+
+
+def write_kv(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    """Store each token's key and value at its slot, converted to the cache's type.
+
+    Args:
+        key, value: [T, G, D].
+        key_cache, value_cache: [N, B, G, D], contiguous; changed in place.
+        slot_mapping: [T] int64; slots are distinct, but for those of scratch block 0.
+    """
+    IMPLEMENTATIONS[choose(key.device, key.dtype)](key, value, key_cache, value_cache, slot_mapping)
+
+
+def write_kv_reference(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    """The definition of `write_kv`: one token at a time."""
+    tokens_per_block = key_cache.shape[1]
+    for token, slot in enumerate(slot_mapping.tolist()):
+        block, offset = divmod(slot, tokens_per_block)
+        key_cache[block, offset] = key[token]
+        value_cache[block, offset] = value[token]
+
+
+def write_kv_torch(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    """One indexed copy for the keys and one for the values."""
+    key_cache.flatten(0, 1).index_copy_(0, slot_mapping, key.to(key_cache.dtype))
+    value_cache.flatten(0, 1).index_copy_(0, slot_mapping, value.to(value_cache.dtype))
+
+
+def copy_blocks(
+    caches: Sequence[tuple[torch.Tensor, torch.Tensor]], source: torch.Tensor, destination: torch.Tensor
+) -> None:
+    """Copy whole blocks in every layer: block `source[i]` to block `destination[i]`.
+
+    Args:
+        caches: (keys, values) of each layer, [N, B, G, D] each; changed in place.
+        source, destination: [number of copies] int64; no block is both a source and a destination.
+    """
+    for key_cache, value_cache in caches:
+        key_cache.index_copy_(0, destination, key_cache.index_select(0, source))
+        value_cache.index_copy_(0, destination, value_cache.index_select(0, source))
+
+
+IMPLEMENTATIONS: Mapping[str, WriteKv] = MappingProxyType({"reference": write_kv_reference, "torch": write_kv_torch})
+
+
+def choose(device: torch.device, dtype: torch.dtype) -> str:
+    """Name of the implementation for tensors of this device and type."""
+    return "torch"

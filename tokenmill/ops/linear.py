@@ -1,0 +1,71 @@
+"""Matrix product with a weight, and the packing of a weight into the layout that its product runs fastest in.
+
+On a CPU with oneDNN a packed weight makes the product 1.2 to 3 times faster in bfloat16 and up to 4 times in float32
+than `F.linear`, which reorders the weight on every call. Called by `quantization.unquantized`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+PACKING_NUM_ROWS = 16
+"""Rows of input that the packed layout is made for; one layout serves 1 to 1024 rows without measurable loss."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """A weight [O, I] in oneDNN's blocked layout; rows cannot be read from it.
+
+    Args:
+        data: the opaque tensor.
+        out_features: O.
+        in_features: I.
+    """
+
+    data: torch.Tensor
+    out_features: int
+    in_features: int
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor | PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`x @ weight.T + bias`.
+
+    Args:
+        x: [T, I].
+        weight: [O, I], plain or packed.
+        bias: [O].
+
+    Returns:
+        [T, O], of x's type; sums are accumulated in float32.
+    """
+    if isinstance(weight, PackedWeight):
+        if x.shape[0] == 0:  # oneDNN refuses empty products
+            return x.new_empty(0, weight.out_features)
+        return torch.ops.mkldnn._linear_pointwise(x, weight.data, bias, "none", [], "")  # type: ignore[no-any-return]
+    return functional.linear(x, weight, bias)
+
+
+def linear_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The definition of `linear`, in float32."""
+    product = x.float() @ weight.float().T
+    return (product if bias is None else product + bias.float()).to(x.dtype)
+
+
+def choose(device: torch.device, dtype: torch.dtype) -> str:
+    """`onednn` (packed weights) or `torch` (plain weights) for tensors of this device and type."""
+    if device.type != "cpu" or not torch._C._has_mkldnn:
+        return "torch"
+    if dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return "onednn"
+    return "torch"
+
+
+def pack_linear_weight(weight: torch.Tensor) -> torch.Tensor | PackedWeight:
+    """A packed copy of `weight` [O, I] where this device and type have a packed product, else `weight` itself."""
+    if choose(weight.device, weight.dtype) != "onednn":
+        return weight
+    data = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACKING_NUM_ROWS)
+    return PackedWeight(data=data, out_features=weight.shape[0], in_features=weight.shape[1])

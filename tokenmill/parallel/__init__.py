@@ -1,0 +1,1 @@
+"""Process groups and collectives: how several ranks share one model."""

@@ -1,0 +1,45 @@
+"""`LinearMethod`: how one linear layer stores and applies its weight. Models and layers never name a format.
+
+A layer asks the factory in its `LayerContext` for a method (one object per layer), then calls, in this order:
+`create_weights` when it is built, `process_after_loading` once its parameters are filled, `apply` in every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol, TypeAlias
+
+import torch
+from torch import nn
+
+
+class ParameterAxes(NamedTuple):
+    """Which axes of a parameter run over the layer's output and input features; None: it has no such axis.
+
+    A packed or grouped axis may be shorter than the number of features; parts and shards scale with its length.
+    """
+
+    output: int | None
+    input: int | None
+
+
+class LinearMethod(Protocol):
+    """Owns the weight of one linear layer."""
+
+    def create_weights(
+        self, layer: nn.Module, in_features: int, out_features: int, dtype: torch.dtype, device: torch.device
+    ) -> Mapping[str, ParameterAxes]:
+        """Register the (uninitialized) parameters that a checkpoint fills on `layer`; returns their axes by name."""
+        ...
+
+    def process_after_loading(self, layer: nn.Module) -> None:
+        """Turn the filled parameters into the form that `apply` reads; may remove them from `layer`."""
+        ...
+
+    def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """[T, in_features] to [T, out_features]."""
+        ...
+
+
+LinearMethodFactory: TypeAlias = Callable[[str], LinearMethod]
+"""Makes the method of the layer with the given full name, such as `model.layers.0.mlp.down_proj`."""
