@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
-from tokenmill.attention.select import select_backend
-from tokenmill.checkpoints import Checkpoint, open_checkpoint, resolve_model
+from tokenmill.attention.select import BACKENDS, select_backend
+from tokenmill.checkpoints.base import Checkpoint, open_checkpoint
+from tokenmill.checkpoints.resolve import resolve_model
 from tokenmill.config import LlmArgs
 from tokenmill.errors import OutOfMemoryError, UserError
+from tokenmill.executor.engine_factory import resolve_max_seq_len
 from tokenmill.models.config import ModelConfig
 from tokenmill.ops.platform import free_memory
 from tokenmill.runtime.memory_planner import MemoryPlan, MemoryRequest, plan_memory
@@ -70,6 +72,7 @@ class ModelReport:
         tokenizer: None when the model comes without one.
         device, dtype, cache_dtype: where and in which types it would run.
         attn_backend: the attention backend that would be used.
+        attn_backends: all that there are.
         max_batch_size, max_num_tokens, max_seq_len: limits of the plan.
         memory: the plan, for this machine's free memory.
         shortage: why the model does not fit this machine; None when it does. Then `memory` is what would be needed.
@@ -84,6 +87,7 @@ class ModelReport:
     dtype: str
     cache_dtype: str
     attn_backend: str
+    attn_backends: tuple[str, ...]
     max_batch_size: int
     max_num_tokens: int
     max_seq_len: int
@@ -125,7 +129,7 @@ def inspect_model(model: str | Path, **args: Any) -> ModelReport:
     dtype = resolve_dtype(checked.dtype, device)
     cache_name = checked.kv_cache_config.dtype
     cache_dtype = dtype if cache_name == "auto" else resolve_dtype(cache_name, device)
-    max_seq_len = config.max_position_embeddings if checked.max_seq_len is None else checked.max_seq_len
+    max_seq_len = resolve_max_seq_len(checked, config)
     request = MemoryRequest(
         weight_bytes=dtype.itemsize,
         cache_bytes=cache_dtype.itemsize,
@@ -144,7 +148,8 @@ def inspect_model(model: str | Path, **args: Any) -> ModelReport:
         device=str(device),
         dtype=_name(dtype),
         cache_dtype=_name(cache_dtype),
-        attn_backend=select_backend(checked.attn_backend, device, config).name,
+        attn_backend=select_backend(checked.attn_backend, device).name,
+        attn_backends=tuple(BACKENDS),
         max_batch_size=checked.max_batch_size,
         max_num_tokens=checked.max_num_tokens,
         max_seq_len=max_seq_len,

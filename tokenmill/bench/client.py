@@ -105,8 +105,11 @@ async def run_requests(
             on_finished()
         return record
 
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(send(request)) for request in requests]
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(send(request)) for request in requests]
+    except BaseExceptionGroup as errors:  # a request's own failure is in its record: this is a bug, the first one tells
+        raise errors.exceptions[0] from None
     return [task.result() for task in tasks]
 
 

@@ -83,6 +83,8 @@ def _model_table(report: ModelReport) -> Table:
         row("Chat template", "yes" if report.tokenizer.has_chat_template else "no")
         ends = ", ".join(f"{text!r} ({token_id})" for token_id, text in report.tokenizer.end_tokens)
         row("End tokens", ends or "none")
+    others = [name for name in report.attn_backends if name != report.attn_backend]
+    row("Attention backend", report.attn_backend + (f" (there are also: {', '.join(others)})" if others else ""))
     row("Files", checkpoint.path)
     return table
 
@@ -94,7 +96,7 @@ def _windows(report: ModelReport) -> str:
 
 def _memory_table(report: ModelReport) -> Table:
     memory = report.memory
-    title = f"Memory on {report.device}, {report.dtype}, {report.attn_backend} attention"
+    title = f"Memory on {report.device} in {report.dtype}"
     table = Table(title=title, title_justify="left", title_style="bold", show_header=False)
     table.add_column()
     table.add_column(justify="right")
