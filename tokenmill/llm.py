@@ -167,10 +167,12 @@ class LLM:
         Raises:
             InvalidParameterError: `messages` is malformed, or the model has no chat template.
         """
-        if messages and isinstance(messages[0], dict):
-            prompt = self._apply_chat_template(messages, template)
-            return self.generate({"prompt_token_ids": prompt}, _single(sampling_params), use_tqdm, priority=priority)
-        prompts = [{"prompt_token_ids": self._apply_chat_template(one, template)} for one in messages]
+        if not messages or isinstance(messages[0], dict):
+            conversation: Any = messages
+            prompt = {"prompt_token_ids": self._apply_chat_template(conversation, template)}
+            return self.generate(prompt, _single(sampling_params), use_tqdm, priority=priority)
+        conversations: Sequence[Any] = messages
+        prompts = [{"prompt_token_ids": self._apply_chat_template(one, template)} for one in conversations]
         outputs: list[RequestOutput] = self.generate(prompts, sampling_params, use_tqdm, priority=priority)
         return outputs
 
@@ -314,7 +316,7 @@ class LLM:
 
     def _bad_words(self, sampling: SamplingParams) -> tuple[tuple[int, ...], ...]:
         """Token sequences of the bad words, each at the start of a text and after a space."""
-        found = [(token,) for token in sampling.bad_token_ids or ()]
+        found: list[tuple[int, ...]] = [(token,) for token in sampling.bad_token_ids or ()]
         for word in sampling.bad_strings:
             tokenizer = self._need_tokenizer("bad", "a bad word")
             found += [

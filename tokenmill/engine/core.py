@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tokenmill.engine.events import EngineEvent
-from tokenmill.engine.plan import BatchPlan, PendingStep, Runner
+from tokenmill.engine.plan import BatchPlan, Runner
 from tokenmill.engine.request import GenerationRequest
 from tokenmill.engine.scheduler import Scheduler
 from tokenmill.errors import EngineError, TokenmillError
@@ -19,10 +21,10 @@ class EngineCore:
         runner: computes it.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
+    def __init__(self, scheduler: Scheduler, runner: Runner[Any]) -> None:
         self.scheduler = scheduler
         self.runner = runner
-        self._launched: tuple[BatchPlan, PendingStep] | None = None
+        self._launched: tuple[BatchPlan, Any] | None = None
 
     def step(self) -> list[EngineEvent]:
         """One step: schedule, run, commit."""
@@ -50,12 +52,16 @@ class EngineCore:
             return self.scheduler.fail(plan, _as_engine_error(error))
         return []
 
-    def _collect(self, plan: BatchPlan, pending: PendingStep) -> list[EngineEvent]:
+    def _collect(self, plan: BatchPlan, pending: Any) -> list[EngineEvent]:
         try:
             output = self.runner.collect(pending)
         except Exception as error:  # see step
             return self.scheduler.fail(plan, _as_engine_error(error))
         return self.scheduler.commit(plan, output)
+
+    def validate(self, request: GenerationRequest) -> None:
+        """Raises `UserError` if the request can never run. Changes nothing; safe on any thread."""
+        self.scheduler.validate(request)
 
     def add(self, request: GenerationRequest) -> None:
         """Put a request into the waiting queue; raises `UserError` if it can never run."""

@@ -8,7 +8,7 @@ is: block copies, new slots, new blocks, rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from tokenmill.outputs import TokenLogprobs
 from tokenmill.sampling_params import SamplingParams
@@ -114,22 +114,22 @@ class StepOutput:
     rows: tuple[RowOutput, ...]
 
 
-class PendingStep(Protocol):
-    """A launched step; only the runner that made it can read it."""
+StepT = TypeVar("StepT")
+"""A launched step, opaque to the engine; only the runner that made it can read it."""
 
 
-class Runner(Protocol):
+class Runner(Protocol[StepT]):
     """What the engine needs from a runtime.
 
     `run(plan)` is `collect(launch(plan))`. Steps are collected in the order of launch; a step may be launched before
     the one before it is collected, since sampled tokens stay in the slots.
     """
 
-    def launch(self, plan: BatchPlan) -> PendingStep:
+    def launch(self, plan: BatchPlan) -> StepT:
         """Start the step."""
         ...
 
-    def collect(self, pending: PendingStep) -> StepOutput:
+    def collect(self, pending: StepT) -> StepOutput:
         """Wait for the step and read what it gave."""
         ...
 

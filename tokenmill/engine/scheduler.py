@@ -83,13 +83,21 @@ class Scheduler:
 
     # From callers
 
+    def validate(self, inputs: GenerationRequest) -> None:
+        """Check a request without queueing it. Reads nothing but limits and known ids: safe on any thread.
+
+        Raises:
+            UserError: it is malformed or can never run.
+        """
+        check_request(inputs, self._settings, self._kv, self._ledger.requests)
+
     def add(self, inputs: GenerationRequest) -> None:
         """Put a request into the waiting queue.
 
         Raises:
             UserError: it is malformed or can never run; nothing changed.
         """
-        check_request(inputs, self._settings, self._kv, self._ledger.requests)
+        self.validate(inputs)
         rank = policies.request_rank(self._settings.queue_policy, inputs, self._num_arrivals)
         request = make_request(inputs, rank, self._settings.max_seq_len, self._num_sequences)
         self._num_arrivals += 1

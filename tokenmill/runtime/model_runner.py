@@ -155,7 +155,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _heal(self, failed: Sequence[Row]) -> None:
-        """Take NaN out of the blocks of failed rows: the next owner masks what it has not written, but 0 * NaN is NaN."""
+        """Take NaN out of failed rows' blocks: the next owner masks what it did not write, but 0 * NaN is NaN."""
         for row in failed:
             num_blocks = -(-(row.start + row.num_tokens) // self._slots.tokens_per_block)
             blocks = self._slots.block_tables[row.slot, :num_blocks].long()
