@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import select
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
-DEADLINE = 90.0
+_PROGRESS = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|[⠀-⣿] *|Loading \S+|\s")
+DEADLINE = 60.0
 
 
 class Terminal:
@@ -54,10 +56,10 @@ class Terminal:
         self._seen = found + len(text)
         return shown
 
-    def wait_for_more(self, num_characters: int) -> None:
-        """Wait until that many further characters are shown."""
+    def wait_for_answer(self, num_characters: int) -> None:
+        """Wait until that many further characters are shown, progress left out."""
         deadline = time.monotonic() + DEADLINE
-        while len(self.shown) < self._seen + num_characters:
+        while len(_PROGRESS.sub("", self.shown[self._seen :])) < num_characters:
             remaining = deadline - time.monotonic()
             assert remaining > 0, f"no more came; the terminal shows {self.shown[-2000:]!r}"
             self._read(remaining)

@@ -129,7 +129,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(
         terminal.wait_for("> ")
         terminal.type("a long one\r")
         terminal.wait_for("a long one")
-        terminal.wait_for_more(200)
+        terminal.wait_for_answer(200)
         terminal.type(CTRL_C)
         terminal.wait_for("Stopped.")
         terminal.wait_for("> ")
@@ -174,7 +174,7 @@ def test_typed_lines_are_remembered_for_the_next_time(
     tiny_model: Path, program_environment: dict[str, str], tmp_path: Path
 ) -> None:
     environment = {**program_environment, "TOKENMILL_CACHE": str(tmp_path / "cache")}
-    for keys in ("/system first line\r", "\x1b[A\r"):  # the second time: cursor up
+    for keys in ("/system first line\r", "\x1b[A\x1b[A\r"):  # the second time: cursor up, past /exit
         with Terminal(["chat", str(tiny_model), *GREEDY], environment) as terminal:
             terminal.wait_for("> ")
             terminal.type(keys)
@@ -189,7 +189,7 @@ def test_typed_lines_are_remembered_for_the_next_time(
 
 def test_ctrl_c_ends_run_quietly(tiny_model: Path, program_environment: dict[str, str]) -> None:
     with Terminal(["run", str(tiny_model), "go on", "--temperature", "0", *ENGINE], program_environment) as terminal:
-        terminal.wait_for_more(100)
+        terminal.wait_for_answer(100)
         terminal.type(CTRL_C)
         assert terminal.exit_code() == 130
         assert "Traceback" not in terminal.shown

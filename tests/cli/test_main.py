@@ -75,7 +75,7 @@ def test_help_loads_nothing_heavy(command: str) -> None:
         "    main()\n"
         "except SystemExit:\n"
         "    pass\n"
-        "heavy = {'torch', 'transformers', 'numpy', 'pydantic', 'fastapi', 'gguf', 'huggingface_hub', 'yaml'}\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'fastapi', 'gguf', 'huggingface_hub', 'yaml'}\n"
         "print('LOADED', sorted(heavy & {name.partition('.')[0] for name in sys.modules}))\n"
     )
     done = subprocess.run(
@@ -84,8 +84,8 @@ def test_help_loads_nothing_heavy(command: str) -> None:
     assert done.stdout.splitlines()[-1] == "LOADED []"
 
 
-def test_the_module_runs_as_a_program(program: Program) -> None:
-    done = program("--version")
+def test_the_module_runs_as_a_program(process: Program) -> None:
+    done = process("--version")
     assert (done.returncode, done.stdout) == (0, f"tokenmill {__version__}\n")
 
 
@@ -99,8 +99,8 @@ def test_an_unknown_model_is_one_line(program: Program) -> None:
         assert len(done.stderr.splitlines()) == 1
 
 
-def test_debug_shows_where_an_error_comes_from(program: Program) -> None:
-    done = program("inspect", "no/such/model/here", "--debug")
+def test_debug_shows_where_an_error_comes_from(process: Program) -> None:
+    done = process("inspect", "no/such/model/here", "--debug")
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert "ModelNotFoundError" in done.stderr

@@ -15,8 +15,8 @@ GREEDY = ("--temperature", "0", "--max-tokens", "12", "--dtype", "float32", "--k
 
 
 @pytest.mark.spec("A3")
-def test_the_answer_alone_goes_to_stdout(program: Program, tiny_model: Path) -> None:
-    done = program("run", str(tiny_model), "Why is the sky blue?", *GREEDY)
+def test_the_answer_alone_goes_to_stdout(process: Program, tiny_model: Path) -> None:
+    done = process("run", str(tiny_model), "Why is the sky blue?", *GREEDY)
     assert done.returncode == 0
     assert done.stderr == ""
     assert done.stdout.endswith("\n")

@@ -16,24 +16,12 @@ from tests.cli.conftest import Program
 
 @pytest.mark.spec("A6")
 def test_the_server_announces_itself_answers_and_stops(tiny_model: Path, program_environment: dict[str, str]) -> None:
+    arguments = [
+        "serve", str(tiny_model), "--port", "0", "--served-model-name", "tiny", "--api-key", "secret",
+        "--dtype", "float32", "--kv-cache-tokens", "1024",
+    ]  # fmt: skip
     process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "tokenmill",
-            "serve",
-            str(tiny_model),
-            "--port",
-            "0",
-            "--served-model-name",
-            "tiny",
-            "--api-key",
-            "secret",
-            "--dtype",
-            "float32",
-            "--kv-cache-tokens",
-            "1024",
-        ],
+        [sys.executable, "-m", "tokenmill", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -29,7 +29,7 @@ _THROUGHPUT_EPILOG = examples(
     ("Sixteen users at a time, bfloat16", "tokenmill bench throughput smollm2:135m --concurrency 16 --dtype bfloat16"),
     ("Two requests a second, at random times", "tokenmill bench throughput --request-rate 2 --num-requests 100"),
     ("Prompts of your own", "tokenmill bench throughput --dataset prompts.jsonl --report-json report.json"),
-    ("A model's speed without its weights", "tokenmill bench throughput path/to/model --load-format dummy"),
+    ("Random weights of the model's shape", "tokenmill bench throughput path/to/model --load-format dummy"),
 )
 _LATENCY_EPILOG = examples(
     ("One stream, ten times", "tokenmill bench latency"),
