@@ -121,6 +121,8 @@ class MockRunner:
         return self.collect(self.launch(plan))
 
     def _apply_changes(self, plan: BatchPlan) -> None:
+        sources = {copy.source for copy in plan.block_copies}
+        assert not sources & {copy.destination for copy in plan.block_copies}, "a block is copied from and copied to"
         for copy in plan.block_copies:
             assert 0 < copy.source < self.num_blocks and 0 < copy.destination < self.num_blocks
             assert copy.source != copy.destination
@@ -139,13 +141,11 @@ class MockRunner:
         self._check_rows(plan)
         for row in plan.rows:
             self._check_prefix(plan, row, row.start)
-        written: set[tuple[int, int]] = set()
+        self._check_writes(plan)
         for row in plan.rows:
             slot = self.slots[row.slot]
             for position in range(row.start, row.start + row.num_tokens):
                 block, offset = self._place(slot, position)
-                assert (block, offset) not in written, f"step {plan.step}: two rows write to block {block}"
-                written.add((block, offset))
                 self.cache[block][offset] = slot.chain[position]
         for row in plan.rows:
             self._check_prefix(plan, row, row.start + row.num_tokens)
@@ -168,6 +168,20 @@ class MockRunner:
             assert row.sample == (end == len(slot.token_ids)), (
                 f"step {plan.step}, slot {row.slot}: wrong place to sample"
             )
+
+    def _check_writes(self, plan: BatchPlan) -> None:
+        """A block that a row writes to is used by no other row."""
+        users: dict[int, int] = {}
+        for row in plan.rows:
+            slot = self.slots[row.slot]
+            for block in slot.block_ids[: -(-(row.start + row.num_tokens) // self.tokens_per_block)]:
+                users[block] = users.get(block, 0) + 1
+        for row in plan.rows:
+            slot = self.slots[row.slot]
+            for block in {self._place(slot, row.start + i)[0] for i in range(row.num_tokens)}:
+                assert users[block] == 1, (
+                    f"step {plan.step}, slot {row.slot}: writes to block {block}, which others use"
+                )
 
     def _check_prefix(self, plan: BatchPlan, row: Row, end: int) -> None:
         slot = self.slots[row.slot]

@@ -60,10 +60,10 @@ class Placement:
         sequence.num_block_tokens = len(grant.block_ids) * self.kv.tokens_per_block
 
     def preempt(self, sequence: Sequence, step: int) -> None:
-        """A running sequence gives back its slot and blocks while plan `step` is made, and waits to resume."""
+        """A running sequence without a row in plan `step` gives back its slot and blocks, and waits to resume."""
         self._stop_running(sequence, discard=False)
         sequence.num_preemptions += 1
-        sequence.preempted_at_step = step
+        sequence.last_lost_step = step - 1
         sequence.num_scheduled_tokens = sequence.num_computed_tokens = 0
         self.enqueue(sequence)
 

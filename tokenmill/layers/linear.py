@@ -138,11 +138,13 @@ class QKVLinear(LinearBase):
         self.num_heads = rank_heads
         self.num_kv_heads = rank_kv_heads
         self.head_dim = head_dim
-        query = OutputPart(
-            "q_proj", rank_heads * head_dim, group.rank * rank_heads * head_dim, num_heads * head_dim
-        )  # fmt: skip
+        query = (rank_heads * head_dim, group.rank * rank_heads * head_dim, num_heads * head_dim)
         key_value = (rank_kv_heads * head_dim, first_kv_head * head_dim, num_kv_heads * head_dim)
-        self._parts = [query, OutputPart("k_proj", *key_value), OutputPart("v_proj", *key_value)]
+        self._parts = [
+            OutputPart("q_proj", *query),
+            OutputPart("k_proj", *key_value),
+            OutputPart("v_proj", *key_value),
+        ]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, hidden_size] to [T, H + 2 G, head_dim]: this rank's query heads, key heads, value heads."""

@@ -57,7 +57,14 @@ class ChatTemplate:
         has_parts = any(isinstance(message.get("content"), list) for message in checked)
         if has_parts and not template.takes_parts(self._special_tokens):
             checked = flatten_content(checked)
-        return template.render(checked, variables)
+        try:
+            return template.render(checked, variables)
+        except InvalidParameterError:
+            # An assistant's message with tool calls may lack content; some templates want an empty text instead.
+            filled = [{"content": "", **message} for message in checked]
+            if filled == checked:
+                raise
+            return template.render(filled, variables)
 
     def select(self, chat_template: str | None, *, has_tools: bool) -> str:
         """The source to use: the caller's, the one that the caller names, or the model's.

@@ -22,6 +22,16 @@ from tokenmill.tokenization.tokenizer import SpecialTokens, Tokenizer
 
 _REMEDY = "Give a directory with tokenizer.json, or a .gguf file, in `tokenizer`."
 _ADDED_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+_CLASSES_WITH_FLAGS = (
+    "LlamaTokenizer",
+    "LlamaTokenizerFast",
+    "CodeLlamaTokenizer",
+    "CodeLlamaTokenizerFast",
+    "GemmaTokenizer",
+    "GemmaTokenizerFast",
+    "CohereTokenizer",
+    "CohereTokenizerFast",
+)
 # What reading a foreign checkpoint with transformers raises.
 _TRANSFORMERS_ERRORS = (OSError, ValueError, ImportError, LookupError, TypeError, AttributeError)
 
@@ -165,11 +175,18 @@ def _add_declared_tokens(tokenizer: tokenizers.Tokenizer, config: Mapping[str, A
 
 
 def _set_post_processor(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any], names: Mapping[str, str]) -> None:
-    """Follow `add_bos_token` and `add_eos_token` where they are given; else tokenizer.json says what is added."""
+    """Put the start and end token around texts as the flags of tokenizer_config.json say, where they count.
+
+    The post-processor of tokenizer.json counts. Only the classes below read the flags when most checkpoints that carry
+    them were published (transformers 4; version 5 writes no flags any more), and some of those files rely on it: they
+    have `add_bos_token: true` and a tokenizer.json that adds nothing.
+    """
+    if config.get("tokenizer_class") not in _CLASSES_WITH_FLAGS:
+        return
     if "add_bos_token" not in config and "add_eos_token" not in config:
         return
-    bos = names.get("bos_token") if config.get("add_bos_token") else None
-    eos = names.get("eos_token") if config.get("add_eos_token") else None
+    bos = names.get("bos_token") if config.get("add_bos_token", True) else None
+    eos = names.get("eos_token") if config.get("add_eos_token", False) else None
     used = dict.fromkeys(token for token in (bos, eos) if token is not None)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=[*([bos] if bos else []), "$A", *([eos] if eos else [])],
