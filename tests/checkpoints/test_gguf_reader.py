@@ -41,7 +41,7 @@ def write_sample(path: Path, alignment: int | None = None) -> dict[str, np.ndarr
     writer.add_float64("a.f64", 0.1)
     writer.add_bool("a.bool", True)
     writer.add_string("a.text", "Ġüñí\n\U0001f600")
-    writer.add_array("a.strings", ["", "x", "ｆｕｌｌ"])
+    writer.add_array("a.strings", ["", "x", "日本"])
     writer.add_array("a.ints", [1, -2, 3])
     writer.add_array("a.floats", [0.5, -1.5])
     tensors = {
@@ -63,7 +63,7 @@ def test_metadata_and_tensors_equal_what_was_written(tmp_path: Path, alignment: 
     assert file.version == 3
     scalars = {key: value for key, value in file.metadata.items() if key in _SCALARS}
     assert scalars == _SCALARS
-    assert file.metadata["a.strings"] == ["", "x", "ｆｕｌｌ"]
+    assert file.metadata["a.strings"] == ["", "x", "日本"]
     assert file.metadata["a.ints"].tolist() == [1, -2, 3]
     assert file.metadata["a.floats"].tolist() == [0.5, -1.5]
     assert {name: info.shape for name, info in file.tensors.items()} == {n: a.shape for n, a in tensors.items()}

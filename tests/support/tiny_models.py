@@ -76,12 +76,15 @@ def build_model(
 def copy_weights(model: CausalLM, state_dict: Mapping[str, torch.Tensor]) -> None:
     """Fill `model`; every tensor of `state_dict` must be used or ignored by the model, every parameter filled."""
     targets = weight_targets(model)
-    assert not targets.keys() - state_dict.keys(), "parameters without a checkpoint tensor"
+    filled = set()
     for name, tensor in state_dict.items():
-        if name in targets:
-            targets[name].load(tensor)
+        own_name = model.rename_weight(name)
+        if own_name in targets:
+            targets[own_name].load(tensor)
+            filled.add(own_name)
         else:
             assert any(pattern.fullmatch(name) for pattern in model.ignored_weights), f"{name} is left over"
+    assert filled == targets.keys(), f"not in the checkpoint: {sorted(targets.keys() - filled)}"
 
 
 def sequences_for(

@@ -36,6 +36,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     # requests
     "executor": ("engine", "engine.request", "executor.engine_factory", "telemetry", "tokenization"),
     "executor.engine_factory": (  # where an engine is put together from its parts; nothing else sees both halves
+        "attention",
         "checkpoints",
         "engine",
         "kv_cache",
@@ -106,6 +107,8 @@ LATE_OWN_IMPORTS: dict[str, str] = {
     "tokenmill.cli": "`--help` must not load torch: a command loads what it needs when it runs",
     "tokenmill.executor.executor": "`create` picks among classes that are derived from this module's",
     "tokenmill.checkpoints.base": "`open_checkpoint` picks among readers that are derived from this module's",
+    "tokenmill.tokenization.chat_template": "the environment derives from jinja2's, which completions never need",
+    "tokenmill.tokenization.loading": "the reader of GGUF files loads torch, which a tokenizer does not need",
 }
 
 # Nothing here may load torch, by itself or through anything that it imports.

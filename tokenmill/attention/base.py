@@ -73,5 +73,8 @@ class AttentionBackend(Protocol):
         cache: LayerCache,
         metadata: AttentionMetadata,
     ) -> torch.Tensor:  # [T, H, D]
-        """Write key and value to the cache at `slot_mapping`, then attend causally over each row's cached tokens."""
+        """Write key and value to the cache at `slot_mapping`, then attend causally over each row's cached tokens.
+
+        Nothing but the row's own tokens may touch its result: what else lies in a block can be anything, NaN included.
+        """
         ...

@@ -61,7 +61,7 @@ class PrefillRow:
 
     Args:
         tokens: in the tokens of the step.
-        slots: [L] int64, where the row's keys lie in the cache; None: the step's own keys are all there is.
+        slots: [L] int64, where the keys that the row sees lie in the cache; None: the step's own keys are all.
         pieces: cover the row's queries.
     """
 
@@ -148,14 +148,16 @@ def plan_step(
     decode = tuple(
         _plan_decode(metadata, group, [visible[row] for row in group], tokens_per_block, dtype) for group in groups
     )
-    prefill, start = [], num_decode
+    prefill, start, device = [], num_decode, metadata.block_tables.device
     for row in range(num_decode, len(metadata.query_lens)):
         query_len, kv_len = metadata.query_lens[row], metadata.kv_lens_host[row]
         slots: torch.Tensor | None = None
         if kv_len > query_len:
-            positions = torch.arange(kv_len, device=metadata.block_tables.device)
+            if window is not None:  # leave out what not even the first query sees
+                kv_len = min(kv_len, query_len + window - 1)
+            positions = torch.arange(metadata.kv_lens_host[row] - kv_len, metadata.kv_lens_host[row], device=device)
             slots = _slots(metadata.block_tables[row], positions, tokens_per_block)
-        pieces = _plan_pieces(query_len, kv_len, start, window, metadata.block_tables.device, dtype, whole_causal)
+        pieces = _plan_pieces(query_len, kv_len, start, window, device, dtype, whole_causal)
         prefill.append(PrefillRow(slice(start, start + query_len), slots, pieces))
         start += query_len
     return StepPlan(decode, tuple(prefill))

@@ -12,10 +12,9 @@ from tokenmill.attention.cpu import CpuAttention
 from tokenmill.attention.reference import ReferenceAttention
 from tokenmill.errors import InvalidParameterError, did_you_mean
 
-BACKENDS: Mapping[str, Callable[[], AttentionBackend]] = MappingProxyType({
-    "cpu": CpuAttention,
-    "reference": ReferenceAttention,
-})  # fmt: skip
+BACKENDS: Mapping[str, Callable[[], AttentionBackend]] = MappingProxyType(
+    {"cpu": CpuAttention, "reference": ReferenceAttention}
+)
 """Backends by name."""
 
 

@@ -121,7 +121,9 @@ def _quantization(file: GgufFile, types: Counter[str]) -> str:
     block_types = [kind for kind, _ in types.most_common() if kind not in _UNQUANTIZED]
     if not block_types:
         return "none"
-    named = {int(kind): kind.name.removeprefix("MOSTLY_") for kind in LlamaFileType if kind.name.startswith("MOSTLY_")}
+    named: dict[int, str] = {
+        int(kind): kind.name.removeprefix("MOSTLY_") for kind in LlamaFileType if kind.name.startswith("MOSTLY_")
+    }
     file_type = file.metadata.get("general.file_type")
     name = named.get(file_type) if isinstance(file_type, int) else None
     if name is not None and name.startswith(tuple(block_types)):  # else the name is not that of the weights

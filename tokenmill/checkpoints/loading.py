@@ -7,7 +7,7 @@ so that a checkpoint of another model fails at once and with the whole picture.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Protocol
 
 import torch
@@ -16,6 +16,7 @@ from tokenmill.checkpoints.base import Checkpoint, LazyTensor
 from tokenmill.errors import CheckpointError
 
 _MAX_LISTED: Final = 5
+_NORMAL_DTYPES: Final = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _DUMMY_STD: Final = 0.02  # the standard deviation that most published models were initialized with
 
 
@@ -134,9 +135,6 @@ def fill_dummy(targets: Mapping[str, DummyTarget], seed: int) -> None:
                 generators[device] = torch.Generator(device=device).manual_seed(seed)
             mean = 1.0 if name.endswith("norm.weight") else 0.0
             _fill_normal(destination, mean, generators[device])
-
-
-_NORMAL_DTYPES: Final[Iterable[torch.dtype]] = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def _fill_normal(destination: torch.Tensor, mean: float, generator: torch.Generator) -> None:

@@ -16,6 +16,8 @@ from tokenmill.telemetry.stats import EngineStats
 class EngineCore:
     """A scheduler and a runner. Use either `step` or `step_overlapped` on one engine; both give the same tokens.
 
+    One thread does all: adds, cancels, steps.
+
     Args:
         scheduler: what to compute.
         runner: computes it.
@@ -67,9 +69,9 @@ class EngineCore:
         """Put a request into the waiting queue; raises `UserError` if it can never run."""
         self.scheduler.add(request)
 
-    def cancel(self, request_id: int) -> bool:
+    def cancel(self, request_id: int, finish_reason: FinishReason = "cancelled") -> bool:
         """End a request; its events come with the next step. False if it is not here (any more)."""
-        return self.scheduler.cancel(request_id)
+        return self.scheduler.cancel(request_id, finish_reason)
 
     def finish_sequence(self, request_id: int, sequence_index: int, finish_reason: FinishReason) -> bool:
         """End one sequence for a reason found outside, such as a stop string. False if it has ended already."""

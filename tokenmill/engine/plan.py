@@ -2,7 +2,8 @@
 
 The runner keeps all state of a sequence by *slot* (tokens, block table, sampling parameters). A plan says what changed
 (`new_slots`, `new_blocks`, `block_copies`), then which slots compute which positions (`rows`). The order of application
-is: block copies, new slots, new blocks, rows.
+is: block copies, new slots, new blocks, rows. Plans are applied in the order of launch, each as if the one before it
+had ended: a plan may overwrite a slot or a block that the plan before it still uses.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ class NewSlot:
         slot: 0 <= slot < max_batch_size.
         token_ids: all known tokens: the prompt, and after a preemption the answer so far.
         num_prompt_tokens: how many of them are the prompt.
-        block_ids: its block table so far.
+        block_ids: its block table so far, with room for all of `token_ids`.
         sampling: how its tokens are chosen.
         seed: seed of the request, 64 bits.
         sequence_index: which of the request's sequences; with `seed` and the position it fixes the random draw.
-        end_ids: tokens that end the sequence (banned until `sampling.min_tokens`).
+        end_ids: tokens that end the sequence, the model's and the caller's (banned until `sampling.min_tokens`).
         bad_words: token sequences that must not be generated.
     """
 
@@ -64,7 +65,8 @@ class Row:
 
     Input tokens are read from the slot's token buffer. With `sample`, the last position's logits give the token at
     position `start + num_tokens`, which the runner also writes to the slot's token buffer. With `prompt_logprobs`,
-    log-probabilities of the prompt tokens at positions `start + 1` to `start + num_tokens` are returned.
+    log-probabilities of the tokens at positions `start + 1` to `start + num_tokens` are returned, as far as they are
+    prompt tokens.
     """
 
     slot: int
@@ -76,7 +78,10 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """One step's work. `rows` holds each slot at most once, rows of one token first."""
+    """One step's work. `rows` holds each slot at most once, rows of one token first; each new slot has a row.
+
+    No block is written by two rows, or by a row and read by another, or both copied to and copied from.
+    """
 
     step: int
     rows: tuple[Row, ...]
@@ -95,7 +100,7 @@ class RowOutput:
     """What one row of the plan gave.
 
     Args:
-        token_id: the sampled token; None when the row did not sample, or failed.
+        token_id: the sampled token; None exactly when the row did not sample, or failed.
         logprobs: of the sampled token and the most likely ones, if asked for (the sampled one always if best_of > n).
         prompt_logprobs: one entry for each prompt token that the row covers, if asked for.
         error: set when the row's logits are not finite; the sequence cannot go on.

@@ -5,12 +5,12 @@ A new policy is a new branch in these functions, or a new function beside them; 
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container
 from typing import Literal, TypeAlias
 
 from tokenmill.config import CapacitySchedulerPolicy
 from tokenmill.engine.request import GenerationRequest
-from tokenmill.engine.sequence import Sequence as EngineSequence
+from tokenmill.engine.sequence import Sequence
 
 QueuePolicy: TypeAlias = Literal["fcfs", "priority"]
 QueueKey: TypeAlias = tuple[float, bool, int, int]
@@ -21,13 +21,13 @@ def request_rank(policy: QueuePolicy, inputs: GenerationRequest, arrival: int) -
     return (-inputs.priority if policy == "priority" else 0.0, arrival)
 
 
-def queue_key(sequence: EngineSequence) -> QueueKey:
+def queue_key(sequence: Sequence) -> QueueKey:
     """Order of the waiting queue: by rank, but what was started before goes first among equal priorities."""
     priority, arrival, index = sequence.rank
     return (priority, not sequence.started, arrival, index)
 
 
-def may_join(policy: CapacitySchedulerPolicy, batch_is_closed: bool, sequence: EngineSequence) -> bool:
+def may_join(policy: CapacitySchedulerPolicy, batch_is_closed: bool, sequence: Sequence) -> bool:
     """Whether a waiting sequence may join those that run now; a static batch takes only siblings of its members."""
     return policy is not CapacitySchedulerPolicy.STATIC_BATCH or not batch_is_closed or sequence.started
 
@@ -54,7 +54,7 @@ def admission_headroom(
     return num_promised + num_growth
 
 
-def choose_victim(running: Sequence[EngineSequence], scheduled_slots: Container[int]) -> EngineSequence:
+def choose_victim(running: list[Sequence], scheduled_slots: Container[int]) -> Sequence:
     """Who gives up its blocks: the worst-ranked running sequence that has no row in the plan yet.
 
     Args:

@@ -20,7 +20,7 @@ class GenerationRequest:
             `ignore_eos`).
         stop_token_ids: tokens of the caller that end a sequence with `stop` and `stop_reason`.
         bad_words: token sequences that must not be generated.
-        priority: higher runs first under the priority queue.
+        priority: higher runs first under the priority queue; its cached blocks are evicted later under any.
         arrival_time: `time.monotonic()` at submission, seconds.
     """
 

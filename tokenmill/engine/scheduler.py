@@ -104,13 +104,13 @@ class Scheduler:
         self._num_sequences += len(request.sequences)
         self._ledger.open(request)
 
-    def cancel(self, request_id: int) -> bool:
+    def cancel(self, request_id: int, finish_reason: FinishReason = "cancelled") -> bool:
         """End a request, whatever it is doing. False if it is not here (any more)."""
         request = self._ledger.requests.get(request_id)
         if request is None:
             return False
         request.siblings_are_pending = False
-        self._ledger.finish(request.sequences, "cancelled")
+        self._ledger.finish(request.sequences, finish_reason)
         return True
 
     def finish_sequence(self, request_id: int, sequence_index: int, finish_reason: FinishReason) -> bool:
@@ -130,9 +130,8 @@ class Scheduler:
         by `commit` or `fail`.
         """
         draft = PlanDraft(self._num_plans, self._settings.max_num_tokens)
-        num_preemptions = self._ledger.counters.num_preemptions
         self._continue_running(draft)
-        if self._ledger.counters.num_preemptions == num_preemptions:
+        if not draft.is_short_of_blocks:
             self._admit_waiting(draft)
         self._kv.end_plan()
         plan = draft.build()
@@ -236,11 +235,15 @@ class Scheduler:
                 assert policies.may_preempt(self._settings.capacity_policy), "a promised block is missing"
                 victim = policies.choose_victim(self._placement.running, draft.scheduled_slots())
                 self._placement.preempt(victim, draft.step)
+                draft.is_short_of_blocks = True
                 self._ledger.counters.num_preemptions += 1
         return False
 
     def _admit_waiting(self, draft: PlanDraft) -> None:
-        """Admit from the head of the queue while slots, tokens and blocks last. Nobody overtakes the head."""
+        """Admit from the head of the queue while slots, tokens and blocks last. Nobody overtakes the head.
+
+        A static batch is closed by the first admission round that ends for another reason than lack of tokens.
+        """
         placement, policy = self._placement, self._settings.capacity_policy
         if not placement.running:
             self._batch_is_closed = False
@@ -330,7 +333,7 @@ class Scheduler:
         if row.start < request.num_prompt_tokens:
             num_prompt_tokens = min(row.num_tokens, request.num_prompt_tokens - row.start)
             self._ledger.counters.num_prompt_tokens += num_prompt_tokens
-        if step > sequence.preempted_at_step:
+        if step > sequence.last_lost_step:
             sequence.num_computed_tokens = row.start + row.num_tokens
             self._kv.cache_computed(sequence.id, sequence.token_ids, sequence.num_computed_tokens)
             if request.siblings_are_pending and row.sample:

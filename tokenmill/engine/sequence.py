@@ -18,7 +18,7 @@ from enum import Enum, auto
 from typing import TypeAlias
 
 from tokenmill.engine.request import GenerationRequest
-from tokenmill.outputs import FinishReason, RequestMetrics
+from tokenmill.outputs import RequestMetrics
 
 Rank: TypeAlias = tuple[float, int, int]
 """Order between sequences, best first: minus the priority (0 under fcfs), order of arrival, sequence index."""
@@ -51,8 +51,8 @@ class Sequence:
         slot: while running; else -1.
         num_block_tokens: tokens that its block table has room for.
         num_prompt_logprobs: prompt log-probabilities delivered.
-        preempted_at_step: last step planned before its latest preemption: what that step and earlier ones computed is
-            gone (their sampled tokens are not).
+        last_lost_step: the last step planned before its latest preemption: what this step and earlier ones computed is
+            gone from the cache; tokens that they sample still count.
     """
 
     request: Request
@@ -69,8 +69,7 @@ class Sequence:
     num_block_tokens: int = 0
     num_prompt_logprobs: int = 0
     num_preemptions: int = 0
-    preempted_at_step: int = -1
-    finish_reason: FinishReason | None = None
+    last_lost_step: int = -1
 
     @property
     def num_tokens_in_flight(self) -> int:

@@ -67,7 +67,7 @@ def build_engine(
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
     cache_dtype = dtype if args.kv_cache_config.dtype == "auto" else resolve_dtype(args.kv_cache_config.dtype, device)
-    checkpoint = open_checkpoint(Path(args.model))
+    checkpoint = open_checkpoint(Path(args.model), config_only=args.load_format == "dummy")
     config = ModelConfig.from_hf(checkpoint.hf_config)
     max_seq_len = resolve_max_seq_len(args, config)
     plan = plan_memory(

@@ -18,8 +18,7 @@ def allocate_caches(
 ) -> tuple[LayerCache, ...]:
     """Keys and values of all layers, each [num_blocks, tokens_per_block, num_kv_heads, head_dim], zero.
 
-    Zeros matter: attention may read (and mask) positions of a block that nobody has written, and 0 * NaN is NaN. On a
-    CPU the pages of a zeroed allocation take memory only when they are first written.
+    On a CPU the pages of a zeroed allocation take memory only when they are first written.
     """
     shape = (num_blocks, tokens_per_block, num_kv_heads, head_dim)
     return tuple(

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tokenmill.layers.context import LayerContext
-from tokenmill.layers.weights import Shard, WeightTarget
+from tokenmill.layers.weights import Shard, WeightTarget, join_name
 from tokenmill.quantization.base import ParameterAxes
 
 
@@ -78,7 +78,7 @@ class LinearBase(nn.Module):
                 per_element = self.in_features_of_rank // destination.shape[axes.input]
                 _, first, full_size = self._input_shard
                 shard = Shard(axes.input, first // per_element, full_size // per_element)
-            yield f"{prefix}.{name}", WeightTarget(destination, shard)
+            yield join_name(prefix, name), WeightTarget(destination, shard)
 
     @property
     def in_features_of_rank(self) -> int:
@@ -138,11 +138,13 @@ class QKVLinear(LinearBase):
         self.num_heads = rank_heads
         self.num_kv_heads = rank_kv_heads
         self.head_dim = head_dim
-        query = OutputPart(
-            "q_proj", rank_heads * head_dim, group.rank * rank_heads * head_dim, num_heads * head_dim
-        )  # fmt: skip
+        query = (rank_heads * head_dim, group.rank * rank_heads * head_dim, num_heads * head_dim)
         key_value = (rank_kv_heads * head_dim, first_kv_head * head_dim, num_kv_heads * head_dim)
-        self._parts = [query, OutputPart("k_proj", *key_value), OutputPart("v_proj", *key_value)]
+        self._parts = [
+            OutputPart("q_proj", *query),
+            OutputPart("k_proj", *key_value),
+            OutputPart("v_proj", *key_value),
+        ]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, hidden_size] to [T, H + 2 G, head_dim]: this rank's query heads, key heads, value heads."""
@@ -195,5 +197,5 @@ def _merged_targets(
     parent = prefix.rpartition(".")[0]
     start = 0
     for part in parts:
-        yield from layer._part_targets(part, start, f"{parent}.{part.name}" if parent else part.name)
+        yield from layer._part_targets(part, start, join_name(parent, part.name))
         start += part.size

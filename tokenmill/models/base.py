@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +14,7 @@ from tokenmill.layers.forward_batch import ForwardBatch
 from tokenmill.models.config import ModelConfig
 
 
-class CausalLM(nn.Module):
+class CausalLM(nn.Module, ABC):
     """A decoder-only language model. Subclasses hold the layers under Hugging Face's module names.
 
     Args:
@@ -33,6 +33,10 @@ class CausalLM(nn.Module):
         if self.config.tie_word_embeddings:
             patterns.append(re.compile(r"lm_head\.weight"))
         return patterns
+
+    def rename_weight(self, name: str) -> str:
+        """The name that the tensor `name` of a checkpoint has in `weight_targets` (most models: the same)."""
+        return name
 
     @abstractmethod
     def forward(self, batch: ForwardBatch) -> torch.Tensor:

@@ -23,6 +23,9 @@ LayerType: TypeAlias = Literal["full_attention", "sliding_attention"]
 SUPPORTED_MODEL_TYPES: Final = ("gemma3", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 """What `model_type` may be. Each names a file in `models/`; `gemma3_text` is served by `gemma3.py`."""
 
+_ACTIVATIONS: Final = ("silu", "gelu_pytorch_tanh")
+"""What `ops.activation` computes."""
+
 _GEMMA3: Final = MappingProxyType({
     "vocab_size": 262_208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
     "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh",
@@ -32,11 +35,12 @@ _GEMMA3: Final = MappingProxyType({
 })  # fmt: skip
 _DEFAULTS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType({
     "llama": {"rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 1e4},
-    "mistral": {"rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 1e4, "sliding_window": 4096},
+    "mistral": {"rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 1e4, "sliding_window": 4096,
+                "num_key_value_heads": 8},
     "qwen2": {"rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 1e4, "sliding_window": 4096,
-              "max_window_layers": 28},
+              "max_window_layers": 28, "num_key_value_heads": 32},
     "qwen3": {"rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 1e4, "sliding_window": 4096,
-              "max_window_layers": 28, "head_dim": 128},
+              "max_window_layers": 28, "num_key_value_heads": 32, "head_dim": 128},
     "gemma3": _GEMMA3,
     "gemma3_text": _GEMMA3,
 })  # fmt: skip
@@ -127,10 +131,7 @@ class ModelConfig:
             UnsupportedFeatureError: the model type, activation or rotary embedding is not supported.
         """
         model_type = _model_type(hf_config)
-        text_config = hf_config.get("text_config")
-        if isinstance(text_config, Mapping):  # a multimodal model: the language model's numbers are nested
-            hf_config = {**hf_config, **text_config}
-        values = Values(hf_config, _DEFAULTS[model_type])
+        values = Values(_language_model(hf_config, model_type), _DEFAULTS[model_type])
         is_gemma = model_type.startswith("gemma3")
         num_layers = values.integer("num_hidden_layers")
         num_heads = values.integer("num_attention_heads")
@@ -140,7 +141,6 @@ class ModelConfig:
         _check_heads(values, num_heads, num_kv_heads, head_dim)
         layer_types, sliding_window = _layer_types(values, model_type, num_layers)
         max_positions = values.integer("max_position_embeddings")
-        activation = values.text("hidden_activation") if is_gemma else values.text("hidden_act")
         return ModelConfig(
             model_type=model_type,
             architecture=_architecture(hf_config, model_type),
@@ -152,7 +152,7 @@ class ModelConfig:
             head_dim=head_dim,
             intermediate_size=values.integer("intermediate_size"),
             rms_norm_eps=values.number("rms_norm_eps"),
-            hidden_act=activation,
+            hidden_act=_activation(values, "hidden_activation" if is_gemma else "hidden_act"),
             max_position_embeddings=max_positions,
             rope=read_rope(values, head_dim, max_positions, layer_type="full_attention"),
             local_rope=read_rope(values, head_dim, max_positions, layer_type="sliding_attention") if is_gemma else None,
@@ -210,12 +210,34 @@ def _model_type(hf_config: Mapping[str, Any]) -> str:
     return model_type
 
 
+def _language_model(hf_config: Mapping[str, Any], model_type: str) -> Mapping[str, Any]:
+    """The entries of the language model: nested in a multimodal model, whose own token ids and types come first."""
+    if model_type != "gemma3":
+        return hf_config
+    nested = hf_config.get("text_config")
+    if not isinstance(nested, Mapping):
+        raise Values(hf_config, {}).invalid("text_config", "an object")
+    common = ("eos_token_id", "bos_token_id", "tie_word_embeddings", "dtype", "torch_dtype")
+    return {**nested, **{key: hf_config[key] for key in common if hf_config.get(key) is not None}}
+
+
+def _activation(values: Values, key: str) -> str:
+    name = values.text(key)
+    if name not in _ACTIVATIONS:
+        raise UnsupportedFeatureError(
+            f"The activation '{name}' ({key}) is not supported.", field="model", remedy=did_you_mean(name, _ACTIVATIONS)
+        )
+    return name
+
+
 def _architecture(hf_config: Mapping[str, Any], model_type: str) -> str:
     names = hf_config.get("architectures")
     return str(names[0]) if isinstance(names, list | tuple) and names else model_type
 
 
 def _check_heads(values: Values, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    if values.get("head_dim") is None and values.integer("hidden_size") % num_heads:
+        raise values.invalid("num_attention_heads", "a divisor of hidden_size, or there must be a head_dim")
     if num_heads % num_kv_heads:
         raise values.invalid("num_key_value_heads", f"a divisor of num_attention_heads ({num_heads})")
     if head_dim % 2:

@@ -145,6 +145,13 @@ class Gemma3ForCausalLM(CausalLM):
         """What a multimodal checkpoint holds besides the language model, too."""
         return [*super().ignored_weights, re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")]
 
+    def rename_weight(self, name: str) -> str:
+        """Multimodal checkpoints hold the language model under one of two prefixes, by the version that wrote them."""
+        for prefix, own in (("language_model.model.", "model."), ("model.language_model.", "model.")):
+            if name.startswith(prefix):
+                return own + name.removeprefix(prefix)
+        return name.removeprefix("language_model.")
+
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """Hidden states after the final norm [T, hidden_size]; writes the step's keys and values to the caches."""
         return self.model(batch)  # type: ignore[no-any-return]

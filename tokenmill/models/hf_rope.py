@@ -27,21 +27,22 @@ def read_rope(values: Values, head_dim: int, max_position_embeddings: int, *, la
     is_local = layer_type == "sliding_attention"
     theta_key = "rope_local_base_freq" if is_local else "rope_theta"
     parameters = values.nested("rope_parameters")
-    if parameters is not None and isinstance(parameters.get(layer_type), Mapping):
+    if parameters is not None and isinstance(parameters.get("full_attention"), Mapping):
         parameters = parameters.nested(layer_type)
-    elif parameters is None and not is_local:  # Gemma 3 scales only its layers with full attention
+    elif is_local:  # without entries by layer type, scaling is for the layers with full attention only
+        parameters = None
+    elif parameters is None:
         parameters = values.nested("rope_scaling")
-    if parameters is None:
-        return RopeConfig(theta=values.number(theta_key), frequency_factors=_frequency_factors(values, head_dim))
-    theta = parameters.number("rope_theta") if parameters.get("rope_theta") is not None else values.number(theta_key)
     factors = None if is_local else _frequency_factors(values, head_dim)
+    if parameters is None:
+        return RopeConfig(theta=values.number(theta_key), frequency_factors=factors)
+    theta = parameters.number("rope_theta") if parameters.get("rope_theta") is not None else values.number(theta_key)
     rope_type = _rope_type(parameters)
     if rope_type == "default":
         return RopeConfig(theta=theta, frequency_factors=factors)
     if rope_type == "linear":
-        return RopeConfig(
-            theta=theta, type=rope_type, factor=parameters.number("factor"), frequency_factors=factors
-        )  # fmt: skip
+        factor = parameters.number("factor")
+        return RopeConfig(theta=theta, type=rope_type, factor=factor, frequency_factors=factors)
     original = parameters.integer(
         "original_max_position_embeddings",
         default=values.optional_integer("original_max_position_embeddings") or max_position_embeddings,

@@ -99,7 +99,7 @@ class LlamaModel(nn.Module):
 
     def __init__(self, config: ModelConfig, context: LayerContext) -> None:
         super().__init__()
-        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, context.child("embed_tokens"))
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, context)
         self.layers = nn.ModuleList(
             LlamaDecoderLayer(config, layer, context.child(f"layers.{layer}")) for layer in range(config.num_layers)
         )

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from tokenmill.ops.platform import computes_bfloat16
+
 PACKING_NUM_ROWS = 16
 """Rows of input that the packed layout is made for; one layout serves 1 to 1024 rows without measurable loss."""
 
@@ -58,9 +60,8 @@ def choose(device: torch.device, dtype: torch.dtype) -> str:
     """`onednn` (packed weights) or `torch` (plain weights) for tensors of this device and type."""
     if device.type != "cpu" or not torch._C._has_mkldnn:
         return "torch"
-    if dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        return "onednn"
-    return "torch"
+    is_fast = dtype == torch.float32 or (dtype == torch.bfloat16 and computes_bfloat16(device))
+    return "onednn" if is_fast else "torch"
 
 
 def pack_linear_weight(weight: torch.Tensor) -> torch.Tensor | PackedWeight:

@@ -100,7 +100,6 @@ class ModelRunner:
                 prompt_logprobs=of_prompts.get(index, ()),
                 error=None if token_id is not None else "The model gave no finite logits for this request.",
             )
-        self._heal([rows[index] for index in pending.sampled_rows if outputs[index].error is not None])
         return StepOutput(tuple(outputs))
 
     # ---- parts of a launch -----------------------------------------------------------------------------------
@@ -152,13 +151,3 @@ class ModelRunner:
         return found
 
     # ---- parts of a collect ----------------------------------------------------------------------------------
-
-    @torch.inference_mode()
-    def _heal(self, failed: Sequence[Row]) -> None:
-        """Take NaN out of failed rows' blocks: the next owner masks what it did not write, but 0 * NaN is NaN."""
-        for row in failed:
-            num_blocks = -(-(row.start + row.num_tokens) // self._slots.tokens_per_block)
-            blocks = self._slots.block_tables[row.slot, :num_blocks].long()
-            for layer in self._caches:
-                for cache in layer:
-                    cache[blocks] = cache[blocks].nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)

@@ -62,10 +62,11 @@ class SlotLists:
         for slot, columns in self._lists.items():
             bounds[:, slot] = end, len(columns[0])
             end += len(columns[0])
-        # One unused entry more, so that slots without a list have something to read.
-        pools = [np.zeros(end + 1, dtype=dtype) for dtype in self._dtypes]
-        for index, pool in enumerate(pools):
-            np.concatenate([*(columns[index] for columns in self._lists.values()), pool[:1]], out=pool)
+        # One zero more at the end: it is what unused entries read.
+        pools = [
+            np.concatenate([*(columns[index] for columns in self._lists.values()), np.zeros(1, dtype)])
+            for index, dtype in enumerate(self._dtypes)
+        ]
         self._bounds = upload(bounds, self._device)
         self._pools = tuple(upload(pool, self._device) for pool in pools)
         self._changed = False

@@ -89,7 +89,8 @@ def matching_words(
     A word that has no entry, that is one of a single token, matches always.
     """
     index = positions.unsqueeze(1) - distance
-    found = tokens[slots.unsqueeze(1), index.clamp(min=0)].to(torch.int64)
+    # Unused entries may point anywhere, so the index is kept inside the buffer.
+    found = tokens[slots.unsqueeze(1), index.clamp(0, tokens.shape[1] - 1)].to(torch.int64)
     differs = ((index < 0) | (found != expected)) & used
     num_differing = torch.zeros(slots.shape[0], num_words, dtype=torch.int32, device=tokens.device)
     return num_differing.scatter_add_(1, word, differs.to(torch.int32)) == 0
