@@ -247,7 +247,7 @@ class Scheduler:
         placement, policy = self._placement, self._settings.capacity_policy
         if not placement.running:
             self._batch_is_closed = False
-        num_promised = self._num_promised() if placement.waiting else 0
+        num_promised = self._num_promised() if placement.waiting and placement.free_slots else 0
         while placement.waiting and draft.num_tokens_left:
             sequence = placement.waiting.head
             may_join = policies.may_join(policy, self._batch_is_closed, sequence)
