@@ -12,6 +12,7 @@ SMALL = {"num_blocks": 9, "tokens_per_block": 4, "max_seq_len": 40, "max_batch_s
     ("shape", "request_", "error_class", "field", "said"),
     [
         ({}, {"prompt": []}, InvalidParameterError, "prompt", "empty"),
+        ({}, {"prompt": [1], "priority": float("nan")}, InvalidParameterError, "priority", "nan"),
         ({}, {"prompt": range(40)}, PromptTooLongError, "prompt", "40 tokens; prompt and answer together may have 40"),
         ({}, {"prompt": range(10), "max_tokens": 24}, RequestTooLargeError, "max_tokens", "9 blocks of 4"),
         ({}, {"prompt": [1], "n": 4}, InvalidParameterError, "n", "4 sequences"),

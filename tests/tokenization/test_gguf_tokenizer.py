@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
-from tests.tokenization.small_tokenizers import SPECIAL, TEXTS, byte_level_metadata, sentencepiece_metadata, train_byte_level
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Regex, normalizers, pre_tokenizers
@@ -18,6 +18,13 @@ from transformers.models.gemma.tokenization_gemma import GemmaTokenizer
 from transformers.models.llama.tokenization_llama import LlamaTokenizer
 from transformers.tokenization_utils_base import generate_merges
 
+from tests.tokenization.small_tokenizers import (
+    SPECIAL,
+    TEXTS,
+    byte_level_metadata,
+    sentencepiece_metadata,
+    train_byte_level,
+)
 from tokenmill.errors import CheckpointError, UnsupportedFeatureError
 from tokenmill.tokenization import Tokenizer, tokenizer_from_gguf_metadata
 
@@ -112,14 +119,9 @@ def test_byte_level_round_trip(text: str) -> None:
     assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
 
 
-_BUILT: list[Tokenizer] = []
-
-
+@functools.cache
 def _smollm() -> Tokenizer:
-    if not _BUILT:
-        original = train_byte_level(ORIGINALS["smollm"][0]())
-        _BUILT.append(tokenizer_from_gguf_metadata(byte_level_metadata(original, "smollm")))
-    return _BUILT[0]
+    return tokenizer_from_gguf_metadata(byte_level_metadata(train_byte_level(ORIGINALS["smollm"][0]()), "smollm"))
 
 
 @pytest.mark.parametrize("prefix", [False, True])

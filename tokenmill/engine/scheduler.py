@@ -130,9 +130,8 @@ class Scheduler:
         by `commit` or `fail`.
         """
         draft = PlanDraft(self._num_plans, self._settings.max_num_tokens)
-        num_preemptions = self._ledger.counters.num_preemptions
         self._continue_running(draft)
-        if self._ledger.counters.num_preemptions == num_preemptions:
+        if not draft.is_short_of_blocks:
             self._admit_waiting(draft)
         self._kv.end_plan()
         plan = draft.build()
@@ -236,6 +235,7 @@ class Scheduler:
                 assert policies.may_preempt(self._settings.capacity_policy), "a promised block is missing"
                 victim = policies.choose_victim(self._placement.running, draft.scheduled_slots())
                 self._placement.preempt(victim, draft.step)
+                draft.is_short_of_blocks = True
                 self._ledger.counters.num_preemptions += 1
         return False
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tokenmill.layers.context import LayerContext
-from tokenmill.layers.weights import Shard, WeightTarget
+from tokenmill.layers.weights import Shard, WeightTarget, join_name
 from tokenmill.quantization.base import ParameterAxes
 
 
@@ -78,7 +78,7 @@ class LinearBase(nn.Module):
                 per_element = self.in_features_of_rank // destination.shape[axes.input]
                 _, first, full_size = self._input_shard
                 shard = Shard(axes.input, first // per_element, full_size // per_element)
-            yield f"{prefix}.{name}", WeightTarget(destination, shard)
+            yield join_name(prefix, name), WeightTarget(destination, shard)
 
     @property
     def in_features_of_rank(self) -> int:
@@ -197,5 +197,5 @@ def _merged_targets(
     parent = prefix.rpartition(".")[0]
     start = 0
     for part in parts:
-        yield from layer._part_targets(part, start, f"{parent}.{part.name}" if parent else part.name)
+        yield from layer._part_targets(part, start, join_name(parent, part.name))
         start += part.size
