@@ -28,7 +28,7 @@ def test_throughput_report_is_consistent(program: Program, tiny_model: Path, tmp
         "--concurrency", "4", "--report-json", "r.json", *ENGINE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    for text in ("Request throughput", "Time to first token", "P99", "12 of 12"):
+    for text in ("Request throughput", "TTFT", "P99", "12 of 12"):
         assert text in done.stdout
     assert "prefix cache is off" in done.stderr
     report = read_report(tmp_path / "r.json")
@@ -103,8 +103,8 @@ def test_a_request_rate_spreads_the_requests(program: Program, tiny_model: Path,
 def test_dummy_weights_without_a_tokenizer(program: Program, tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("skip_tokenizer_init: true\n")
     done = program(
-        "bench", "throughput", str(tiny_model), "--load-format", "dummy", "--config", "c.yaml", "--isl", "5", "--osl", "3",
-        "--num-requests", "2", *ENGINE,
+        "bench", "throughput", str(tiny_model), "--load-format", "dummy", "--config", "c.yaml", "--isl", "5",
+        "--osl", "3", "--num-requests", "2", *ENGINE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "2 of 2" in done.stdout

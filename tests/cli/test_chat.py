@@ -124,7 +124,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(
 ) -> None:
     """The answer would go on for thousands of tokens. Ctrl-C ends it, what was said is kept, the next one works."""
     saved = tmp_path / "chat.json"
-    arguments = ["chat", str(tiny_model), "--temperature", "0", *ENGINE]
+    arguments = ["chat", str(tiny_model), "--temperature", "0", "--max-tokens", "6000", *ENGINE]
     with Terminal(arguments, program_environment) as terminal:
         terminal.wait_for("> ")
         terminal.type("a long one\r")
@@ -188,7 +188,7 @@ def test_typed_lines_are_remembered_for_the_next_time(
 
 
 def test_ctrl_c_ends_run_quietly(tiny_model: Path, program_environment: dict[str, str]) -> None:
-    with Terminal(["run", str(tiny_model), "go on", "--temperature", "0", *ENGINE], program_environment) as terminal:
+    with Terminal(["run", str(tiny_model), "go on", "--max-tokens", "6000", *ENGINE], program_environment) as terminal:
         terminal.wait_for_answer(100)
         terminal.type(CTRL_C)
         assert terminal.exit_code() == 130

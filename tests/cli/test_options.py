@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tokenmill.cli.options import DEFAULT_MODEL, DEFAULT_SAMPLING, ModelOptions, SamplingOptions, read_config_file
+from tokenmill.cli.options import DEFAULT_MODEL, ModelOptions, SamplingOptions, read_config_file
 from tokenmill.config import LlmArgs
 from tokenmill.errors import InvalidParameterError, UnknownParameterError, UserError
 
@@ -124,13 +124,10 @@ def test_defaults_in_the_help_are_those_of_llm() -> None:
 def test_sampling_options_become_parameters() -> None:
     options = SamplingOptions(max_tokens=5, temperature=0.0, stop=["a", "b"], seed=7)
     assert options.sampling_parameters() == {"max_tokens": 5, "temperature": 0.0, "stop": ["a", "b"], "seed": 7}
-    assert options.chat_parameters() == options.sampling_parameters()
 
 
-def test_run_and_chat_sample_unless_told_how() -> None:
+def test_options_left_out_are_no_parameters() -> None:
     assert SamplingOptions().sampling_parameters() == {}
-    assert SamplingOptions(seed=1).chat_parameters() == {"seed": 1, **DEFAULT_SAMPLING}
-    assert SamplingOptions(top_k=5).chat_parameters() == {"top_k": 5}
 
 
 @pytest.mark.parametrize(

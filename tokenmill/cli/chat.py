@@ -31,6 +31,9 @@ _EPILOG = examples(
     ("In the chat", "/help  /system TEXT  /params temperature=0.2  /retry  /save chat.json  /exit"),
 )
 
+_DEFAULT_SAMPLING = {"temperature": 0.7, "top_p": 0.9}
+"""How tokens are chosen when no option says it: /retry should give another answer."""
+
 _MIN_ANSWER_TOKENS = 256
 """Room that is kept free for an answer: the oldest turns go first (less in a small context)."""
 
@@ -55,11 +58,14 @@ def chat(
     """Talk with a model: answers stream, the conversation is remembered.
 
     Ctrl-C stops an answer and keeps what was said; Ctrl-C or Ctrl-D on an empty line leaves. /help lists commands.
+    Without sampling options the temperature is 0.7 and top_p 0.9.
     """
     conversation = Conversation() if load is None else Conversation.load(load)
     if system is not None:
         conversation.system = system
-    values = sampling.chat_parameters()
+    values = sampling.sampling_parameters()
+    if not values.keys() & {"temperature", "top_k", "top_p", "min_p"}:
+        values |= _DEFAULT_SAMPLING
     arguments = model_options.llm_arguments(model)
     with loaded_llm(arguments) as llm:
         ChatSession(llm, conversation, values).run()
@@ -125,6 +131,8 @@ class ChatSession:
         answer = stream_answer(result, write_answer)
         write_answer("\n\n" if sys.stdout.isatty() else "\n")
         self.last_answer = answer
+        if answer.finish_reason == "length":
+            print_note(f"Cut off after {answer.num_tokens} tokens; /params max_tokens=N allows more.")
         if answer.interrupted:
             print_note("Stopped." if answer.text else "Stopped before the first word; the question is forgotten.")
         if answer.text or not answer.interrupted:

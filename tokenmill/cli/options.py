@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "smollm2:135m"
 """The demo model: what a command uses when none is named."""
 
-DEFAULT_SAMPLING = {"temperature": 0.7, "top_p": 0.9}
-"""How `run` and `chat` choose tokens when no option says it."""
+DEFAULT_MAX_TOKENS = 1024
+"""Longest answer of `run` and `chat` when no option says it: small models may never end theirs."""
 
 _MODEL_PANEL = "Model and engine"
 _SAMPLING_PANEL = "Sampling"
@@ -205,7 +205,7 @@ class SamplingOptions:
             min=1,
             help="Most tokens of an answer.",
             rich_help_panel=_SAMPLING_PANEL,
-            show_default="what the context holds",
+            show_default=str(DEFAULT_MAX_TOKENS),
         ),
     ] = None
     temperature: Annotated[
@@ -258,13 +258,6 @@ class SamplingOptions:
         names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
         values = {name: getattr(self, name) for name in names if getattr(self, name) not in (None, [])}
         checked_sampling(values)
-        return values
-
-    def chat_parameters(self) -> dict[str, Any]:
-        """`sampling_parameters`, with the defaults of `run` and `chat` where nothing says how tokens are chosen."""
-        values = self.sampling_parameters()
-        if not values.keys() & {"temperature", "top_k", "top_p", "min_p"}:
-            values |= DEFAULT_SAMPLING
         return values
 
 
