@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tests.cli.tiny_model import write_tiny_model
+from tests.support.tiny_checkpoint import write_tiny_model
 from tokenmill.cli.main import build_app
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that can chat."""
-    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny-chat")
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny-chat", max_positions=8192)
 
 
 @pytest.fixture(scope="session")
