@@ -107,6 +107,10 @@ class ChatSession:
                 run_slash_command(self, entry.strip())
             else:
                 self.ask(entry[1:] if entry.startswith("//") else entry)
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            print_note("Interrupted.")  # just before or after an answer
         except TokenmillError as error:
             if not interactive or isinstance(error, ExecutorShutdownError):
                 raise
@@ -128,7 +132,11 @@ class ChatSession:
         sampling = sampling_for_room(self.llm, self.sampling, num_prompt_tokens)
         prompt = chat_token_ids(self.llm, self.conversation.messages(question))
         result = self.llm.generate_async(prompt, sampling, streaming=True)
-        answer = stream_answer(result, write_answer)
+        try:
+            answer = stream_answer(result, write_answer)
+        except BaseException:
+            result.abort()  # whatever went wrong: the engine must not go on talking to nobody
+            raise
         write_answer("\n\n" if sys.stdout.isatty() else "\n")
         self.last_answer = answer
         if answer.finish_reason == "length":
