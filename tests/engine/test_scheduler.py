@@ -4,6 +4,7 @@ import pytest
 
 from tests.support.engine_harness import MAX_UTILIZATION, NO_EVICT, STATIC_BATCH, Harness
 from tests.support.mock_runner import expected_answer
+from tokenmill.config import CapacitySchedulerPolicy
 from tokenmill.engine.events import Finished, TokenDelta
 from tokenmill.engine.plan import BatchPlan
 
@@ -335,7 +336,7 @@ def test_held_prompt_is_given_up_when_blocks_are_short() -> None:
 
 
 @pytest.mark.parametrize("capacity_policy", [NO_EVICT, MAX_UTILIZATION, STATIC_BATCH])
-def test_more_siblings_than_the_cache_holds_at_once(capacity_policy) -> None:
+def test_more_siblings_than_the_cache_holds_at_once(capacity_policy: CapacitySchedulerPolicy) -> None:
     harness = Harness(num_blocks=6, capacity_policy=capacity_policy)
     harness.add(prompt(9), max_tokens=12, n=6)
     harness.add(prompt(9, 1), max_tokens=12, n=6)

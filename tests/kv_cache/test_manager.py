@@ -1,5 +1,7 @@
 """Block tables, reuse, duplicates, copies, sharing between siblings, and the integrity check."""
 
+from collections.abc import Callable
+
 import pytest
 
 from tokenmill.kv_cache.manager import KvCacheManager, PrefixGrant
@@ -334,7 +336,7 @@ def test_misuse_is_refused() -> None:
         (lambda kv: kv._pool.allocate(), "has 0 holders, counted 1"),
     ],
 )
-def test_integrity_check_finds_damage(damage, message: str) -> None:
+def test_integrity_check_finds_damage(damage: Callable[[KvCacheManager], object], message: str) -> None:
     kv = manager()
     start(kv, 0, PROMPT)
     kv.cache_computed(0, PROMPT, 8)

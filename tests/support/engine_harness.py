@@ -114,6 +114,7 @@ class Harness:
     def step(self) -> list[EngineEvent]:
         """One step, with all checks that can be made after one."""
         events = self.core.step_overlapped() if self.overlap else self.core.step()
+        assert not self.runner.mistakes, self.runner.mistakes
         for event in events:
             assert event.request_id not in self.endings, f"{event} comes after the terminal event"
             if isinstance(event, TokenDelta):

@@ -130,9 +130,8 @@ class Scheduler:
         by `commit` or `fail`.
         """
         draft = PlanDraft(self._num_plans, self._settings.max_num_tokens)
-        num_preemptions = self._ledger.counters.num_preemptions
         self._continue_running(draft)
-        if self._ledger.counters.num_preemptions == num_preemptions:
+        if not draft.is_short_of_blocks:
             self._admit_waiting(draft)
         self._kv.end_plan()
         plan = draft.build()
@@ -236,6 +235,7 @@ class Scheduler:
                 assert policies.may_preempt(self._settings.capacity_policy), "a promised block is missing"
                 victim = policies.choose_victim(self._placement.running, draft.scheduled_slots())
                 self._placement.preempt(victim, draft.step)
+                draft.is_short_of_blocks = True
                 self._ledger.counters.num_preemptions += 1
         return False
 
@@ -247,7 +247,7 @@ class Scheduler:
         placement, policy = self._placement, self._settings.capacity_policy
         if not placement.running:
             self._batch_is_closed = False
-        num_promised = self._num_promised() if placement.waiting else 0
+        num_promised = self._num_promised() if placement.waiting and placement.free_slots else 0
         while placement.waiting and draft.num_tokens_left:
             sequence = placement.waiting.head
             may_join = policies.may_join(policy, self._batch_is_closed, sequence)
