@@ -15,7 +15,7 @@ from tokenmill.cli.console import print_error, print_note, print_warning, write_
 from tokenmill.cli.conversation import Conversation
 from tokenmill.cli.line_input import LineReader
 from tokenmill.cli.loading import loaded_llm
-from tokenmill.cli.options import DEFAULT_MODEL, ModelOptions, SamplingOptions
+from tokenmill.cli.options import DEFAULT_MODEL, ONE_SEQUENCE, ModelOptions, SamplingOptions
 from tokenmill.cli.prompting import chat_token_ids, require_chat_template, sampling_for_room
 from tokenmill.env import read_environment
 from tokenmill.errors import ExecutorShutdownError, TokenmillError
@@ -66,7 +66,7 @@ def chat(
     values = sampling.sampling_parameters()
     if not values.keys() & {"temperature", "top_k", "top_p", "min_p"}:
         values |= _DEFAULT_SAMPLING
-    arguments = model_options.llm_arguments(model)
+    arguments = model_options.llm_arguments(model, **ONE_SEQUENCE)
     with loaded_llm(arguments) as llm:
         ChatSession(llm, conversation, values).run()
 
