@@ -92,6 +92,8 @@ def load_model(
     if args.load_format == "dummy":
         fill_dummy(targets, seed=0)
     else:
-        load_weights(targets, checkpoint, ignore=model.ignored_weights, on_progress=on_progress)
+        load_weights(
+            targets, checkpoint, ignore=model.ignored_weights, rename=model.rename_weight, on_progress=on_progress
+        )
     finalize_weights(model)
     return model.eval()
