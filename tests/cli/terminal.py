@@ -45,6 +45,11 @@ class Terminal:
         """As if typed."""
         os.write(self._master, text.encode())
 
+    def interrupt(self) -> None:
+        """Type Ctrl-C, a moment after what was last shown: Python can miss one while it sets up line editing."""
+        time.sleep(0.3)
+        self.type("\x03")
+
     def wait_for(self, text: str) -> str:
         """Wait until `text` is shown, after what was waited for before; what was shown up to its end."""
         deadline = time.monotonic() + DEADLINE
