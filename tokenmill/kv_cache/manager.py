@@ -257,13 +257,6 @@ class KvCacheManager:
         self._pinned_paths.clear()
         self._pinned_blocks.clear()
 
-    def clear_cached(self) -> int:
-        """Forget all cached blocks that no sequence uses; returns how many."""
-        num_cleared = self._tree.num_unlocked
-        for _ in range(num_cleared):
-            self._pool.release(self._tree.evict())
-        return num_cleared
-
     # What is known about it
 
     def num_blocks_of(self, sequence_id: int) -> int:
