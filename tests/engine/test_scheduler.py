@@ -3,7 +3,7 @@
 import pytest
 
 from tests.support.engine_harness import MAX_UTILIZATION, NO_EVICT, STATIC_BATCH, Harness
-from tests.support.mock_runner import expected_answer
+from tests.support.mock_runner import Pending, expected_answer
 from tokenmill.config import CapacitySchedulerPolicy
 from tokenmill.engine.events import Finished, TokenDelta
 from tokenmill.engine.plan import BatchPlan
@@ -324,14 +324,30 @@ def test_siblings_run_after_the_first_has_ended(overlap: bool) -> None:
     harness.check_finished()
 
 
-def test_held_prompt_is_given_up_when_blocks_are_short() -> None:
-    harness = Harness(num_blocks=9, capacity_policy=MAX_UTILIZATION, max_batch_size=2, block_reuse=False)
-    harness.add(prompt(3, 5), max_tokens=30)
-    harness.add(prompt(8), max_tokens=1, n=2)
+def test_held_prompt_is_given_up_before_anyone_is_preempted() -> None:
+    """Two sequences grow to 4 blocks each, which is all there is, while a sibling holds 2 blocks of its prompt."""
+    harness = Harness(
+        num_blocks=9, capacity_policy=MAX_UTILIZATION, queue_policy="priority", max_batch_size=2, block_reuse=False
+    )
+    harness.add(prompt(3, 5), max_tokens=13)
+    harness.add(prompt(9), max_tokens=1, n=2)
     harness.step()
-    harness.scheduler.finish_sequence(1, 0, "stop")
-    harness.ended_early.add((1, 0))
+    harness.add(prompt(3, 6), max_tokens=13, priority=0.9)
+    harness.step()
+    assert harness.core.stats().num_waiting == 1 and len(harness.kv.sequence_ids()) == 3
     harness.run()
+    stats = harness.core.stats()
+    assert (stats.num_preemptions, stats.num_prompt_tokens) == (0, 3 + 9 + 3 + 9)
+    harness.check_finished()
+
+
+@overlap_on_and_off
+def test_held_prompt_is_given_up_when_its_holder_needs_the_room(overlap: bool) -> None:
+    """The prompt fills 3 of 5 blocks, the last one in part; a sibling needs 3 more to be sure of its end."""
+    harness = Harness(num_blocks=6, capacity_policy=NO_EVICT, overlap=overlap)
+    harness.add(prompt(10), max_tokens=11, n=3)
+    harness.run()
+    assert harness.core.stats().num_prompt_tokens > 10 + 2
     harness.check_finished()
 
 
@@ -505,26 +521,29 @@ def test_one_sequence_ended_from_outside(overlap: bool) -> None:
 # Overlap
 
 
-def test_plans_may_run_ahead_of_commits() -> None:
-    """Four plans are under way at any time; nothing is planned past the end, and the answer is the same."""
-    harness = Harness(max_num_tokens=8)
-    for first in range(5):
-        harness.add(prompt(6, first), max_tokens=7, end_ids=(11,))
-    under_way: list[tuple[BatchPlan, object]] = []
-    answers: dict[int, list[int]] = {request_id: [] for request_id in range(5)}
+@pytest.mark.parametrize("num_under_way", [1, 2, 4])
+@pytest.mark.parametrize("num_blocks", [9, 12, 64])
+def test_plans_may_run_ahead_of_commits(num_under_way: int, num_blocks: int) -> None:
+    """Several plans are under way at any time; nothing is planned past the end, and the answers are the same."""
+    harness = Harness(num_blocks=num_blocks, max_num_tokens=8, capacity_policy=MAX_UTILIZATION, max_batch_size=4)
+    for first in range(8):
+        harness.add(prompt(6 + first % 3, first), max_tokens=4 + 3 * (first % 4), end_ids=(11,))
+    under_way: list[tuple[BatchPlan, Pending]] = []
+    answers: dict[int, list[int]] = {request_id: [] for request_id in range(8)}
     num_finished = 0
     while harness.scheduler.has_work:
         plan = harness.scheduler.schedule()
         if plan.rows:
             under_way.append((plan, harness.runner.launch(plan)))
-        if len(under_way) == 4 or not plan.rows:
+        if len(under_way) == num_under_way or not plan.rows:
             oldest, pending = under_way.pop(0)
             for event in harness.scheduler.commit(oldest, harness.runner.collect(pending)):
                 if isinstance(event, TokenDelta):
                     answers[event.request_id] += event.token_ids
                 num_finished += isinstance(event, Finished)
         harness.scheduler.check_integrity()
-    assert num_finished == 5
+    assert num_finished == 8
+    assert (harness.core.stats().num_preemptions > 0) == (num_blocks < 64)
     for request_id, inputs in harness.requests.items():
         assert tuple(answers[request_id]) == expected_answer(inputs, 0, max_seq_len=64).token_ids
 
