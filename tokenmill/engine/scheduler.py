@@ -86,7 +86,6 @@ class Scheduler:
         request = self._ledger.requests.get(request_id)
         if request is None:
             return False
-        request.siblings_are_pending = False
         self._ledger.finish(request.sequences, finish_reason)
         return True
 
@@ -108,8 +107,7 @@ class Scheduler:
         """
         draft = PlanDraft(self._num_plans, self._settings.max_num_tokens)
         self._continue_running(draft)
-        if not draft.is_short_of_blocks:
-            self._admission.admit_waiting(draft)
+        self._admission.admit_waiting(draft)
         self._kv.end_plan()
         plan = draft.build()
         if plan.rows:
@@ -212,7 +210,6 @@ class Scheduler:
                 assert policies.may_preempt(self._settings.capacity_policy), "a promised block is missing"
                 victim = policies.choose_victim(self._placement.running, draft.scheduled_slots())
                 self._placement.preempt(victim, draft.step)
-                draft.is_short_of_blocks = True
                 self._ledger.counters.num_preemptions += 1
         return False
 
