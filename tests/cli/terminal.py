@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
-_PROGRESS = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|[⠀-⣿] *|Loading \S+|\s")
+_PROGRESS = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|[⠀-⣿] *|Starting|Loading [^\r]*|\s")
 DEADLINE = 60.0
 
 
