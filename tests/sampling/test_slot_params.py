@@ -41,7 +41,7 @@ def stored(params: SlotSamplingParams, name: str, slot: int = 2) -> float:
         (SamplingParams(temperature=0.7), 0.7, Need.RANDOM),
         (SamplingParams(temperature=0.7, top_k=0, top_p=1.0, min_p=0.0), 0.7, Need.RANDOM),
         (SamplingParams(temperature=0.7, top_k=VOCAB_SIZE), 0.7, Need.RANDOM),
-        (SamplingParams(temperature=0.7, top_k=2**70), 0.7, Need.RANDOM),
+        (SamplingParams(temperature=0.7, top_k=2**31 - 1), 0.7, Need.RANDOM),
         (SamplingParams(temperature=0.7, min_p=0.1), 0.7, Need.RANDOM | Need.MIN_P),
         (SamplingParams(repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0), 0.0, Need(0)),
         (SamplingParams(repetition_penalty=1.2), 0.0, Need.REPETITION),
