@@ -105,6 +105,7 @@ WITHOUT_COMMON: dict[str, tuple[str, ...]] = {
 
 # Imports of our own modules inside functions, by module or folder: only with a reason that stays true.
 LATE_OWN_IMPORTS: dict[str, str] = {
+    "tokenmill.attention.select": "the Triton kernels load triton, which a model on a CPU does not need",
     "tokenmill.cli": "`--help` must not load torch: a command loads what it needs when it runs",
     "tokenmill.executor.executor": "`create` picks among classes that are derived from this module's",
     "tokenmill.checkpoints.base": "`open_checkpoint` picks among readers that are derived from this module's",

@@ -1,0 +1,360 @@
+"""Attention of rows of several tokens (prefill, chunks of it) over the paged cache. Called by `triton.py`.
+
+A program takes a tile of queries: `block_m // group` tokens of one row with all query heads of one key/value head, so
+that a short chunk still fills the matrix units. It walks over the row's history in the paged cache, then over this
+step's own keys and values, which it reads from the inputs: they lie side by side there. Tiles are found on the device
+(`_find_row`); the host only bounds their number.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from tokenmill.attention.base import AttentionSpec, LayerCache
+from tokenmill.attention.triton_common import (
+    PagedCache,
+    Scoring,
+    StridedHeads,
+    add_sink,
+    cache_slots,
+    load_blocks,
+    load_tile,
+    operand_type,
+    paged,
+    scoring,
+    soft_cap_base2,
+    softmax_step,
+    strided,
+    triton_type,
+)
+
+
+class PrefillTiles(NamedTuple):
+    """How the prefill kernel is cut.
+
+    Args:
+        block_m: queries times heads of a tile.
+        block_n: keys in one step of the loop.
+        num_warps: of a program.
+        num_stages: steps whose loads are under way at a time.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def prefill_tiles(head_dim: int, rows_needed: int, operand_itemsize: int) -> PrefillTiles:
+    """Tiles by head size and by how many queries times heads of a key/value head the longest row has."""
+    if operand_itemsize == 4:
+        return PrefillTiles(16 if rows_needed <= 16 else 64, 32, 4, 2)
+    if rows_needed <= 64:
+        return PrefillTiles(max(16, triton.next_power_of_2(rows_needed)), 64 if head_dim <= 128 else 32, 4, 3)
+    if head_dim <= 64:
+        return PrefillTiles(128, 128, 8, 3)
+    if head_dim <= 128:
+        return PrefillTiles(128, 128, 8, 2)
+    return PrefillTiles(128, 64, 8, 2)
+
+
+@triton.jit
+def _find_row(
+    query_start: tl.tensor, tile: tl.tensor, num_rows: tl.tensor, queries_per_tile: tl.constexpr
+) -> tl.tensor:
+    """The row that a tile belongs to, by bisection.
+
+    Row r begins with tile `tokens before r // queries_per_tile + r`: a little room to spare, but no prefix sum.
+    """
+    before = tl.load(query_start)
+    low = num_rows * 0
+    high = num_rows
+    while high - low > 1:
+        middle = (low + high) // 2
+        if (tl.load(query_start + middle) - before) // queries_per_tile + middle <= tile:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@triton.jit
+def _attend_history(
+    query: tl.tensor,  # [block_m, block_d]
+    positions: tl.tensor,  # [block_m] of the queries
+    values: tl.tensor,  # [block_m, block_d] summed so far
+    maximum: tl.tensor,  # [block_m]
+    total: tl.tensor,
+    cache: PagedCache,
+    table: tl.tensor,  # pointer
+    kv_head: tl.tensor,
+    first_visible: tl.tensor,  # to any query: blocks that the window has left are not the row's any more
+    start: tl.tensor,
+    end: tl.tensor,
+    factor: tl.tensor,
+    num_kv_heads: tl.constexpr,
+    head_dim: tl.constexpr,
+    tokens_per_block: tl.constexpr,
+    window: tl.constexpr,
+    cap: tl.constexpr,
+    masked: tl.constexpr,
+    block_n: tl.constexpr,
+    block_d: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Attend to cached positions start to end, all before the step; unmasked, they are whole tiles that all see."""
+    offsets = tl.arange(0, block_n)
+    blocks = load_blocks(table, start, first_visible, tl.maximum(end, 1), tokens_per_block, block_n)
+    for tile in range(start, end, block_n):
+        keys = tile + offsets
+        inside = (keys >= first_visible) & (keys < end)
+        rows = cache_slots(blocks, keys, tokens_per_block) * (num_kv_heads * head_dim) + kv_head * head_dim
+        blocks = load_blocks(table, tile + block_n, first_visible, end, tokens_per_block, block_n)
+        key = load_tile(cache.key_data, rows, inside, head_dim, block_d, masked).to(query.dtype)
+        products = tl.dot(query, tl.trans(key), input_precision="ieee")
+        visible = inside[None, :]
+        if window > 0:
+            visible = visible & (keys[None, :] > positions[:, None] - window)
+        weights, decay, maximum, total = softmax_step(products, visible, maximum, total, factor, cap, masked)
+        value = load_tile(cache.value_data, rows, inside, head_dim, block_d, masked).to(query.dtype)
+        values = tl.dot(weights.to(query.dtype), value, values * decay[:, None], input_precision="ieee")
+    return values, maximum, total
+
+
+@triton.jit
+def _attend_step(
+    query: tl.tensor,  # [block_m, block_d]
+    indices: tl.tensor,  # [block_m] of the queries in the row's tokens of this step
+    values: tl.tensor,  # [block_m, block_d] summed so far
+    maximum: tl.tensor,  # [block_m]
+    total: tl.tensor,
+    key: StridedHeads,
+    value: StridedHeads,
+    key_head: tl.tensor,  # pointers to the row's first token
+    value_head: tl.tensor,
+    start: tl.tensor,
+    end: tl.tensor,
+    factor: tl.tensor,
+    head_dim: tl.constexpr,
+    window: tl.constexpr,
+    cap: tl.constexpr,
+    masked: tl.constexpr,
+    block_n: tl.constexpr,
+    block_d: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Attend to the row's tokens start to end of this step; unmasked, they are whole tiles that all queries see."""
+    offsets = tl.arange(0, block_n)
+    for tile in range(start, end, block_n):
+        keys = tile + offsets
+        inside = keys < end
+        key_pointer = key_head + tile * key.token_stride
+        key_tile = load_tile(key_pointer, offsets * key.token_stride, inside, head_dim, block_d, masked)
+        products = tl.dot(query, tl.trans(key_tile.to(query.dtype)), input_precision="ieee")
+        visible = inside[None, :]
+        if masked:
+            visible = visible & (keys[None, :] <= indices[:, None])
+        if window > 0:
+            visible = visible & (keys[None, :] > indices[:, None] - window)
+        weights, decay, maximum, total = softmax_step(products, visible, maximum, total, factor, cap, masked)
+        value_pointer = value_head + tile * value.token_stride
+        value_tile = load_tile(value_pointer, offsets * value.token_stride, inside, head_dim, block_d, masked)
+        value_tile = value_tile.to(query.dtype)
+        values = tl.dot(weights.to(query.dtype), value_tile, values * decay[:, None], input_precision="ieee")
+    return values, maximum, total
+
+
+@triton.jit(
+    do_not_specialize=["table_stride", "num_rows", "num_tiles"],
+    do_not_specialize_on_alignment=["query_start", "kv_lens", "block_tables"],
+)
+def _prefill_kernel(
+    query: StridedHeads,
+    key: StridedHeads,
+    value: StridedHeads,
+    cache: PagedCache,
+    query_start: tl.tensor,
+    kv_lens: tl.tensor,
+    block_tables: tl.tensor,
+    table_stride: int,
+    output: tl.tensor,
+    log_sum_exp: tl.tensor,
+    sinks: tl.tensor,
+    score: Scoring,
+    num_rows: int,
+    num_tiles: int,
+    num_kv_heads: tl.constexpr,
+    group: tl.constexpr,
+    head_dim: tl.constexpr,
+    tokens_per_block: tl.constexpr,
+    window: tl.constexpr,
+    cap: tl.constexpr,
+    operands: tl.constexpr,
+    block_m: tl.constexpr,
+    block_n: tl.constexpr,
+    block_d: tl.constexpr,
+) -> None:
+    """Grid: tiles times key/value heads. Late tiles, which see most, run first: short ones fill the gaps at the end."""
+    queries_per_tile: tl.constexpr = block_m // group
+    kv_head = tl.program_id(0) % num_kv_heads
+    tile = num_tiles - 1 - tl.program_id(0) // num_kv_heads
+    row = _find_row(query_start, tile, num_rows, queries_per_tile)
+    step_start = tl.load(query_start)
+    row_start = tl.load(query_start + row)
+    query_len = tl.load(query_start + row + 1) - row_start
+    first = (tile - (row_start - step_start) // queries_per_tile - row) * queries_per_tile
+    if first < query_len:
+        lanes = tl.arange(0, block_m)
+        indices, heads = first + lanes // group, kv_head * group + lanes % group
+        is_query = (lanes < queries_per_tile * group) & (indices < query_len)
+        token = (row_start - step_start).to(tl.int64)
+        rows = (token + indices) * query.token_stride + heads * query.head_stride
+        q = load_tile(query.data, rows, is_query, head_dim, block_d, True).to(operands)
+        history = tl.load(kv_lens + row) - query_len
+        table = block_tables + row.to(tl.int64) * table_stride
+        values, maximum, total = _attend(
+            q, indices, first, tl.minimum(first + queries_per_tile, query_len), history, cache, table, kv_head, key,
+            value, token, score.factor, num_kv_heads, head_dim, tokens_per_block, window, cap, block_m, block_n,
+            block_d,
+        )  # fmt: skip
+        total = tl.where(is_query, total, 1.0)  # with a window a lane without a query may have seen no key
+        places = (token + indices) * (num_kv_heads * group) + heads
+        if log_sum_exp is not None:
+            tl.store(log_sum_exp + places, (maximum + tl.log2(total)) * 0.6931471805599453, mask=is_query)
+        if sinks is not None:
+            decay, total = add_sink(maximum, total, tl.load(sinks + heads).to(tl.float32))
+            values = values * decay[:, None]
+        values = values * (score.value_scale / total)[:, None]
+        dims = tl.arange(0, block_d)
+        is_element = is_query[:, None] & (dims < head_dim)[None, :]
+        pointers = output + places[:, None] * head_dim + dims[None, :]
+        tl.store(pointers, values.to(output.dtype.element_ty), mask=is_element)
+
+
+@triton.jit
+def _attend(
+    query: tl.tensor,  # [block_m, block_d]
+    indices: tl.tensor,  # [block_m]
+    first: tl.tensor,  # query of the tile, and the end, in the row's tokens of this step
+    last: tl.tensor,
+    history: tl.tensor,  # tokens of the row before this step
+    cache: PagedCache,
+    table: tl.tensor,
+    kv_head: tl.tensor,
+    key: StridedHeads,
+    value: StridedHeads,
+    token: tl.tensor,  # the row's first
+    factor: tl.tensor,
+    num_kv_heads: tl.constexpr,
+    head_dim: tl.constexpr,
+    tokens_per_block: tl.constexpr,
+    window: tl.constexpr,
+    cap: tl.constexpr,
+    block_m: tl.constexpr,
+    block_n: tl.constexpr,
+    block_d: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Sum of values [block_m, block_d], maximum and total [block_m], of a tile of queries over all that they see."""
+    maximum = tl.full([block_m], float("-inf"), tl.float32)
+    total = tl.zeros([block_m], tl.float32)
+    values = tl.zeros([block_m, block_d], tl.float32)
+    key_head = key.data + token * key.token_stride + kv_head * key.head_stride
+    value_head = value.data + token * value.token_stride + kv_head * value.head_stride
+    first_visible, history_start, step_start = history * 0, history * 0, history * 0
+    history_whole, step_whole = history // block_n * block_n, (first + 1) // block_n * block_n
+    if window > 0:  # every tile is masked
+        first_visible = tl.minimum(tl.maximum(history + first + 1 - window, 0), history)
+        history_start = tl.where(first_visible < history, first_visible // block_n * block_n, history)
+        step_start = tl.maximum(first + 1 - window, 0) // block_n * block_n
+        history_whole, step_whole = history_start, step_start
+    else:
+        values, maximum, total = _attend_history(
+            query, history + indices, values, maximum, total, cache, table, kv_head, first_visible, history_start,
+            history_whole, factor, num_kv_heads, head_dim, tokens_per_block, window, cap, False, block_n, block_d,
+        )  # fmt: skip
+    values, maximum, total = _attend_history(
+        query, history + indices, values, maximum, total, cache, table, kv_head, first_visible, history_whole, history,
+        factor, num_kv_heads, head_dim, tokens_per_block, window, cap, True, block_n, block_d,
+    )  # fmt: skip
+    if window == 0:
+        values, maximum, total = _attend_step(
+            query, indices, values, maximum, total, key, value, key_head, value_head, step_start, step_whole, factor,
+            head_dim, window, cap, False, block_n, block_d,
+        )  # fmt: skip
+    return _attend_step(
+        query, indices, values, maximum, total, key, value, key_head, value_head, step_whole, last, factor,
+        head_dim, window, cap, True, block_n, block_d,
+    )  # fmt: skip
+
+
+def prefill_attention(
+    spec: AttentionSpec,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: LayerCache,
+    query_start: torch.Tensor,
+    kv_lens: torch.Tensor,
+    block_tables: torch.Tensor,
+    output: torch.Tensor,
+    *,
+    max_query_len: int,
+    sinks: torch.Tensor | None = None,
+    log_sum_exp: torch.Tensor | None = None,
+    tiles: PrefillTiles | None = None,
+) -> None:
+    """Attend causally over each row's history in the cache and its tokens of this step. Writes nothing to the cache.
+
+    Args:
+        spec: the layer.
+        query: [T, H, D], any strides but 1 along D.
+        key, value: [T, G, D], likewise; as a later step will read them but for the scales (see `write_kv_triton`).
+        cache: two tensors [N, B, G, D] with the rows' history.
+        query_start: [R + 1] int32. Its first entry need not be 0: the tokens before it are not among the T.
+        kv_lens: [R] int32, history and this step's tokens.
+        block_tables: [R, blocks] int32.
+        output: [T, H, D] contiguous, written.
+        max_query_len: of the R rows; chooses the tiles, so an upper bound will do.
+        sinks: [H], a score per head that takes probability and has no value.
+        log_sum_exp: [T, H] float32, written: of the scores, sinks not counted.
+        tiles: for tuning.
+    """
+    num_tokens, num_heads, head_dim = query.shape
+    assert num_tokens * max(key.stride(0), value.stride(0)) < 2**31, "offsets inside a row are 32 bits"
+    assert block_tables.stride(-1) == 1, "block tables must be contiguous along the blocks"
+    num_rows = kv_lens.shape[0]
+    group = num_heads // spec.num_kv_heads
+    operands = operand_type(query.dtype, cache[0].dtype)
+    tiles = tiles or prefill_tiles(head_dim, max_query_len * group, operands.itemsize)
+    block_m = max(tiles.block_m, triton.next_power_of_2(group))
+    num_tiles = num_tokens // (block_m // group) + num_rows
+    _prefill_kernel[(num_tiles * spec.num_kv_heads,)](
+        strided(query),
+        strided(key),
+        strided(value),
+        paged(cache),
+        query_start,
+        kv_lens,
+        block_tables,
+        block_tables.stride(0),
+        output,
+        log_sum_exp,
+        sinks,
+        scoring(spec),
+        num_rows,
+        num_tiles,
+        num_kv_heads=spec.num_kv_heads,
+        group=group,
+        head_dim=head_dim,
+        tokens_per_block=cache[0].shape[1],
+        window=spec.sliding_window or 0,
+        cap=soft_cap_base2(spec),
+        operands=triton_type(operands),
+        block_m=block_m,
+        block_n=tiles.block_n,
+        block_d=max(16, triton.next_power_of_2(head_dim)),
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
