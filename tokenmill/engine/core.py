@@ -28,6 +28,10 @@ class EngineCore:
         self.runner = runner
         self._launched: tuple[BatchPlan, Any] | None = None
 
+    def advance(self) -> list[EngineEvent]:
+        """One step, in the engine's own way. Both ways give the same tokens."""
+        return self._advance()
+
     def step(self) -> list[EngineEvent]:
         """One step: schedule, run, commit."""
         assert self._launched is None, "a step is in flight; go on with step_overlapped"

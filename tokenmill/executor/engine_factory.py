@@ -95,7 +95,8 @@ def build_engine(
     )
     model = load_model(args, config, checkpoint, device, dtype, backend, on_progress)
     runner = _make_runner(description, model, device, cache_dtype)
-    return EngineCore(_make_scheduler(args, description), runner), description
+    overlap = device.type == "cuda"  # elsewhere host and device are one
+    return EngineCore(_make_scheduler(args, description), runner, overlap=overlap), description
 
 
 def _make_runner(

@@ -147,7 +147,7 @@ class InProcessExecutor(GenerationExecutor):
             while not self._stopping:
                 self._take_commands()
                 if self._engine.has_work and not self._stopping:
-                    self._deliver(self._engine.step())
+                    self._deliver(self._engine.advance())
         except Exception as error:  # the last line of defence: no caller may wait for a dead engine
             logger.exception("The engine ended with an error.")
             cause = EngineError(f"The engine ended with {type(error).__name__}: {error}.")
