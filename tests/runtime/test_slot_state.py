@@ -1,4 +1,4 @@
-"""`SlotState` and what steps read from it, against plain Python: what the device computes from slots is what the rows say."""
+"""`SlotState` and what steps read from it, against plain Python: the device computes what the rows say."""
 
 from __future__ import annotations
 

@@ -14,18 +14,18 @@ from tokenmill.telemetry.stats import EngineStats
 
 
 class EngineCore:
-    """A scheduler and a runner. Use either `step` or `step_overlapped` on one engine; both give the same tokens.
-
-    One thread does all: adds, cancels, steps.
+    """A scheduler and a runner. One thread does all: adds, cancels, steps.
 
     Args:
         scheduler: what to compute.
         runner: computes it.
+        overlap: keep a step in flight while the next is planned; worth it when the runner computes on another device.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: Runner[Any]) -> None:
+    def __init__(self, scheduler: Scheduler, runner: Runner[Any], *, overlap: bool = False) -> None:
         self.scheduler = scheduler
         self.runner = runner
+        self._advance = self.step_overlapped if overlap else self.step
         self._launched: tuple[BatchPlan, Any] | None = None
 
     def advance(self) -> list[EngineEvent]:

@@ -1,4 +1,4 @@
-"""`StepInputs`: what one step reads, computed on the device from slots. Two makers: from a plan's rows, and for graphs."""
+"""`StepInputs`: what one step reads, computed on the device from slots, for a plan's rows or for a graph."""
 
 from __future__ import annotations
 
