@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tokenmill.ops.triton.fp8 import quantized
-from tokenmill.ops.triton.launch import as_rows, warps_for
+from tokenmill.ops.triton.launch import as_rows, can_overlap, warps_for
 
 BLOCK_SIZE = 1024
 """Columns of a program that need not see its whole row."""
@@ -29,8 +30,12 @@ def _gated_kernel(
     size: int,
     is_silu: tl.constexpr,
     block_size: tl.constexpr,
+    overlaps: tl.constexpr,
 ) -> None:
     """`block_size` columns of one row."""
+    if overlaps:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * block_size + tl.arange(0, block_size)
     inside = columns < size
@@ -48,8 +53,12 @@ def _gated_fp8_kernel(
     size: int,
     is_silu: tl.constexpr,
     block_size: tl.constexpr,
+    overlaps: tl.constexpr,
 ) -> None:
     """One whole row: its scale depends on all of it."""
+    if overlaps:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, block_size)
     inside = columns < size
@@ -96,7 +105,9 @@ def _gated(gate_up: torch.Tensor, *, is_silu: bool) -> torch.Tensor:
             size,
             is_silu=is_silu,
             block_size=block_size,
+            overlaps=can_overlap(gate_up.device),
             num_warps=warps_for(2 * block_size),
+            launch_pdl=can_overlap(gate_up.device),
         )
     return out
 
@@ -116,6 +127,8 @@ def _gated_fp8(gate_up: torch.Tensor, *, is_silu: bool) -> tuple[torch.Tensor, t
             size,
             is_silu=is_silu,
             block_size=block_size,
+            overlaps=can_overlap(gate_up.device),
             num_warps=warps_for(block_size),
+            launch_pdl=can_overlap(gate_up.device),
         )
     return values, scales

@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tokenmill.ops.triton.launch import as_rows, warps_for
+from tokenmill.ops.triton.launch import as_rows, can_overlap, warps_for
 
 FP8_MAX = tl.constexpr(448.0)
 MIN_SCALE = tl.constexpr(1.1754943508222875e-38)  # the smallest normal float32: its inverse is finite
@@ -32,8 +33,12 @@ def _quantize_kernel(
     row_stride: int,
     size: int,
     block_size: tl.constexpr,
+    overlaps: tl.constexpr,
 ) -> None:
     """One program a row."""
+    if overlaps:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, block_size)
     inside = columns < size
@@ -52,6 +57,14 @@ def per_token_quantize_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     if num_rows:
         block_size = triton.next_power_of_2(size)
         _quantize_kernel[(num_rows,)](
-            rows, values, scales, rows.stride(0), size, block_size=block_size, num_warps=warps_for(block_size)
+            rows,
+            values,
+            scales,
+            rows.stride(0),
+            size,
+            block_size=block_size,
+            overlaps=can_overlap(x.device),
+            num_warps=warps_for(block_size),
+            launch_pdl=can_overlap(x.device),
         )
     return values, scales

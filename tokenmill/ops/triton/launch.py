@@ -1,6 +1,13 @@
-"""What the wrappers of row-wise kernels share: tensors as rows, and how many warps a block of elements gets."""
+"""What the wrappers of kernels share: tensors as rows, warps for a block of elements, and overlapping launches.
+
+A launch that overlaps (programmatic dependent launch, Hopper and later) may begin while the kernel before it still runs.
+Our kernels then do two things first: they let the next kernel begin, and they wait until all kernels before them are
+complete. Between the two they touch nothing but weights, which no kernel of a step writes.
+"""
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import torch
 import triton
@@ -23,3 +30,9 @@ def warps_for(num_elements: int) -> int:
 def is_interpreted() -> bool:
     """Whether kernels run in triton's interpreter, which knows no inline assembly."""
     return bool(triton.knobs.runtime.interpret)
+
+
+@lru_cache(maxsize=64)
+def can_overlap(device: torch.device) -> bool:
+    """Whether kernels on the device may begin before the kernel before them has ended."""
+    return device.type == "cuda" and not is_interpreted() and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -14,11 +14,32 @@ import torch
 import triton
 import triton.language as tl
 
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
 from tokenmill.ops.linear_plan import StreamPlan
-from tokenmill.ops.triton.launch import is_interpreted
+from tokenmill.ops.triton.launch import can_overlap, is_interpreted
 
 MIN_BLOCK_ROWS = 16
 """The tensor core kernel pads its rows to a power of two from here on."""
+VECTOR = 8
+"""Consecutive input features of a thread in `matvec`: 16 bytes of x."""
+PREFETCHED_LINES = 8
+"""Cache lines of each output feature that `small_batch` asks for while the kernel before it still runs."""
+
+
+@triton.jit
+def _load_weights(weights: tl.tensor, columns: tl.tensor, in_features: tl.tensor, is_inside: tl.constexpr) -> tl.tensor:
+    """A block of weights; zeros past the last column. Nothing else will read them: they need not stay in the cache."""
+    if is_inside:
+        return tl.load(weights, eviction_policy="evict_first")
+    return tl.load(weights, mask=(columns < in_features)[None, :], other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _load_row(x: tl.tensor, columns: tl.tensor, size: tl.tensor, is_inside: tl.constexpr) -> tl.tensor:
+    if is_inside:
+        return tl.load(x + columns).to(tl.float32)
+    return tl.load(x + columns, mask=columns < size, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -32,28 +53,42 @@ def _matvec_kernel(
     in_features: int,
     block_out: tl.constexpr,
     block_in: tl.constexpr,
-    num_stages: tl.constexpr,
+    vector: tl.constexpr,
+    looks_ahead: tl.constexpr,
     is_even_in: tl.constexpr,
     has_scale: tl.constexpr,
     has_bias: tl.constexpr,
+    overlaps: tl.constexpr,
 ) -> None:
-    """One program: `block_out` output features, over all input features."""
+    """One program: `block_out` output features, over all input features. A block is loaded before the last is used."""
+    if overlaps:
+        gdc_launch_dependents()
     features = tl.program_id(0) * block_out + tl.arange(0, block_out)
     is_feature = features < out_features
-    columns = tl.arange(0, block_in)
+    # A thread's share of x must lie in its registers as its share of the weight does: `vector` values in a row.
+    columns = tl.max_contiguous(tl.arange(0, block_in), vector)
     # Rows past the end read the last row again: no mask on the loads that matter.
     rows = tl.minimum(features, out_features - 1).to(tl.int64) * in_features
     weights = weight + rows[:, None] + columns[None, :]
-    total = tl.zeros([block_out, block_in], tl.float32)
-    for start in tl.range(0, in_features, block_in, num_stages=num_stages):
-        if is_even_in:
-            w = tl.load(weights + start, eviction_policy="evict_first")
-            values = tl.load(x + start + columns)
-        else:
-            is_column = start + columns < in_features
-            w = tl.load(weights + start, mask=is_column[None, :], other=0.0, eviction_policy="evict_first")
-            values = tl.load(x + start + columns, mask=is_column, other=0.0)
-        total += w.to(tl.float32) * values.to(tl.float32)[None, :]
+    w = _load_weights(weights, columns, in_features, is_even_in)
+    if overlaps:
+        gdc_wait()  # weights are there already; x is not before this
+    if looks_ahead:
+        total = tl.zeros([block_out, block_in], tl.float32)
+        for start in range(0, in_features, block_in):
+            if is_even_in:
+                next_w = tl.load(
+                    weights + start + block_in, mask=start + block_in < in_features, eviction_policy="evict_first"
+                )
+            else:
+                next_w = _load_weights(weights + start + block_in, start + block_in + columns, in_features, is_even_in)
+            total += w.to(tl.float32) * _load_row(x + start, columns, in_features - start, is_even_in)[None, :]
+            w = next_w
+    else:
+        total = w.to(tl.float32) * _load_row(x, columns, in_features, is_even_in)[None, :]
+        for start in range(block_in, in_features, block_in):
+            w = _load_weights(weights + start, start + columns, in_features, is_even_in)
+            total += w.to(tl.float32) * _load_row(x + start, columns, in_features - start, is_even_in)[None, :]
     result = tl.sum(total, axis=1)
     if has_scale:
         result *= tl.load(weight_scale + features, mask=is_feature, other=0.0)
@@ -92,6 +127,14 @@ def _bfloat16_of_fp8(values: tl.tensor) -> tl.tensor:
     )
 
 
+@triton.jit
+def _prefetch(addresses: tl.tensor) -> None:
+    """Ask for the cache lines at the addresses to come to L2."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
 @triton.jit(do_not_specialize=["num_rows", "num_splits", "blocks_per_split"])
 def _small_batch_kernel(
     x: tl.tensor,
@@ -119,8 +162,12 @@ def _small_batch_kernel(
     has_scale: tl.constexpr,
     has_x_scale: tl.constexpr,
     has_bias: tl.constexpr,
+    overlaps: tl.constexpr,
+    prefetched_lines: tl.constexpr,
 ) -> None:
     """One program: `block_out` output features of all rows, over one split of the input features."""
+    if overlaps:
+        gdc_launch_dependents()
     tile = tl.program_id(0)
     split = tl.program_id(1)
     features = tile * block_out + tl.arange(0, block_out)
@@ -132,6 +179,12 @@ def _small_batch_kernel(
     values = x + tl.minimum(rows, num_rows - 1)[None, :] * x_stride + columns[:, None]
     first = split * blocks_per_split * block_in
     last = tl.minimum(first + blocks_per_split * block_in, in_features)
+    if overlaps:
+        line = 128 // (weight.dtype.element_ty.primitive_bitwidth // 8)
+        lines = tl.minimum(first + tl.arange(0, prefetched_lines) * line, in_features - 1)
+        starts = tl.minimum(features, out_features - 1).to(tl.int64) * in_features
+        _prefetch(weight + starts[:, None] + lines[None, :])
+        gdc_wait()  # weights are on their way; x is not there before this
     total = tl.zeros([block_out, block_rows], tl.float32)
     for start in tl.range(first, last, block_in, num_stages=num_stages):
         if is_even_in:
@@ -199,6 +252,7 @@ def streamed_linear(
     out = torch.empty(num_rows, out_features, dtype=dtype, device=x.device)
     num_tiles = triton.cdiv(out_features, plan.block_out)
     is_even_in = in_features % plan.block_in == 0
+    overlaps = can_overlap(x.device)
     if plan.kernel == "matvec":
         _matvec_kernel[(num_tiles,)](
             x,
@@ -210,11 +264,14 @@ def streamed_linear(
             in_features,
             block_out=plan.block_out,
             block_in=plan.block_in,
-            num_stages=plan.num_stages,
+            vector=VECTOR,
+            looks_ahead=plan.num_stages > 1,
             is_even_in=is_even_in,
             has_scale=weight_scale is not None,
             has_bias=bias is not None,
+            overlaps=overlaps,
             num_warps=plan.num_warps,
+            launch_pdl=overlaps,
         )
         return out
     assert arrivals.numel() >= num_tiles or plan.num_splits == 1, "too few arrival counters"
@@ -247,6 +304,9 @@ def streamed_linear(
         has_scale=weight_scale is not None,
         has_x_scale=x_scale is not None,
         has_bias=bias is not None,
+        overlaps=overlaps,
+        prefetched_lines=PREFETCHED_LINES,
         num_warps=plan.num_warps,
+        launch_pdl=overlaps,
     )
     return out

@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tokenmill.ops.triton.fp8 import quantized
-from tokenmill.ops.triton.launch import as_rows, warps_for
+from tokenmill.ops.triton.launch import as_rows, can_overlap, warps_for
 
 ELEMENTS_PER_PROGRAM = 2048
 """Short rows (the heads of a query) share a program until it holds this many elements."""
@@ -34,8 +35,12 @@ def _rms_norm_kernel(
     block_size: tl.constexpr,
     adds_residual: tl.constexpr,
     quantizes: tl.constexpr,
+    overlaps: tl.constexpr,
 ) -> None:
     """`block_rows` rows a program; row r of x is row `r % rows_per_token` of token `r // rows_per_token`."""
+    if overlaps:
+        gdc_launch_dependents()
+        gdc_wait()
     rows = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
     columns = tl.arange(0, block_size)
     mask = (rows < num_rows)[:, None] & (columns < size)[None, :]
@@ -135,5 +140,7 @@ def _launch(
         block_size=block_size,
         adds_residual=residual is not None,
         quantizes=scales is not None,
+        overlaps=can_overlap(x.device),
         num_warps=warps_for(block_rows * block_size),
+        launch_pdl=can_overlap(x.device),
     )

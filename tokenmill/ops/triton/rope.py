@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tokenmill.ops.triton.launch import warps_for
+from tokenmill.ops.triton.launch import can_overlap, warps_for
 
 ELEMENTS_PER_PROGRAM = 2048
 
@@ -26,8 +27,12 @@ def _rope_kernel(
     half: tl.constexpr,
     block_heads: tl.constexpr,
     block_half: tl.constexpr,
+    overlaps: tl.constexpr,
 ) -> None:
     """One program: `block_heads` heads of one token. Both halves are read before either is written."""
+    if overlaps:
+        gdc_launch_dependents()
+        gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * block_heads + tl.arange(0, block_heads)
     pairs = tl.arange(0, block_half)
@@ -78,5 +83,7 @@ def _launch(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor, out: t
         half=half,
         block_heads=block_heads,
         block_half=block_half,
+        overlaps=can_overlap(x.device),
         num_warps=warps_for(2 * block_heads * block_half),
+        launch_pdl=can_overlap(x.device),
     )
