@@ -1,0 +1,220 @@
+"""Search for the plans of `tokenmill.ops.linear_plan`: times every sensible plan of every linear layer of Llama 3.1 8B.
+
+    python -m benchmarks.gpu.tune_linear [--formats bf16 w8a16 w8a8] [--rows 1 16 32 64] [--out FILE]
+
+Prints the best plans of each case beside the vendor's library; all times go to FILE. Kernels are compiled by a pool of
+processes first, because one search needs some hundreds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional
+
+from benchmarks.gpu.timing import graph_time, num_sets
+from tokenmill.ops.linear_plan import StreamPlan
+from tokenmill.ops.triton.fp8 import per_token_quantize_fp8
+from tokenmill.ops.triton.linear import streamed_linear
+
+SHAPES = {
+    "qkv": (6144, 4096),
+    "o": (4096, 4096),
+    "gate_up": (28672, 4096),
+    "down": (4096, 14336),
+    "lm_head": (128256, 4096),
+}
+"""(output, input features) of Llama 3.1 8B's linear layers."""
+SHARED_MEMORY = 227 * 1024
+NUM_SMS = 132
+
+
+class Case(NamedTuple):
+    """One product to tune: `format` is bf16, w8a16 (float8 weights) or w8a8 (float8 activations too)."""
+
+    format: str
+    num_rows: int
+    shape: str
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of one weight."""
+        return 2 if self.format == "bf16" else 1
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the whole weight."""
+        out_features, in_features = SHAPES[self.shape]
+        return out_features * in_features * self.weight_bytes
+
+
+def block_rows_of(case: Case) -> int:
+    """What the small-batch kernel pads the rows to."""
+    return max(16, 1 << (case.num_rows - 1).bit_length())
+
+
+def plans(case: Case) -> Iterator[StreamPlan]:
+    """Plans worth trying."""
+    out_features, in_features = SHAPES[case.shape]
+    if case.num_rows == 1 and case.format != "w8a8":
+        yield from _matvec_plans(case, in_features)
+    x_bytes = 1 if case.format == "w8a8" else 2
+    block_rows = block_rows_of(case)
+    for block_out in (64, 128):
+        for block_in in (64, 128, 256):
+            for num_stages in (3, 4, 6):
+                stage = block_in * (block_out * case.weight_bytes + block_rows * x_bytes)
+                if num_stages * stage > SHARED_MEMORY or num_stages * stage < 24 * 1024:
+                    continue
+                for num_splits in (1, 2, 4, 8):
+                    programs = -(-out_features // block_out) * num_splits
+                    if num_splits > 1 and programs > 8 * NUM_SMS or programs < NUM_SMS // 2:
+                        continue
+                    for num_warps in (4, 8) if block_out == 128 else (4,):
+                        yield StreamPlan("small_batch", block_out, block_in, num_warps, num_stages, num_splits)
+
+
+def _matvec_plans(case: Case, in_features: int) -> Iterator[StreamPlan]:
+    per_load = 16 // case.weight_bytes
+    whole = 1 << (in_features - 1).bit_length()
+    for block_in in sorted({512, 1024, 2048, 4096, whole // 2, whole}):
+        for block_out in (1, 2, 4, 8, 16):
+            for num_warps in (1, 2, 4, 8, 16):
+                per_thread = block_in * block_out // (32 * num_warps)
+                if block_in < 32 * num_warps * per_load or not 16 <= per_thread <= 128:
+                    continue
+                for num_stages in (1, 3) if block_in < in_features else (1,):
+                    yield StreamPlan("matvec", block_out, block_in, num_warps, num_stages)
+
+
+def make_call(case: Case, plan: StreamPlan | None, out_features: int, in_features: int) -> Callable[[], torch.Tensor]:
+    """A call on fresh random tensors; without a plan, the vendor's library."""
+    x = torch.randn(case.num_rows, in_features, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(out_features, in_features, device="cuda", dtype=torch.bfloat16)
+    if case.format == "bf16":
+        if plan is None:
+            return lambda: functional.linear(x, weight)
+        arrivals = torch.zeros(out_features, device="cuda", dtype=torch.int32)
+        return lambda: streamed_linear(x, None, weight, None, None, arrivals, plan, torch.bfloat16)
+    values, scales = per_token_quantize_fp8(weight)
+    del weight
+    arrivals = torch.zeros(out_features, device="cuda", dtype=torch.int32)
+    if case.format == "w8a16" and plan is not None:
+        return lambda: streamed_linear(x, None, values, scales, None, arrivals, plan, torch.bfloat16)
+    rows, row_scales = per_token_quantize_fp8(x)
+    if plan is not None:
+        return lambda: streamed_linear(rows, row_scales, values, scales, None, arrivals, plan, torch.bfloat16)
+    return lambda: torch._scaled_mm(
+        rows, values.t(), row_scales[:, None], scales[None, :], out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+
+
+def _compile(work: list[tuple[Case, StreamPlan]]) -> int:
+    """Run each plan once on a narrow weight: the kernel lands in triton's cache on disk."""
+    failures = 0
+    for case, plan in work:
+        try:
+            make_call(case, plan, 256, SHAPES[case.shape][1])()
+        except Exception as error:  # a plan that does not fit the device is no candidate; all others count
+            failures += 1
+            print("fails", case, plan, str(error)[:100])
+    torch.cuda.synchronize()
+    return failures
+
+
+def compile_all(cases: list[Case]) -> None:
+    """Compile every kernel that the search needs, each once."""
+    kernels = {}
+    for case in cases:
+        for plan in plans(case):
+            is_even = SHAPES[case.shape][1] % plan.block_in == 0
+            split = min(plan.num_splits, 2)
+            plan = plan._replace(num_splits=split)
+            kernels[case.format, block_rows_of(case), is_even, plan] = (case, plan)
+    work = list(kernels.values())
+    num_workers = max(1, (os.cpu_count() or 2) - 1)
+    with ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        failures = sum(pool.map(_compile, [work[index::num_workers] for index in range(num_workers)]))
+    print(f"{len(work)} kernels compiled, {failures} failed", flush=True)
+
+
+def tune(case: Case) -> dict[str, object]:
+    """Times of all plans of one case, best first, and of the library."""
+    out_features, in_features = SHAPES[case.shape]
+    sets = num_sets(case.bytes_read)
+    makers = [make_call(case, None, out_features, in_features) for _ in range(sets)]
+    library = graph_time(makers)
+    expected = makers[0]().float()
+    del makers
+    arguments = [_arguments(case, out_features, in_features) for _ in range(sets)]
+    timed = []
+    for plan in plans(case):
+        calls = [lambda given=given, plan=plan: streamed_linear(*given, plan, torch.bfloat16) for given in arguments]
+        try:
+            timed.append((graph_time(calls), plan))
+        except Exception as error:  # as in `_compile`
+            print("fails", case, plan, str(error)[:100])
+    timed.sort(key=lambda pair: pair[0])
+    del expected
+    return {
+        "case": case._asdict(),
+        "library_us": library * 1e6,
+        "plans": [{"us": seconds * 1e6, **plan._asdict()} for seconds, plan in timed],
+    }
+
+
+def _arguments(case: Case, out_features: int, in_features: int) -> tuple[torch.Tensor | None, ...]:
+    x = torch.randn(case.num_rows, in_features, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(out_features, in_features, device="cuda", dtype=torch.bfloat16)
+    arrivals = torch.zeros(out_features, device="cuda", dtype=torch.int32)
+    if case.format == "bf16":
+        return x, None, weight, None, None, arrivals
+    values, scales = per_token_quantize_fp8(weight)
+    if case.format == "w8a16":
+        return x, None, values, scales, None, arrivals
+    return *per_token_quantize_fp8(x), values, scales, None, arrivals
+
+
+def report(results: list[dict[str, object]]) -> None:
+    """A short table: the library and the three best plans of each case."""
+    for result in results:
+        case = Case(**result["case"])  # type: ignore[arg-type]
+        library = result["library_us"]
+        print(f"{case.format:6} rows {case.num_rows:3} {case.shape:8} library {library:7.1f} us", end="")
+        print(f" {case.bytes_read / library / 1e6:5.2f} TB/s |", end="")
+        for plan in result["plans"][:3]:  # type: ignore[index]
+            sizes = f"{plan['kernel'][0]}{plan['block_out']}x{plan['block_in']}w{plan['num_warps']}s{plan['num_stages']}"
+            speed = case.bytes_read / plan["us"] / 1e6
+            print(f" {plan['us']:6.1f} us {speed:4.2f} {sizes}/{plan['num_splits']}", end=";")
+        print(flush=True)
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--formats", nargs="+", default=["bf16", "w8a16", "w8a8"])
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 4, 16, 32, 64])
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
+    parser.add_argument("--out", default=None)
+    options = parser.parse_args()
+    cases = [Case(f, rows, shape) for f in options.formats for rows in options.rows for shape in options.shapes]
+    compile_all(cases)
+    results = []
+    for case in cases:
+        results.append(tune(case))
+        report(results[-1:])
+        torch.cuda.empty_cache()
+        if options.out:
+            with open(options.out, "w", encoding="utf-8") as file:  # noqa: PTH123
+                json.dump(results, file)
+
+
+if __name__ == "__main__":
+    main()
