@@ -152,6 +152,10 @@ class LlmArgs(StrictModel):
     """The paged cache."""
     scheduler_config: SchedulerConfig = Field(default_factory=SchedulerConfig)
     """Admission and order."""
+    enable_cuda_graphs: bool = True
+    """Replay decode steps from CUDA graphs, on a GPU."""
+    disable_overlap_scheduler: bool = False
+    """Wait for each step before the next is planned; by default a GPU computes one step while the next is planned."""
     max_queue_size: int = Field(default=4096, ge=1)
     """Most requests that may wait; one more is refused with `QueueFullError`."""
     num_threads: int | None = Field(default=None, ge=1)

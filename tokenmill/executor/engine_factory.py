@@ -94,13 +94,13 @@ def build_engine(
         memory=memory,
     )
     model = load_model(args, config, checkpoint, device, dtype, backend, on_progress)
-    runner = _make_runner(description, model, device, cache_dtype)
-    overlap = device.type == "cuda"  # elsewhere host and device are one
+    runner = _make_runner(description, model, device, cache_dtype, use_graphs=args.enable_cuda_graphs)
+    overlap = device.type == "cuda" and not args.disable_overlap_scheduler  # elsewhere host and device are one
     return EngineCore(_make_scheduler(args, description), runner, overlap=overlap), description
 
 
 def _make_runner(
-    description: EngineDescription, model: CausalLM, device: torch.device, cache_dtype: torch.dtype
+    description: EngineDescription, model: CausalLM, device: torch.device, cache_dtype: torch.dtype, *, use_graphs: bool
 ) -> ModelRunner:
     config, memory = description.model, description.memory
     caches = allocate_caches(
@@ -113,7 +113,8 @@ def _make_runner(
         device,
     )
     slots = SlotState(description.max_batch_size, description.max_seq_len, memory.tokens_per_block, device)
-    return ModelRunner(model, caches, slots, SlotSamplingParams(description.max_batch_size, config.vocab_size, device))
+    sampling = SlotSamplingParams(description.max_batch_size + 1, config.vocab_size, device)  # and the scratch slot
+    return ModelRunner(model, caches, slots, sampling, use_graphs=use_graphs)
 
 
 def _make_scheduler(args: LlmArgs, description: EngineDescription) -> Scheduler:
