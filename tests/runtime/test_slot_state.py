@@ -9,7 +9,7 @@ import torch
 
 from tokenmill.engine.plan import NewBlocks, NewSlot, Row
 from tokenmill.runtime.slot_state import SlotState
-from tokenmill.runtime.step_inputs import inputs_of_decode, inputs_of_rows
+from tokenmill.runtime.step_inputs import inputs_of_decode, inputs_of_prompts, inputs_of_rows
 from tokenmill.sampling_params import SamplingParams
 
 CPU = torch.device("cpu")
@@ -69,11 +69,29 @@ def test_decode_inputs_from_device_tensors_are_those_of_rows_with_padding_beside
     state.assign([new_slot(0, [1, 2, 3, 4, 5], [7, 8]), new_slot(2, [6] * 9, [3, 4, 5])])
     rows = [Row(2, 8, 1, sample=True), Row(0, 4, 1, sample=True)]
     expected = inputs_of_rows(rows, state)
-    slots, starts = torch.tensor([2, 0, state.scratch_slot]), torch.tensor([8, 4, -1])
-    inputs = inputs_of_decode(slots, starts, state, max_kv_len=16)
+    inputs = inputs_of_decode(torch.tensor([[2, 0, state.scratch_slot], [8, 4, -1]]), state, max_kv_len=16)
     for name in ("slots", "next_positions", "last_token_index", "input_ids", "positions"):
         assert getattr(inputs, name)[:2].tolist() == getattr(expected, name).tolist(), name
     assert inputs.attention.kv_lens.tolist() == [9, 5, 0]
     assert inputs.attention.slot_mapping.tolist() == [*expected.attention.slot_mapping.tolist(), 0]
     assert inputs.attention.block_tables[:2, :3].tolist() == expected.attention.block_tables.tolist()
     assert inputs.attention.kv_len_bound == 16
+
+
+def test_prompt_inputs_from_device_tensors_are_those_of_rows_with_padding_behind_them() -> None:
+    state = SlotState(max_slots=3, max_seq_len=32, tokens_per_block=BLOCK, device=CPU)
+    state.assign([new_slot(0, [1, 2, 3, 4, 5], [7, 8]), new_slot(2, [6] * 9, [3, 4, 5])])
+    rows = [Row(2, 3, 4, sample=False), Row(0, 0, 5, sample=True)]
+    expected = inputs_of_rows(rows, state)
+    scratch = state.scratch_slot
+    device_rows = torch.tensor([[2, 0, scratch, scratch], [3, 0, 0, 0], [4, 5, 0, 0], [scratch, 0, scratch, scratch]])
+    inputs = inputs_of_prompts(device_rows, 16, state, max_kv_len=16)
+    for name in ("input_ids", "positions"):
+        assert getattr(inputs, name)[:9].tolist() == getattr(expected, name).tolist(), name
+    for name in ("slots", "next_positions", "last_token_index"):
+        assert getattr(inputs, name)[:2].tolist() == getattr(expected, name).tolist(), name
+    assert inputs.target_slots.tolist() == [scratch, 0, scratch, scratch]
+    assert inputs.attention.slot_mapping.tolist() == [*expected.attention.slot_mapping.tolist(), *[0] * 7]
+    assert inputs.attention.query_start.tolist() == [0, 4, 9, 9, 9]
+    assert inputs.attention.kv_lens.tolist() == [7, 5, 0, 0]
+    assert inputs.positions[9:].tolist() == [0] * 7

@@ -18,8 +18,8 @@ from tokenmill.layers.forward_batch import ForwardBatch
 from tokenmill.models.base import CausalLM
 from tokenmill.ops.kv_cache import copy_blocks
 from tokenmill.ops.upload import upload
-from tokenmill.runtime.decode_graphs import DecodeGraphs, DecodeOutput
 from tokenmill.runtime.slot_state import SlotState
+from tokenmill.runtime.step_graphs import StepGraphs, StepResult, StepSize
 from tokenmill.runtime.step_inputs import StepInputs, inputs_of_rows
 from tokenmill.sampling.logprobs import LogprobTensors, prompt_logprobs, to_token_logprobs
 from tokenmill.sampling.sampled_tokens import TokenReadback
@@ -36,12 +36,14 @@ class LaunchedStep:
         sampled_rows: indices of the plan's rows that sample.
         readback: their tokens, on the way to the host; None when no row samples.
         prompt_logprobs: by row index, for the rows that asked: the tensors, and how many most likely tokens to tell.
+        reads_all: whether `readback` holds all rows of the plan, not the sampled ones alone.
     """
 
     plan: BatchPlan
     sampled_rows: tuple[int, ...]
     readback: TokenReadback | None
     prompt_logprobs: dict[int, tuple[LogprobTensors, int]]
+    reads_all: bool = False
 
 
 class ModelRunner:
@@ -70,9 +72,9 @@ class ModelRunner:
         self._sampling = sampling
         self._sampler = Sampler(sampling)
         self._assigned: dict[int, NewSlot] = {}
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: StepGraphs | None = None
         if slots.device.type == "cuda" and use_graphs:
-            self._graphs = DecodeGraphs(self._decode_step, slots, slots.scratch_slot)
+            self._graphs = StepGraphs(self._step, slots, max_batch_size=slots.scratch_slot)
 
     def run(self, plan: BatchPlan) -> StepOutput:
         """Launch and collect."""
@@ -86,8 +88,11 @@ class ModelRunner:
         self._sampling.assign(plan.new_slots)
         self._assigned.update((new.slot, new) for new in plan.new_slots)
         self._slots.append_blocks(plan.new_blocks)
-        if self._graphs is not None and all(row.num_tokens == 1 and row.sample for row in plan.rows):
-            return self._launch_decode(plan, self._graphs)
+        if self._graphs is not None:
+            greedy = self._sampling.is_plain_greedy([row.slot for row in plan.rows])
+            size = self._graphs.size_of(plan.rows, greedy=greedy)
+            if size is not None:
+                return self._launch_graph(plan, self._graphs, size)
         inputs = inputs_of_rows(plan.rows, self._slots)
         hidden = self._forward(inputs)
         sampled_rows = tuple(index for index, row in enumerate(plan.rows) if row.sample)
@@ -109,6 +114,8 @@ class ModelRunner:
         for index, entries in of_prompts.items():
             outputs[index] = RowOutput(prompt_logprobs=entries)
         sampled = pending.readback.wait() if pending.readback is not None else []
+        if pending.reads_all:
+            sampled = [sampled[index] for index in pending.sampled_rows]
         for index, (token_id, logprobs) in zip(pending.sampled_rows, sampled, strict=True):
             outputs[index] = RowOutput(
                 token_id=token_id,
@@ -157,28 +164,33 @@ class ModelRunner:
         self._slots.token_ids[slots, positions] = sampled.token_ids
         return TokenReadback(sampled)
 
-    # ---- decode steps from graphs ----------------------------------------------------------------------------
+    # ---- steps from graphs -----------------------------------------------------------------------------------
 
-    def _launch_decode(self, plan: BatchPlan, graphs: DecodeGraphs) -> LaunchedStep:
-        """A step in which every row computes one token and samples."""
+    def _launch_graph(self, plan: BatchPlan, graphs: StepGraphs, size: StepSize) -> LaunchedStep:
+        """A step of a size that is captured."""
         rows = plan.rows
-        output = graphs.run(rows, greedy=self._sampling.is_plain_greedy([row.slot for row in rows]))
-        if output.sampled is not None:
-            readback = TokenReadback(output.sampled.first(len(rows)))
-        else:
-            assert output.logits is not None
-            count, inputs = len(rows), output.inputs
-            readback = self._choose(output.logits[:count], inputs.slots[:count], inputs.next_positions[:count], rows)
-        return LaunchedStep(plan, tuple(range(len(rows))), readback, {})
+        sampled_rows = tuple(index for index, row in enumerate(rows) if row.sample)
+        result = graphs.run(rows, size)
+        if not sampled_rows:
+            return LaunchedStep(plan, (), None, {})
+        if result.sampled is not None:
+            # Rows that do not sample gave a token, too, which went nowhere: all rows are read, and theirs left out.
+            return LaunchedStep(plan, sampled_rows, TokenReadback(result.sampled.first(len(rows))), {}, reads_all=True)
+        assert result.logits is not None
+        index = upload(np.array(sampled_rows, np.int64), self._slots.device)
+        slots, positions = result.inputs.slots[index], result.inputs.next_positions[index]
+        readback = self._choose(result.logits[index], slots, positions, [rows[row] for row in sampled_rows])
+        return LaunchedStep(plan, sampled_rows, readback, {})
 
-    def _decode_step(self, inputs: StepInputs, greedy: bool) -> DecodeOutput:
-        """What is captured: the model, the logits, and for greedy rows the choice."""
-        logits = self._model.compute_logits(self._forward(inputs))
+    def _step(self, inputs: StepInputs, greedy: bool) -> StepResult:
+        """What is captured: the model, the logits of each row's last token, and for greedy rows the choice."""
+        hidden = self._forward(inputs)
+        logits = self._model.compute_logits(hidden[inputs.last_token_index])
         if not greedy:
-            return DecodeOutput(inputs, logits, None)
+            return StepResult(inputs, logits, None)
         sampled = self._sampler.most_likely(logits)
-        self._slots.token_ids[inputs.slots, inputs.next_positions] = sampled.token_ids
-        return DecodeOutput(inputs, None, sampled)
+        self._slots.token_ids[inputs.target_slots, inputs.next_positions] = sampled.token_ids
+        return StepResult(inputs, None, sampled)
 
     # ---- prompt log-probabilities ----------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ class StepInputs:
 
     Args:
         slots: [R] int64, each row's slot.
+        target_slots: [R] int64, where the row's sampled token goes; the scratch slot's is nobody's.
         next_positions: [R] int64, position of the token that the row would sample.
         last_token_index: [R] int64, index among the T tokens of each row's last one.
         input_ids: [T] int64.
@@ -28,6 +29,7 @@ class StepInputs:
     """
 
     slots: torch.Tensor
+    target_slots: torch.Tensor
     next_positions: torch.Tensor
     last_token_index: torch.Tensor
     input_ids: torch.Tensor
@@ -66,30 +68,68 @@ def inputs_of_rows(rows: Sequence[Row], state: SlotState) -> StepInputs:
         query_lens=query_lens,
         kv_lens_host=kv_lens_host,
     )
-    return StepInputs(slots, next_positions, ends - 1, state.token_ids[token_slots, positions], positions, attention)
+    token_ids = state.token_ids[token_slots, positions]
+    return StepInputs(slots, slots, next_positions, ends - 1, token_ids, positions, attention)
 
 
-def inputs_of_decode(slots: torch.Tensor, starts: torch.Tensor, state: SlotState, max_kv_len: int) -> StepInputs:
+def inputs_of_decode(rows: torch.Tensor, state: SlotState, max_kv_len: int) -> StepInputs:
     """Inputs of a step of one token for each row, from device tensors alone: a CUDA graph can be captured of it.
 
     Args:
-        slots: [R] int64; the scratch slot for rows that pad the batch.
-        starts: [R] int64, each row's position; -1 for padding.
+        rows: [2, R] int64: slots, and positions to compute; a row of the scratch slot and position -1 is padding.
         state: the slots.
         max_kv_len: no row has more tokens, its new one included.
     """
-    block_size, num_rows = state.tokens_per_block, slots.shape[0]
+    slots, starts = rows
     positions = starts.clamp(min=0)
-    index = torch.arange(num_rows + 1, device=slots.device)
-    blocks = state.block_tables[slots, positions // block_size].long()  # [R]
-    attention = AttentionMetadata(
-        query_start=index.int(),
-        kv_lens=(starts + 1).int(),  # 0 for padding
+    index = torch.arange(slots.shape[0] + 1, device=slots.device)
+    attention = _attention_of_graph(index, starts + 1, slots, slots, positions, state, max_kv_len, 1)
+    token_ids = state.token_ids[slots, positions]
+    return StepInputs(slots, slots, positions + 1, index[:-1], token_ids, positions, attention)
+
+
+def inputs_of_prompts(rows: torch.Tensor, num_tokens: int, state: SlotState, max_kv_len: int) -> StepInputs:
+    """Inputs of a step with prompts, padded to `num_tokens`, from device tensors alone; for CUDA graphs.
+
+    Args:
+        rows: [4, R] int64: slots, starts, lengths and target slots; a row of the scratch slot and length 0 is padding.
+        num_tokens: T, at least the sum of the lengths; the tokens beyond it are computed for nobody.
+        state: the slots.
+        max_kv_len: no row has more tokens, its new ones included.
+    """
+    slots, starts, lens, target_slots = rows
+    ends = lens.cumsum(0)
+    index = torch.arange(num_tokens, device=slots.device)
+    is_padding = index >= ends[-1]
+    row_of_token = torch.searchsorted(ends, index, right=True).clamp(max=slots.shape[0] - 1)  # [T]
+    positions = (index + (starts - (ends - lens))[row_of_token]).masked_fill(is_padding, 0)
+    token_slots = slots[row_of_token].masked_fill(is_padding, state.scratch_slot)
+    query_start = torch.cat((ends.new_zeros(1), ends))
+    kv_lens = starts + lens
+    attention = _attention_of_graph(query_start, kv_lens, slots, token_slots, positions, state, max_kv_len, num_tokens)
+    token_ids = state.token_ids[token_slots, positions]
+    return StepInputs(slots, target_slots, kv_lens, (ends - 1).clamp(min=0), token_ids, positions, attention)
+
+
+def _attention_of_graph(
+    query_start: torch.Tensor,
+    kv_lens: torch.Tensor,
+    slots: torch.Tensor,
+    token_slots: torch.Tensor,
+    positions: torch.Tensor,
+    state: SlotState,
+    max_kv_len: int,
+    max_query_len: int,
+) -> AttentionMetadata:
+    block_size, num_rows = state.tokens_per_block, slots.shape[0]
+    blocks = state.block_tables[token_slots, positions // block_size].long()  # [T]; the scratch slot's are block 0
+    return AttentionMetadata(
+        query_start=query_start.int(),
+        kv_lens=kv_lens.int(),
         block_tables=state.block_tables[:, : -(-max_kv_len // block_size)][slots],
         slot_mapping=blocks * block_size + positions % block_size,
-        num_decode_rows=num_rows,
-        query_lens=(1,) * num_rows,
+        num_decode_rows=num_rows if max_query_len == 1 else 0,
+        query_lens=(max_query_len,) * num_rows,
         kv_lens_host=(),
         max_kv_len=max_kv_len,
     )
-    return StepInputs(slots, positions + 1, index[:-1], state.token_ids[slots, positions], positions, attention)
