@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,8 @@ from tokenmill.kv_cache.tensors import allocate_caches
 from tokenmill.models.base import CausalLM
 from tokenmill.models.config import ModelConfig
 from tokenmill.ops.platform import free_memory
-from tokenmill.runtime.memory_planner import MemoryPlan, MemoryRequest, plan_memory
+from tokenmill.runtime.memory_planner import MeasuredMemory, MemoryPlan, MemoryRequest, plan_memory
+from tokenmill.runtime.memory_probe import measure_activations
 from tokenmill.runtime.model_loader import load_model, resolve_device, resolve_dtype, resolve_max_seq_len
 from tokenmill.runtime.model_runner import ModelRunner
 from tokenmill.runtime.slot_state import SlotState
@@ -94,13 +95,27 @@ def build_engine(
         memory=memory,
     )
     model = load_model(args, config, checkpoint, device, dtype, backend, on_progress)
-    runner = _make_runner(description, model, device, cache_dtype, use_graphs=args.enable_cuda_graphs)
+    slots = SlotState(args.max_batch_size, max_seq_len, memory.tokens_per_block, device)
+    if device.type == "cuda":
+        measured = _measure(model, slots, args, cache_dtype)
+        memory = plan_memory(config, request, args.kv_cache_config, free_memory(device) + measured.weights, measured)
+        description = replace(description, memory=memory)
+    runner = _make_runner(description, model, slots, cache_dtype, use_graphs=args.enable_cuda_graphs)
     overlap = device.type == "cuda" and not args.disable_overlap_scheduler  # elsewhere host and device are one
     return EngineCore(_make_scheduler(args, description), runner, overlap=overlap), description
 
 
+def _measure(model: CausalLM, slots: SlotState, args: LlmArgs, cache_dtype: torch.dtype) -> MeasuredMemory:
+    """What weights and the largest step take on the GPU; compiles the kernels of large steps on the way."""
+    torch.cuda.empty_cache()
+    weights = torch.cuda.memory_allocated(slots.device)
+    return MeasuredMemory(
+        weights, measure_activations(model, slots, args.max_num_tokens, args.max_batch_size, cache_dtype)
+    )
+
+
 def _make_runner(
-    description: EngineDescription, model: CausalLM, device: torch.device, cache_dtype: torch.dtype, *, use_graphs: bool
+    description: EngineDescription, model: CausalLM, slots: SlotState, cache_dtype: torch.dtype, *, use_graphs: bool
 ) -> ModelRunner:
     config, memory = description.model, description.memory
     caches = allocate_caches(
@@ -110,10 +125,10 @@ def _make_runner(
         config.num_key_value_heads,
         config.head_dim,
         cache_dtype,
-        device,
+        slots.device,
     )
-    slots = SlotState(description.max_batch_size, description.max_seq_len, memory.tokens_per_block, device)
-    sampling = SlotSamplingParams(description.max_batch_size + 1, config.vocab_size, device)  # and the scratch slot
+    # One more for the scratch slot.
+    sampling = SlotSamplingParams(description.max_batch_size + 1, config.vocab_size, slots.device)
     return ModelRunner(model, caches, slots, sampling, use_graphs=use_graphs)
 
 
