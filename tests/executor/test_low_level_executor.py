@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Iterator
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +13,25 @@ import numpy as np
 import pytest
 
 from tests.executor.tiny_executor import (
+    ANSWER_ONLY,
     PROMPT,
     await_all,
     make_executor,
     make_llm,
+    only,
     plain_tokens,
     streamed_tokens,
+    wait_until,
 )
 from tokenmill import LLM, SamplingParams
-from tokenmill.engine.scheduler import Scheduler
 from tokenmill.errors import (
-    EngineError,
-    ExecutorShutdownError,
     InvalidParameterError,
     ModelNotFoundError,
     PromptTooLongError,
-    QueueFullError,
     RequestTooLargeError,
     UnsupportedFeatureError,
 )
 from tokenmill.executor import (
-    BatchingType,
     Executor,
     FinishReason,
     KvCacheConfig,
@@ -46,8 +43,6 @@ from tokenmill.executor import (
 )
 
 pytestmark = pytest.mark.spec("A4")
-
-ANSWER_ONLY = OutputConfig(exclude_input_from_output=True)
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +57,6 @@ def executor(tiny_model_dir: Path) -> Iterator[Executor]:
         yield executor
         executor._executor.check_integrity()
         assert executor._queue.num_open == executor.get_num_responses_ready() == 0
-
-
-def only(executor: Executor, request: Request) -> Response:
-    """The response of a request that gives one."""
-    request_id = executor.enqueue_request(request)
-    (response,) = await_all(executor, [request_id])[request_id]
-    return response
 
 
 # ---- tokens ------------------------------------------------------------------------------------------------------
@@ -286,14 +274,6 @@ def test_ready_responses_are_counted(executor: Executor) -> None:
     assert [response.request_id for response in responses] == [request_ids[0]] * 5
 
 
-def wait_until(condition: Any, timeout: float = 60.0) -> None:
-    """Wait for something that happens on another thread."""
-    end = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < end, "it has not happened in time"
-        time.sleep(0.002)
-
-
 def test_threads_that_enqueue_and_threads_that_wait(executor: Executor, llm: LLM) -> None:
     """Four enqueue, two wait for any response: every response arrives once, with its client's number."""
     expected = {length: plain_tokens(llm, PROMPT[:length], 6) for length in range(1, 7)}
@@ -334,217 +314,3 @@ def test_threads_that_enqueue_and_threads_that_wait(executor: Executor, llm: LLM
             # The two takers may have divided the tokens of a stream between them.
             assert sorted(tokens.pop(100 * number + length)) == sorted(answer)
     assert not tokens
-
-
-# ---- cancelling and failing --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_cancelled_request_ends_once_and_says_so(executor: Executor, llm: LLM, streaming: bool) -> None:
-    request = Request(PROMPT, 1500, streaming=streaming, end_id=-1, output_config=ANSWER_ONLY)
-    request_id = executor.enqueue_request(request)
-    responses = executor.await_responses(60, request_id) if streaming else executor.await_responses(0.05, request_id)
-    assert bool(responses) == streaming
-    assert executor.cancel_request(request_id)
-    responses += await_all(executor, [request_id])[request_id]
-    tokens = streamed_tokens(responses)
-    assert responses[-1].result.finish_reasons == [FinishReason.CANCELLED]
-    assert len(tokens) < 1500
-    assert tokens[:20] == plain_tokens(llm, PROMPT, 20)[: len(tokens)]
-    assert not executor.cancel_request(request_id)
-    assert not executor.cancel_request(10**9)
-    assert executor.await_responses(0) == []
-
-
-def test_a_failing_request_has_an_error_and_others_go_on(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with make_executor(tiny_model_dir) as executor:
-        runner = executor._executor._engine.runner
-        run = runner.run
-        monkeypatch.setattr(runner, "run", lambda plan: run(plan) if plan.step != 2 else 1 / 0)
-        request_id = executor.enqueue_request(Request(PROMPT, 10, streaming=True, end_id=-1, client_id=9))
-        responses = await_all(executor, [request_id])[request_id]
-        assert [response.has_error() for response in responses] == [False, False, True]
-        assert (responses[-1].is_final, responses[-1].client_id) == (True, 9)
-        assert isinstance(responses[-1].error, EngineError) and "ZeroDivisionError" in responses[-1].error_msg
-        with pytest.raises(EngineError):
-            _ = responses[-1].result
-        assert not only(executor, Request(PROMPT, 3, end_id=-1)).has_error()
-
-
-def test_a_dead_engine_ends_every_request(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with make_executor(tiny_model_dir) as executor:
-        assert executor.can_enqueue_requests()
-        monkeypatch.setattr(Scheduler, "commit", lambda self, plan, output: 1 / 0)
-        request_ids = executor.enqueue_requests([Request(PROMPT, 9, streaming=n % 2 == 0) for n in range(4)])
-        for responses in await_all(executor, request_ids).values():
-            assert [type(response.error) for response in responses] == [EngineError]
-        assert not executor.can_enqueue_requests()
-        with pytest.raises(EngineError):
-            executor.enqueue_request(Request(PROMPT, 3))
-
-
-def test_a_mistake_in_a_response_ends_its_request_alone(executor: Executor, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr("tokenmill.executor.low_level.response_builder._finish_reason", lambda sequence: 1 / 0)
-        response = only(executor, Request(PROMPT, 3, end_id=-1))
-    assert isinstance(response.error, EngineError)
-    assert not only(executor, Request(PROMPT, 3, end_id=-1)).has_error()
-
-
-def test_a_full_queue_refuses_the_whole_list(tiny_model_dir: Path) -> None:
-    with make_executor(tiny_model_dir, max_batch_size=1, max_queue_size=2) as executor:
-        long = Request(PROMPT, 1500, end_id=-1)
-        first = executor.enqueue_request(long)
-        with pytest.raises(QueueFullError):
-            executor.enqueue_requests([long] * 3)
-        others: list[int] = []
-
-        def enqueue_two() -> bool:
-            try:
-                others.extend(executor.enqueue_requests([long] * 2))
-            except QueueFullError:  # those of the refused list are still being cancelled
-                return False
-            return True
-
-        wait_until(enqueue_two)
-        assert not executor.can_enqueue_requests()
-        for request_id in (first, *others):
-            executor.cancel_request(request_id)
-        responses = await_all(executor, [first, *others])
-        assert [len(responses[request_id]) for request_id in (first, *others)] == [1, 1, 1]
-        assert executor.can_enqueue_requests()
-
-
-# ---- shutdown ----------------------------------------------------------------------------------------------------
-
-
-def test_shutdown_ends_open_requests_and_keeps_their_responses(tiny_model_dir: Path) -> None:
-    executor = make_executor(tiny_model_dir)
-    done = executor.enqueue_request(Request(PROMPT, 2, end_id=-1))
-    wait_until(lambda: executor.get_num_responses_ready(done) == 1)
-    request_ids = executor.enqueue_requests(
-        [Request(PROMPT, 1500, streaming=number % 2 == 0, end_id=-1) for number in range(12)]
-    )
-    outcomes: list[Any] = []
-
-    def wait() -> None:
-        try:
-            while True:
-                outcomes.extend(executor.await_responses(request_id=request_ids[0]) or [None])
-                if outcomes[-1] is None:
-                    return
-        except ExecutorShutdownError as error:
-            outcomes.append(error)
-
-    waiter = threading.Thread(target=wait)
-    waiter.start()
-    stoppers = [threading.Thread(target=executor.shutdown) for _ in range(3)]
-    for thread in stoppers:
-        thread.start()
-    for thread in [*stoppers, waiter]:
-        thread.join(60)
-        assert not thread.is_alive()
-    assert isinstance(outcomes[-2].error, ExecutorShutdownError), "the waiter got the final response, and then none"
-    rest = executor.await_responses()
-    finals = [response for response in rest if response.is_final]
-    assert sorted(response.request_id for response in finals) == [done, *request_ids[1:]]
-    assert {response.request_id for response in finals if not response.has_error()} == {done}
-    assert all(isinstance(response.error, ExecutorShutdownError | None) for response in finals)
-    with pytest.raises(ExecutorShutdownError):
-        executor.await_responses()
-    with pytest.raises(ExecutorShutdownError):
-        executor.enqueue_request(Request(PROMPT, 2))
-    assert not executor.can_enqueue_requests()
-    assert not executor.cancel_request(request_ids[0])
-    assert not [thread for thread in threading.enumerate() if thread is executor._collector._thread]
-
-
-def test_racing_enqueues_and_shutdown_lose_no_final_response(tiny_model_dir: Path) -> None:
-    executor = make_executor(tiny_model_dir)
-    enqueued: list[list[int]] = [[] for _ in range(4)]
-
-    def enqueue(number: int) -> None:
-        try:
-            while True:
-                enqueued[number].append(executor.enqueue_request(Request(PROMPT, 4, streaming=number % 2 == 0)))
-        except (ExecutorShutdownError, QueueFullError):
-            return
-
-    threads = [threading.Thread(target=enqueue, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    wait_until(lambda: all(enqueued))
-    executor.shutdown()
-    for thread in threads:
-        thread.join(60)
-    finals = [response.request_id for response in executor.await_responses() if response.is_final]
-    assert sorted(finals) == sorted(request_id for part in enqueued for request_id in part)
-
-
-# ---- statistics --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.spec("C5")
-def test_iterations_are_told_once_and_add_up(tiny_model_dir: Path) -> None:
-    with make_executor(tiny_model_dir, request_stats_max_iterations=100) as executor:
-        assert executor.get_latest_iteration_stats() == executor.get_latest_request_stats() == []
-        request_ids = executor.enqueue_requests([Request(PROMPT, 5, end_id=-1), Request(PROMPT[:4], 3, end_id=-1)])
-        await_all(executor, request_ids)
-        wait_until(lambda: sum(executor._executor.stats().num_finished.values()) == 2)
-        iterations = executor.get_latest_iteration_stats()
-        assert [stats.iter for stats in iterations] == list(range(len(iterations)))
-        assert len(iterations) == executor._executor.stats().num_steps
-        batching = [stats.inflight_batching_stats for stats in iterations]
-        assert sum(stats.num_ctx_tokens for stats in batching) == len(PROMPT) + 4
-        assert sum(stats.num_gen_tokens for stats in batching) == 8
-        assert sum(stats.num_completed_requests for stats in iterations) == 2
-        assert all(s.num_scheduled_requests == s.num_context_requests + s.num_gen_requests for s in batching)
-        assert iterations[0].max_num_active_requests == 8
-        assert iterations[-1].num_active_requests == iterations[-1].num_queued_requests == 0
-        as_json = json.loads(iterations[0].to_json())
-        assert as_json["iterLatencyMS"] == iterations[0].iter_latency_ms > 0
-        assert as_json["numNewActiveRequests"] >= 1
-        assert as_json["inflightBatchingStats"]["numContextRequests"] >= 1
-        cache = as_json["kvCacheStats"]
-        assert cache["usedNumBlocks"] + cache["freeNumBlocks"] == cache["maxNumBlocks"] == 128
-        assert abs(datetime.fromisoformat(as_json["timestamp"]).timestamp() - time.time()) < 60
-
-        steps = executor.get_latest_request_stats()
-        assert [step.iter for step in steps] == [stats.iter for stats in iterations]
-        course = [stats for step in steps for stats in step.request_stats if stats.id == request_ids[0]]
-        assert [stats.num_generated_tokens for stats in course if stats.scheduled] == [1, 2, 3, 4, 5]
-        assert course[-1].stage == "GENERATION_COMPLETE" and course[-1].context_prefill_position == len(PROMPT)
-        assert json.loads(steps[-1].to_json())["requestStats"][0]["contextPrefillPosition"] == len(PROMPT)
-
-        assert executor.get_latest_iteration_stats() == executor.get_latest_request_stats() == []
-        only(executor, Request(PROMPT, 2, end_id=-1))
-        wait_until(lambda: sum(executor._executor.stats().num_finished.values()) == 3)
-        assert [stats.iter for stats in executor.get_latest_iteration_stats()] == [len(iterations), len(iterations) + 1]
-
-
-def test_records_are_bounded(tiny_model_dir: Path) -> None:
-    with make_executor(tiny_model_dir, iter_stats_max_iterations=3) as executor:
-        only(executor, Request(PROMPT, 9, end_id=-1))
-        wait_until(lambda: sum(executor._executor.stats().num_finished.values()) == 1)
-        assert [stats.iter for stats in executor.get_latest_iteration_stats()] == [6, 7, 8]
-        assert executor.get_latest_request_stats() == [], "off unless asked for"
-
-
-def test_performance_metrics_of_a_request(executor: Executor) -> None:
-    result = only(executor, Request(PROMPT, 3, output_config=OutputConfig(return_perf_metrics=True))).result
-    metrics = result.request_perf_metrics
-    assert metrics is not None and metrics.finished_time is not None and metrics.first_token_time is not None
-    assert metrics.arrival_time <= metrics.first_token_time <= metrics.finished_time
-
-
-def test_static_batches_run_to_their_end(tiny_model_dir: Path) -> None:
-    """The short request of the first batch leaves a slot free; nobody takes it before the long one ends."""
-    with make_executor(tiny_model_dir, batching_type=BatchingType.STATIC, max_batch_size=2) as executor:
-        lengths = (2, 12, 4)
-        request_ids = executor.enqueue_requests([Request(PROMPT, length, end_id=-1) for length in lengths])
-        await_all(executor, request_ids)
-        wait_until(lambda: sum(executor._executor.stats().num_finished.values()) == 3)
-        active = [stats.num_active_requests for stats in executor.get_latest_iteration_stats()]
-        admitted_late = active.index(0)
-        assert 12 <= admitted_late + 1 <= 13
-        assert max(active[admitted_late:]) == 1

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tokenmill import LLM, KvCacheConfig, SamplingParams
-from tokenmill.executor import Executor, ExecutorConfig, ModelType, Response
+from tokenmill.executor import Executor, ExecutorConfig, ModelType, OutputConfig, Request, Response
 
 PROMPT = list(range(20, 32))
 OPTIONS: dict[str, Any] = {"dtype": "float32", "device": "cpu", "max_batch_size": 8}
 CACHE = KvCacheConfig(max_tokens=2048, tokens_per_block=16)
+ANSWER_ONLY = OutputConfig(exclude_input_from_output=True)
 
 
 def make_executor(model_dir: Path, **changes: Any) -> Executor:
@@ -50,3 +53,18 @@ def streamed_tokens(responses: list[Response], sequence_index: int = 0) -> list[
     results = [response.result for response in responses if response.result.sequence_index == sequence_index]
     assert [result.is_sequence_final for result in results] == [False] * (len(results) - 1) + [True]
     return [token_id for result in results for token_id in result.output_token_ids[0]]
+
+
+def only(executor: Executor, request: Request) -> Response:
+    """The response of a request that gives one."""
+    request_id = executor.enqueue_request(request)
+    (response,) = await_all(executor, [request_id])[request_id]
+    return response
+
+
+def wait_until(condition: Callable[[], bool], timeout: float = 60.0) -> None:
+    """Wait for something that happens on another thread."""
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, "it has not happened in time"
+        time.sleep(0.002)
