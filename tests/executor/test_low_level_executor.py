@@ -229,8 +229,10 @@ def test_models_that_cannot_be_run_are_refused(tiny_model_dir: Path, tmp_path: P
         with pytest.raises(error) as caught:
             Executor(*arguments)
         assert caught.value.field == field, arguments
-    with pytest.raises(ModelNotFoundError):
-        Executor(tmp_path / "nothing_here")
+    for nothing in (tmp_path / "nothing_here", "x" * 5000, "", "no\0thing"):
+        with pytest.raises(ModelNotFoundError) as caught:
+            Executor(nothing)
+        assert caught.value.field == "model_path_or_buffer"
 
 
 @pytest.mark.parametrize("timeout", [-1, float("nan"), "1", True, timedelta(seconds=-1)])

@@ -19,6 +19,7 @@ from tokenmill.checkpoints.resolve import resolve_model
 from tokenmill.errors import (
     ExecutorShutdownError,
     InvalidParameterError,
+    ModelNotFoundError,
     TokenmillError,
     UnsupportedFeatureError,
 )
@@ -228,13 +229,17 @@ def _local_path(model: Any) -> Path:
         raise InvalidParameterError(
             f"model_path_or_buffer is of type {type(model).__name__}, not a path or name.", field="model_path_or_buffer"
         )
-    if any((Path(model) / name).is_file() for name in _ENGINE_FILES):
+    try:
+        path = resolve_model(model)
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(error.message, field="model_path_or_buffer", remedy=error.remedy) from None
+    if any((path / name).is_file() for name in _ENGINE_FILES):
         raise UnsupportedFeatureError(
             f"{model} is an engine directory; this version does not load built engines.",
             field="model_path_or_buffer",
             remedy="Pass the model that the engine was built from.",
         )
-    return resolve_model(model)
+    return path
 
 
 def _as_seconds(timeout: Any) -> float | None:
