@@ -156,6 +156,10 @@ class LlmArgs(StrictModel):
     """Replay decode steps from CUDA graphs, on a GPU."""
     disable_overlap_scheduler: bool = False
     """Wait for each step before the next is planned; by default a GPU computes one step while the next is planned."""
+    iter_stats_max_iterations: int = Field(default=0, ge=0, le=1_000_000)
+    """Steps of which `LLM.stats().recent_steps` keeps a record."""
+    request_stats_max_iterations: int = Field(default=0, ge=0, le=1_000_000)
+    """Steps of which `LLM.stats().recent_requests` keeps a record of every request. Costs time in each step."""
     max_queue_size: int = Field(default=4096, ge=1)
     """Most requests that may wait; one more is refused with `QueueFullError`."""
     num_threads: int | None = Field(default=None, ge=1)

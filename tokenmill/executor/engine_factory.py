@@ -14,6 +14,7 @@ from tokenmill.config import LlmArgs
 from tokenmill.engine.core import EngineCore
 from tokenmill.engine.scheduler import Scheduler
 from tokenmill.engine.settings import SchedulerSettings
+from tokenmill.engine.step_recorder import StepRecorder
 from tokenmill.errors import UnsupportedFeatureError
 from tokenmill.kv_cache.manager import KvCacheManager
 from tokenmill.kv_cache.tensors import allocate_caches
@@ -102,7 +103,8 @@ def build_engine(
         description = replace(description, memory=memory)
     runner = _make_runner(description, model, slots, cache_dtype, use_graphs=args.enable_cuda_graphs)
     overlap = device.type == "cuda" and not args.disable_overlap_scheduler  # elsewhere host and device are one
-    return EngineCore(_make_scheduler(args, description), runner, overlap=overlap), description
+    recorder = StepRecorder(args.iter_stats_max_iterations, args.request_stats_max_iterations)
+    return EngineCore(_make_scheduler(args, description), runner, recorder, overlap=overlap), description
 
 
 def _measure(model: CausalLM, slots: SlotState, args: LlmArgs, cache_dtype: torch.dtype) -> MeasuredMemory:
