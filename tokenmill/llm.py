@@ -1,40 +1,38 @@
 """`LLM`: load a model and generate with it. Named and shaped as TensorRT-LLM's LLM API.
 
-from tokenmill import LLM, SamplingParams
-
-with LLM("smollm2:135m") as llm:
-    for output in llm.generate(["Hello, my name is", "The sky is"], SamplingParams(temperature=0.8, top_p=0.95)):
-        print(output.outputs[0].text)
+Example:
+    with LLM("smollm2:135m") as llm:
+        for output in llm.generate(["Hello, my name is", "The sky is"], SamplingParams(temperature=0.8, top_p=0.95)):
+            print(output.outputs[0].text)
 """
 
 from __future__ import annotations
 
-import secrets
-import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeAlias, overload
+from typing import Any, Self, overload
 
 from tokenmill.checkpoints.resolve import resolve_model
 from tokenmill.config import LlmArgs
-from tokenmill.engine.request import GenerationRequest
-from tokenmill.errors import InvalidParameterError, QueueFullError, UnknownParameterError, did_you_mean
+from tokenmill.errors import InvalidParameterError, QueueFullError
 from tokenmill.executor.engine_factory import EngineDescription
 from tokenmill.executor.executor import GenerationExecutor
 from tokenmill.executor.result import GenerationResult
+from tokenmill.inputs import (
+    ChatMessages,
+    InputProcessor,
+    PreparedRequest,
+    PromptInput,
+    is_conversation,
+    is_single_prompt,
+)
 from tokenmill.outputs import RequestOutput
 from tokenmill.progress import generation_progress, loading_progress
 from tokenmill.sampling_params import SamplingParams
 from tokenmill.telemetry.stats import EngineStats
 from tokenmill.tokenization import Tokenizer, load_tokenizer, wrap_tokenizer
-
-ChatMessages: TypeAlias = Sequence[dict[str, Any]]
-"""A conversation: [{"role": "user", "content": "..."}, ...]."""
-
-PromptInput: TypeAlias = str | Sequence[int] | dict[str, Any] | ChatMessages
-"""One prompt: text, token ids, {"prompt": text}, {"prompt_token_ids": ids}, or chat messages."""
 
 
 class LLM:
@@ -58,6 +56,7 @@ class LLM:
         local_args = self.args.model_copy(update={"model": path})
         with loading_progress(self.model_name) as on_progress:
             self._executor = GenerationExecutor.create(local_args, self.tokenizer, on_progress)
+        self._inputs = InputProcessor(self.tokenizer, self._executor.description.model)
 
     def _load_tokenizer(self, model_path: Path) -> Tokenizer | None:
         if self.args.skip_tokenizer_init:
@@ -114,10 +113,11 @@ class LLM:
             UserError: a prompt or parameter is wrong; nothing of the batch is left running.
             TokenmillError: a request failed.
         """
-        single = _is_single_prompt(inputs)
+        single = is_single_prompt(inputs)
         prompts: list[Any] = [inputs] if single else list(inputs)
         params = _params_for_each(sampling_params, len(prompts))
-        requests = [self._make_request(prompt, one, priority) for prompt, one in zip(prompts, params, strict=True)]
+        pairs = zip(prompts, params, strict=True)
+        requests = [self._inputs.make_request(self._executor.next_request_id(), *pair, priority) for pair in pairs]
         outputs = self._run_all(requests, use_tqdm and not single)
         return outputs[0] if single else outputs
 
@@ -145,7 +145,8 @@ class LLM:
             QueueFullError: too many requests wait.
             ExecutorShutdownError: after `shutdown`.
         """
-        request, text = self._make_request(inputs, sampling_params or SamplingParams(), priority)
+        sampling = SamplingParams() if sampling_params is None else sampling_params
+        request, text = self._inputs.make_request(self._executor.next_request_id(), inputs, sampling, priority)
         return self._executor.submit(request, prompt=text, streaming=streaming)
 
     def chat(
@@ -167,12 +168,12 @@ class LLM:
         Raises:
             InvalidParameterError: `messages` is malformed, or the model has no chat template.
         """
-        if not messages or isinstance(messages[0], dict):
+        if len(messages) == 0 or is_conversation(messages):
             conversation: Any = messages
-            prompt = {"prompt_token_ids": self._apply_chat_template(conversation, template)}
+            prompt = {"prompt_token_ids": self._inputs.apply_chat_template(conversation, template)}
             return self.generate(prompt, _single(sampling_params), use_tqdm, priority=priority)
         conversations: Sequence[Any] = messages
-        prompts = [{"prompt_token_ids": self._apply_chat_template(one, template)} for one in conversations]
+        prompts = [{"prompt_token_ids": self._inputs.apply_chat_template(one, template)} for one in conversations]
         outputs: list[RequestOutput] = self.generate(prompts, sampling_params, use_tqdm, priority=priority)
         return outputs
 
@@ -186,7 +187,7 @@ class LLM:
         **template: Any,
     ) -> GenerationResult:
         """Queue one conversation and return at once. See `chat` and `generate_async`."""
-        prompt = {"prompt_token_ids": self._apply_chat_template(messages, template)}
+        prompt = {"prompt_token_ids": self._inputs.apply_chat_template(messages, template)}
         return self.generate_async(prompt, sampling_params, streaming=streaming, priority=priority)
 
     def abort(self, request: GenerationResult | int) -> bool:
@@ -230,105 +231,9 @@ class LLM:
     ) -> None:
         self.shutdown()
 
-    # ---- from inputs to requests -----------------------------------------------------------------------------
-
-    def _make_request(
-        self, prompt: PromptInput, sampling: SamplingParams, priority: float
-    ) -> tuple[GenerationRequest, str | None]:
-        """The request, and the prompt's text if it was given as text."""
-        if not isinstance(sampling, SamplingParams):
-            raise InvalidParameterError(
-                f"sampling_params is a {type(sampling).__name__}, not SamplingParams.", field="sampling_params"
-            )
-        token_ids, text = self._tokenize(prompt, sampling)
-        if sampling.truncate_prompt_tokens is not None:
-            token_ids = token_ids[-sampling.truncate_prompt_tokens :]
-        self._check_token_ids(token_ids)
-        request = GenerationRequest(
-            request_id=self._executor.next_request_id(),
-            prompt_token_ids=tuple(token_ids),
-            sampling=sampling.model_copy(),
-            seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
-            end_ids=self._end_ids(sampling),
-            stop_token_ids=tuple(sampling.stop_token_ids or ()),
-            bad_words=self._bad_words(sampling),
-            priority=priority,
-            arrival_time=time.monotonic(),
-        )
-        return request, text
-
-    def _tokenize(self, prompt: PromptInput, sampling: SamplingParams) -> tuple[list[int], str | None]:
-        if isinstance(prompt, str):
-            tokenizer = self._need_tokenizer("prompt", "a text prompt")
-            return tokenizer.encode(prompt, add_special_tokens=sampling.add_special_tokens), prompt
-        if isinstance(prompt, dict):
-            return self._tokenize_dict(prompt, sampling)
-        if prompt and isinstance(prompt[0], dict):
-            messages: Any = prompt
-            return self._apply_chat_template(messages, {}), None
-        return _as_token_ids(prompt), None
-
-    def _tokenize_dict(self, prompt: dict[str, Any], sampling: SamplingParams) -> tuple[list[int], str | None]:
-        known = {"prompt", "prompt_token_ids"}
-        for name in prompt:
-            if name not in known:
-                raise UnknownParameterError(
-                    f"A prompt dictionary has no key '{name}'.", field=name, remedy=did_you_mean(name, known)
-                )
-        if "prompt_token_ids" in prompt:
-            return _as_token_ids(prompt["prompt_token_ids"]), prompt.get("prompt")
-        if isinstance(prompt.get("prompt"), str):
-            return self._tokenize(prompt["prompt"], sampling)
-        raise InvalidParameterError("A prompt dictionary needs 'prompt' (text) or 'prompt_token_ids'.", field="prompt")
-
-    def _check_token_ids(self, token_ids: Sequence[int]) -> None:
-        vocab_size = self._executor.description.model.vocab_size
-        if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
-            wrong = next(token for token in token_ids if not 0 <= token < vocab_size)
-            raise InvalidParameterError(
-                f"Token id {wrong} is not in the vocabulary (0 to {vocab_size - 1}).",
-                field="prompt_token_ids",
-                remedy="Use the tokenizer that belongs to the model.",
-            )
-
-    def _apply_chat_template(self, messages: ChatMessages, template: dict[str, Any]) -> list[int]:
-        tokenizer = self._need_tokenizer("messages", "a conversation")
-        token_ids = tokenizer.apply_chat_template(messages, tokenize=True, **template)
-        assert isinstance(token_ids, list)
-        return token_ids
-
-    def _need_tokenizer(self, field: str, what: str) -> Tokenizer:
-        if self.tokenizer is None:
-            raise InvalidParameterError(
-                f"{what.capitalize()} needs a tokenizer, and skip_tokenizer_init is set.",
-                field=field,
-                remedy="Pass token ids, or create the LLM with a tokenizer.",
-            )
-        return self.tokenizer
-
-    def _end_ids(self, sampling: SamplingParams) -> tuple[int, ...]:
-        if sampling.ignore_eos:
-            return ()
-        if sampling.end_id is not None:
-            return (sampling.end_id,)
-        of_tokenizer = self.tokenizer.eos_token_ids if self.tokenizer is not None else ()
-        return tuple(dict.fromkeys((*self._executor.description.model.eos_token_ids, *of_tokenizer)))
-
-    def _bad_words(self, sampling: SamplingParams) -> tuple[tuple[int, ...], ...]:
-        """Token sequences of the bad words, each at the start of a text and after a space."""
-        found: list[tuple[int, ...]] = [(token,) for token in sampling.bad_token_ids or ()]
-        for word in sampling.bad_strings:
-            tokenizer = self._need_tokenizer("bad", "a bad word")
-            found += [
-                tuple(tokenizer.encode(spelled, add_special_tokens=False)) for spelled in (word, f" {word.lstrip()}")
-            ]
-        return tuple(dict.fromkeys(found))
-
     # ---- many requests ---------------------------------------------------------------------------------------
 
-    def _run_all(
-        self, requests: list[tuple[GenerationRequest, str | None]], show_progress: bool
-    ) -> list[RequestOutput]:
+    def _run_all(self, requests: list[PreparedRequest], show_progress: bool) -> list[RequestOutput]:
         """Submit all, as fast as the queue takes them, and wait. An error or Ctrl-C cancels the rest."""
         outputs: list[RequestOutput] = []
         waiting: deque[GenerationResult] = deque()
@@ -356,35 +261,6 @@ class LLM:
                     result.abort()
                 raise
         return outputs
-
-
-def _is_single_prompt(inputs: Any) -> bool:
-    """Whether `inputs` is one prompt: text, a dictionary, token ids or one conversation."""
-    if isinstance(inputs, (str, dict)):
-        return True
-    if not isinstance(inputs, Sequence) and not hasattr(inputs, "__len__"):
-        raise InvalidParameterError(
-            f"inputs is a {type(inputs).__name__}, not text, token ids, messages or a list of those.", field="inputs"
-        )
-    if len(inputs) == 0:
-        return False
-    first = inputs[0]
-    return (isinstance(first, dict) and "role" in first) or _is_integer(first)
-
-
-def _is_integer(value: Any) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool)
-
-
-def _as_token_ids(prompt: Any) -> list[int]:
-    if isinstance(prompt, (str, bytes)) or not hasattr(prompt, "__len__"):
-        raise InvalidParameterError(
-            f"A prompt of type {type(prompt).__name__} is neither text nor a list of token ids.", field="prompt"
-        )
-    for token in prompt:
-        if not _is_integer(token):
-            raise InvalidParameterError(f"Token ids must be integers, got {token!r}.", field="prompt_token_ids")
-    return [int(token) for token in prompt]
 
 
 def _params_for_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:

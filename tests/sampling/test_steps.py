@@ -67,6 +67,7 @@ def test_top_k_matches_transformers(k: int) -> None:
     assert torch.equal(found, TopKLogitsWarper(k)(torch.zeros(4, 1), logits))
 
 
+@pytest.mark.spec("E3")
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=4), st.booleans(), st.data())
 def test_top_k_keeps_ties_and_is_by_row(ks: list[int], radix: bool, data: st.DataObject) -> None:
@@ -106,6 +107,7 @@ def check_nucleus(found: torch.Tensor, logits: torch.Tensor, p: float) -> None:
         assert not (logits[~keep].unsqueeze(1) == logits[keep].unsqueeze(0))[logits[~keep] > -INFINITY].any()
 
 
+@pytest.mark.spec("E3")
 @settings(max_examples=300, deadline=None)
 @given(ROWS, st.one_of(st.floats(1e-6, 1, exclude_max=True), st.sampled_from([1e-300, 1e-6, 0.25, 0.5, 1 - 1e-9])))
 def test_top_p_keeps_the_smallest_set(row: list[float], p: float) -> None:

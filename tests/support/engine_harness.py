@@ -10,7 +10,8 @@ from tokenmill.engine.core import EngineCore
 from tokenmill.engine.events import EngineEvent, Failed, Finished, TokenDelta
 from tokenmill.engine.policies import QueuePolicy
 from tokenmill.engine.request import GenerationRequest
-from tokenmill.engine.scheduler import Scheduler, SchedulerSettings
+from tokenmill.engine.scheduler import Scheduler
+from tokenmill.engine.settings import SchedulerSettings
 from tokenmill.kv_cache.manager import KvCacheManager
 from tokenmill.outputs import TokenLogprobs
 from tokenmill.sampling_params import SamplingParams
@@ -114,6 +115,7 @@ class Harness:
     def step(self) -> list[EngineEvent]:
         """One step, with all checks that can be made after one."""
         events = self.core.step_overlapped() if self.overlap else self.core.step()
+        assert not self.runner.mistakes, self.runner.mistakes
         for event in events:
             assert event.request_id not in self.endings, f"{event} comes after the terminal event"
             if isinstance(event, TokenDelta):

@@ -3,7 +3,8 @@
 It keeps token buffers and block tables by slot, and a cache that remembers, for each position of each block, a hash of
 the whole text up to the token that was written there. A row may only attend to positions that hold exactly the hash of
 its own text. So a wrong reuse, an overwritten shared block, an evicted copy source, a stale block table or a skipped
-position is found in the step in which a row would read wrong keys and values.
+position is found in the step in which a row would read wrong keys and values. It raises `AssertionError`, and keeps it
+in `mistakes` as well, since an engine takes any exception for a failure of the device and goes on.
 
 The next token is a function of the whole text, the request's seed and the sequence index, so it is the same in any
 batch; `expected_tokens` computes it from the prompt alone.
@@ -51,6 +52,7 @@ class Slot:
     token_ids: list[int]
     chain: list[int]
     block_ids: list[int]
+    is_lost: bool = False  # a step that wrote for it failed; what it computes from now on is nobody's business
 
     def append(self, token_id: int) -> None:
         self.token_ids.append(token_id)
@@ -89,6 +91,7 @@ class MockRunner:
     collect_error: Callable[[BatchPlan], Exception | None] = lambda plan: None
     plans: list[BatchPlan] = field(default_factory=list)
     slots: dict[int, Slot] = field(default_factory=dict)
+    mistakes: list[AssertionError] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.cache = [[_EMPTY] * self.tokens_per_block for _ in range(self.num_blocks)]
@@ -96,6 +99,13 @@ class MockRunner:
 
     def launch(self, plan: BatchPlan) -> Pending:
         """The device's side of the step, in order of launch."""
+        try:
+            return self._launch(plan)
+        except AssertionError as mistake:
+            self.mistakes.append(mistake)
+            raise
+
+    def _launch(self, plan: BatchPlan) -> Pending:
         assert not self.plans or plan.step > self.plans[-1].step, "plans are launched out of order"
         self.plans.append(plan)
         self._apply_changes(plan)
@@ -185,7 +195,7 @@ class MockRunner:
 
     def _check_prefix(self, plan: BatchPlan, row: Row, end: int) -> None:
         slot = self.slots[row.slot]
-        for position in range(end):
+        for position in range(end if not slot.is_lost else 0):
             block, offset = self._place(slot, position)
             assert self.cache[block][offset] == slot.chain[position], (
                 f"step {plan.step}, slot {row.slot}, position {position}: block {block} holds another text"
@@ -195,10 +205,13 @@ class MockRunner:
         return slot.block_ids[position // self.tokens_per_block], position % self.tokens_per_block
 
     def _row_output(self, plan: BatchPlan, row: Row) -> RowOutput:
+        slot = self.slots[row.slot]
         error = self.row_error(plan, row)
         if error is not None:
+            slot.is_lost = True
+            if row.sample:
+                slot.append(0)
             return RowOutput(error=error)
-        slot = self.slots[row.slot]
         end = row.start + row.num_tokens
         prompt_logprobs: tuple[TokenLogprobs, ...] = ()
         if row.prompt_logprobs:
@@ -226,6 +239,7 @@ class MockRunner:
         """A step that fails may leave anything where it was to write."""
         for row in plan.rows:
             slot = self.slots[row.slot]
+            slot.is_lost = True
             for position in range(row.start, row.start + row.num_tokens):
                 block, offset = self._place(slot, position)
                 self.cache[block][offset] = _GARBAGE

@@ -25,12 +25,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "llmapi": ("llm",),
     "llm": (
         "checkpoints",
-        "engine.request",
         "executor",
         "executor.engine_factory",
+        "inputs",
         "progress",
         "tokenization",
     ),
+    "inputs": ("engine.request", "models", "tokenization"),
     "inspection": ("attention", "attention.base", "checkpoints", "models", "ops.platform", "runtime", "tokenization"),
     "progress": (),
     # requests

@@ -14,6 +14,7 @@ from tests.tokenization.small_tokenizers import train_byte_level
 from tokenmill.errors import ModelNotFoundError
 from tokenmill.tokenization import Tokenizer, load_tokenizer
 
+
 @pytest.fixture(scope="session")
 def byte_level() -> tokenizers.Tokenizer:
     """A byte-level tokenizer of the tokenizers library."""

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import tokenizers
-from tests.tokenization.small_tokenizers import wrap
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from tests.tokenization.small_tokenizers import wrap
 from tokenmill.errors import InvalidParameterError, UserError
 from tokenmill.tokenization import ChatTemplate, Tokenizer
 

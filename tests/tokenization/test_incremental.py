@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import pytest
 import tokenizers
-from tests.tokenization.small_tokenizers import TEXTS, wrap
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from tests.tokenization.small_tokenizers import TEXTS, wrap
 from tokenmill.errors import InvalidParameterError
 from tokenmill.tokenization import IncrementalDetokenizer, StopStringChecker, Tokenizer
 

@@ -12,9 +12,9 @@ from typing import Any
 import gguf
 import pytest
 import tokenizers
-from tests.tokenization.small_tokenizers import SPECIAL, TEXTS, byte_level_metadata, sentencepiece_metadata
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from tests.tokenization.small_tokenizers import SPECIAL, TEXTS, byte_level_metadata, sentencepiece_metadata
 from tokenmill.errors import CheckpointError, InvalidParameterError, UnsupportedFeatureError
 from tokenmill.tokenization import Tokenizer, load_tokenizer, tokenizer_from_gguf_metadata, wrap_tokenizer
 

@@ -73,10 +73,10 @@ class Checkpoint(Protocol):
         ...
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, *, config_only: bool = False) -> Checkpoint:
     """Open the model at `path`: a directory in Hugging Face format, or a GGUF file.
 
-    Only headers and configuration are read.
+    Only headers and configuration are read. With `config_only` a directory needs no weights; its checkpoint has none.
 
     Raises:
         CheckpointError: nothing there can be read as a model; the text says what is wrong and what to do.
@@ -85,7 +85,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if path.is_dir():
         from tokenmill.checkpoints.safetensors_checkpoint import SafetensorsCheckpoint
 
-        return SafetensorsCheckpoint(path)
+        return SafetensorsCheckpoint(path, config_only=config_only)
     if path.suffix in (".safetensors", ".bin", ".pt", ".pth"):
         raise CheckpointError(
             f"{path} is a weights file without its configuration.",

@@ -27,17 +27,21 @@ _DOWNLOAD_AGAIN: Final = "The file is truncated or damaged: download it again."
 class SafetensorsCheckpoint:
     """A model in Hugging Face format.
 
+    Args:
+        path: the directory.
+        config_only: leave the weights files alone, which need not be there; the checkpoint then has no tensors.
+
     Raises:
         CheckpointError: config.json or a weights file is missing, damaged or contradicts another.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, config_only: bool = False) -> None:
         self.path = path
         self.format: Literal["safetensors"] = "safetensors"
         self.hf_config: dict[str, Any] = _read_config(path)
         self.quantization = _quantization(self.hf_config)
         self._files: dict[str, Any] = {}
-        self._file_of_tensor = self._open_files()
+        self._file_of_tensor = {} if config_only else self._open_files()
         self.num_bytes = sum(_num_tensor_bytes(path / file_name) for file_name in self._files)
 
     def tensors(self) -> Iterator[LazyTensor]:

@@ -16,6 +16,8 @@ from tokenmill.telemetry.stats import EngineStats
 class EngineCore:
     """A scheduler and a runner. Use either `step` or `step_overlapped` on one engine; both give the same tokens.
 
+    One thread does all: adds, cancels, steps.
+
     Args:
         scheduler: what to compute.
         runner: computes it.

@@ -91,20 +91,22 @@ class Placement:
         Raises:
             AssertionError: they do not.
         """
+        tables = {sequence.id for sequence in self.running} | set(self.prompt_holders)
+        assert tables == self.kv.sequence_ids(), f"block tables {self.kv.sequence_ids()}, expected {tables}"
         held = [sequence.slot for sequence in self.running]
         num_slots = len(held) + len(self.free_slots)
         assert sorted(held + self.free_slots) == list(range(num_slots)), f"slots {held} held, {self.free_slots} free"
         assert self.running == sorted(self.running, key=_rank), "running sequences are not in the order of their ranks"
         for sequence in self.running:
             assert sequence.status is SequenceStatus.RUNNING, f"sequence {sequence.id} runs as {sequence.status}"
-            num_blocks = self.kv.num_blocks_of(sequence.id)
-            assert sequence.num_block_tokens == num_blocks * self.kv.tokens_per_block
-            assert sequence.num_computed_tokens <= sequence.num_scheduled_tokens <= sequence.num_block_tokens
-            assert len(sequence.token_ids) <= sequence.length <= sequence.max_length
+            room = self.kv.num_blocks_of(sequence.id) * self.kv.tokens_per_block
+            assert sequence.num_block_tokens == room, f"sequence {sequence.id} has room for {room} tokens"
+            counts = (sequence.num_computed_tokens, sequence.num_scheduled_tokens, sequence.length)
+            assert counts[1] <= room and counts == tuple(sorted(counts)), f"sequence {sequence.id} counts {counts}"
+            lengths = (len(sequence.token_ids), sequence.length, sequence.max_length)
+            assert lengths == tuple(sorted(lengths)), f"sequence {sequence.id} has lengths {lengths}"
         for sequence in self.waiting:
             assert sequence.status is SequenceStatus.WAITING, f"sequence {sequence.id} waits as {sequence.status}"
-        tables = {sequence.id for sequence in self.running} | set(self.prompt_holders)
-        assert tables == self.kv.sequence_ids(), f"block tables {self.kv.sequence_ids()}, expected {tables}"
 
     def _stop_running(self, sequence: Sequence, discard: bool) -> None:
         del self.running[bisect_left(self.running, sequence.rank, key=_rank)]

@@ -13,6 +13,9 @@ class PlanDraft:
     Args:
         step: number of the plan.
         max_num_tokens: most tokens in the plan.
+
+    Attributes:
+        num_tokens_left: what the rows leave of the budget.
     """
 
     def __init__(self, step: int, max_num_tokens: int) -> None:

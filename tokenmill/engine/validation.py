@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container
+from math import isfinite
 from typing import Protocol
 
 from tokenmill.engine.request import GenerationRequest
@@ -38,7 +39,8 @@ def check_request(
         known_ids: request ids in use.
 
     Raises:
-        InvalidParameterError: the prompt is empty, the id is in use, or it asks for too many sequences.
+        InvalidParameterError: the prompt is empty, the id is in use, the priority is not a number, or it asks for too
+            many sequences.
         PromptTooLongError: the prompt leaves no room for an answer within `max_seq_len`.
         RequestTooLargeError: it can never fit a step or the cache, even alone.
     """
@@ -46,6 +48,8 @@ def check_request(
     sampling = inputs.sampling
     if inputs.request_id in known_ids:
         raise InvalidParameterError(f"A request with id {inputs.request_id} is running.", field="request_id")
+    if not isfinite(inputs.priority):
+        raise InvalidParameterError(f"priority is {inputs.priority}.", field="priority", remedy="Give a number.")
     if num_prompt_tokens == 0:
         raise InvalidParameterError("The prompt is empty.", field="prompt", remedy="Give at least one token.")
     if num_prompt_tokens >= limits.max_seq_len:

@@ -12,14 +12,16 @@ from tokenmill.attention.select import select_backend
 from tokenmill.checkpoints.base import open_checkpoint
 from tokenmill.config import LlmArgs
 from tokenmill.engine.core import EngineCore
-from tokenmill.engine.scheduler import Scheduler, SchedulerSettings
-from tokenmill.errors import InvalidParameterError, UnsupportedFeatureError
+from tokenmill.engine.scheduler import Scheduler
+from tokenmill.engine.settings import SchedulerSettings
+from tokenmill.errors import UnsupportedFeatureError
 from tokenmill.kv_cache.manager import KvCacheManager
 from tokenmill.kv_cache.tensors import allocate_caches
+from tokenmill.models.base import CausalLM
 from tokenmill.models.config import ModelConfig
 from tokenmill.ops.platform import free_memory
 from tokenmill.runtime.memory_planner import MemoryPlan, MemoryRequest, plan_memory
-from tokenmill.runtime.model_loader import load_model, resolve_device, resolve_dtype
+from tokenmill.runtime.model_loader import load_model, resolve_device, resolve_dtype, resolve_max_seq_len
 from tokenmill.runtime.model_runner import ModelRunner
 from tokenmill.runtime.slot_state import SlotState
 from tokenmill.sampling.slot_params import SlotSamplingParams
@@ -67,48 +69,19 @@ def build_engine(
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
     cache_dtype = dtype if args.kv_cache_config.dtype == "auto" else resolve_dtype(args.kv_cache_config.dtype, device)
-    checkpoint = open_checkpoint(Path(args.model))
+    checkpoint = open_checkpoint(Path(args.model), config_only=args.load_format == "dummy")
     config = ModelConfig.from_hf(checkpoint.hf_config)
     max_seq_len = resolve_max_seq_len(args, config)
-    plan = plan_memory(
-        config,
-        MemoryRequest(
-            weight_bytes=dtype.itemsize,
-            cache_bytes=cache_dtype.itemsize,
-            max_batch_size=args.max_batch_size,
-            max_num_tokens=args.max_num_tokens,
-            max_seq_len=max_seq_len,
-            is_cpu=device.type == "cpu",
-        ),
-        args.kv_cache_config,
-        free_memory(device),
-    )
     backend = select_backend(args.attn_backend, device)
-    model = load_model(args, config, checkpoint, device, dtype, backend, on_progress)
-    block = args.kv_cache_config.tokens_per_block
-    caches = allocate_caches(
-        config.num_layers, plan.num_blocks, block, config.num_key_value_heads, config.head_dim, cache_dtype, device
-    )
-    runner = ModelRunner(
-        model,
-        caches,
-        SlotState(args.max_batch_size, max_seq_len, block, device),
-        SlotSamplingParams(args.max_batch_size, config.vocab_size, device),
-    )
-    kv_cache = KvCacheManager(
-        plan.num_blocks,
-        block,
-        enable_block_reuse=args.kv_cache_config.enable_block_reuse,
-        enable_partial_reuse=args.kv_cache_config.enable_partial_reuse,
-    )
-    settings = SchedulerSettings(
+    request = MemoryRequest(
+        weight_bytes=dtype.itemsize,
+        cache_bytes=cache_dtype.itemsize,
         max_batch_size=args.max_batch_size,
         max_num_tokens=args.max_num_tokens,
         max_seq_len=max_seq_len,
-        enable_chunked_prefill=args.enable_chunked_prefill,
-        capacity_policy=args.scheduler_config.capacity_scheduler_policy,
-        queue_policy=args.scheduler_config.waiting_queue_policy,
+        is_cpu=device.type == "cpu",
     )
+    memory = plan_memory(config, request, args.kv_cache_config, free_memory(device))
     description = EngineDescription(
         model=config,
         device=str(device),
@@ -118,26 +91,46 @@ def build_engine(
         max_batch_size=args.max_batch_size,
         max_num_tokens=args.max_num_tokens,
         max_seq_len=max_seq_len,
-        memory=plan,
+        memory=memory,
     )
-    return EngineCore(Scheduler(settings, kv_cache), runner), description
+    model = load_model(args, config, checkpoint, device, dtype, backend, on_progress)
+    runner = _make_runner(description, model, device, cache_dtype)
+    return EngineCore(_make_scheduler(args, description), runner), description
 
 
-def resolve_max_seq_len(args: LlmArgs, config: ModelConfig) -> int:
-    """The longest sequence: what the user said, else the model's context.
+def _make_runner(
+    description: EngineDescription, model: CausalLM, device: torch.device, cache_dtype: torch.dtype
+) -> ModelRunner:
+    config, memory = description.model, description.memory
+    caches = allocate_caches(
+        config.num_layers,
+        memory.num_blocks,
+        memory.tokens_per_block,
+        config.num_key_value_heads,
+        config.head_dim,
+        cache_dtype,
+        device,
+    )
+    slots = SlotState(description.max_batch_size, description.max_seq_len, memory.tokens_per_block, device)
+    return ModelRunner(model, caches, slots, SlotSamplingParams(description.max_batch_size, config.vocab_size, device))
 
-    Raises:
-        InvalidParameterError: longer than the model's context.
-    """
-    if args.max_seq_len is None:
-        return config.max_position_embeddings
-    if args.max_seq_len > config.max_position_embeddings:
-        raise InvalidParameterError(
-            f"max_seq_len ({args.max_seq_len}) is more than the model's context ({config.max_position_embeddings}).",
-            field="max_seq_len",
-            remedy=f"Use {config.max_position_embeddings} or less.",
-        )
-    return args.max_seq_len
+
+def _make_scheduler(args: LlmArgs, description: EngineDescription) -> Scheduler:
+    kv_cache = KvCacheManager(
+        description.memory.num_blocks,
+        description.memory.tokens_per_block,
+        enable_block_reuse=args.kv_cache_config.enable_block_reuse,
+        enable_partial_reuse=args.kv_cache_config.enable_partial_reuse,
+    )
+    settings = SchedulerSettings(
+        max_batch_size=args.max_batch_size,
+        max_num_tokens=args.max_num_tokens,
+        max_seq_len=description.max_seq_len,
+        enable_chunked_prefill=args.enable_chunked_prefill,
+        capacity_policy=args.scheduler_config.capacity_scheduler_policy,
+        queue_policy=args.scheduler_config.waiting_queue_policy,
+    )
+    return Scheduler(settings, kv_cache)
 
 
 def _refuse_unsupported(args: LlmArgs) -> None:

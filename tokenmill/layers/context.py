@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from tokenmill.attention.base import AttentionBackend
+from tokenmill.layers.weights import join_name
 from tokenmill.parallel.group import ParallelGroup
 from tokenmill.quantization.base import LinearMethodFactory
 from tokenmill.quantization.unquantized import unquantized
@@ -34,4 +35,4 @@ class LayerContext:
 
     def child(self, name: str) -> LayerContext:
         """The context for the submodule `name`."""
-        return replace(self, prefix=f"{self.prefix}.{name}" if self.prefix else name)
+        return replace(self, prefix=join_name(self.prefix, name))

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from tokenmill.layers.context import LayerContext
-from tokenmill.layers.weights import Shard, WeightTarget
+from tokenmill.layers.weights import Shard, WeightTarget, join_name
 from tokenmill.parallel.group import ParallelGroup
 from tokenmill.quantization.base import LinearMethod
 from tokenmill.quantization.unquantized import UnquantizedLinear
@@ -46,7 +46,7 @@ class VocabParallelEmbedding(nn.Module):
     def named_weight_targets(self, prefix: str) -> Iterator[tuple[str, WeightTarget]]:
         """The whole matrix, of which this rank takes its rows."""
         shard = Shard(0, self.first_token, self.vocab_size) if self.group.size > 1 else None
-        yield f"{prefix}.weight", WeightTarget(self.weight.data[: self.num_tokens], shard)
+        yield join_name(prefix, "weight"), WeightTarget(self.weight.data[: self.num_tokens], shard)
 
 
 class LMHead(nn.Module):

@@ -90,7 +90,12 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, WeightTarget]]:
     for name, parameter in module.named_parameters(prefix, recurse=False):
         yield name, WeightTarget(parameter.data)
     for name, child in module.named_children():
-        yield from _walk(child, f"{prefix}.{name}" if prefix else name)
+        yield from _walk(child, join_name(prefix, name))
+
+
+def join_name(prefix: str, name: str) -> str:
+    """The full name of `name` inside the module `prefix`, which is empty for the outermost one."""
+    return f"{prefix}.{name}" if prefix else name
 
 
 def finalize_weights(model: nn.Module) -> None:

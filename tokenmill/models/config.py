@@ -35,11 +35,12 @@ _GEMMA3: Final = MappingProxyType({
 })  # fmt: skip
 _DEFAULTS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType({
     "llama": {"rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 1e4},
-    "mistral": {"rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 1e4, "sliding_window": 4096},
+    "mistral": {"rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 1e4, "sliding_window": 4096,
+                "num_key_value_heads": 8},
     "qwen2": {"rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 1e4, "sliding_window": 4096,
-              "max_window_layers": 28},
+              "max_window_layers": 28, "num_key_value_heads": 32},
     "qwen3": {"rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 1e4, "sliding_window": 4096,
-              "max_window_layers": 28, "head_dim": 128},
+              "max_window_layers": 28, "num_key_value_heads": 32, "head_dim": 128},
     "gemma3": _GEMMA3,
     "gemma3_text": _GEMMA3,
 })  # fmt: skip

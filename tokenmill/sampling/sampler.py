@@ -65,6 +65,7 @@ class Sampler:
             token_buffer: known tokens by slot; read up to `positions`, where a row has penalties or bad words.
             max_position: largest of `positions` if the host knows it; bounds the work of penalties. None: max_seq_len.
         """
+        assert logits.shape == (len(slot_list), self._params.vocab_size)
         if max_position is not None:
             token_buffer = token_buffer[:, : max(1, max_position)]
         row_max, token_ids = logits.max(dim=-1)  # of equal logits the first; NaN if any is NaN

@@ -89,8 +89,13 @@ class TransformersBackend:
         self._tokenizer = tokenizer
         self.vocab_size = len(tokenizer)
         self.special_ids = frozenset(int(token_id) for token_id in tokenizer.all_special_ids)
-        fast = getattr(tokenizer, "backend_tokenizer", None)
-        self.decoder_style = decoder_style(fast) if isinstance(fast, tokenizers.Tokenizer) else DecoderStyle()
+        self.decoder_style = DecoderStyle()
+        library = getattr(tokenizer, "backend_tokenizer", None)
+        if isinstance(library, tokenizers.Tokenizer):  # what its decode really leaves out, and how it joins tokens
+            added = library.get_added_tokens_decoder()
+            self.vocab_size = max(self.vocab_size, max(added, default=-1) + 1)
+            self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+            self.decoder_style = decoder_style(library)
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids of `text`."""

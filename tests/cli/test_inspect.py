@@ -1,0 +1,92 @@
+"""`tokenmill inspect` against what transformers, the files and the engine itself say of the same model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Program
+
+
+@pytest.mark.spec("A3")
+def test_the_report_agrees_with_transformers_and_the_files(program: Program, tiny_model: Path) -> None:
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM
+
+    done = program("inspect", str(tiny_model), "--json", "--dtype", "float32", "--kv-cache-tokens", "640")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert report["num_parameters"] == num_parameters
+    assert report["checkpoint"]["num_stored_parameters"] == num_parameters
+    with safe_open(tiny_model / "model.safetensors", "pt") as file:
+        assert report["checkpoint"]["num_tensors"] == len(file.keys())
+    assert report["checkpoint"]["num_bytes"] == 4 * num_parameters
+    assert report["checkpoint"]["format"] == "safetensors"
+    assert report["config"]["model_type"] == "llama"
+    assert report["config"]["num_layers"] == 2
+    assert report["tokenizer"]["has_chat_template"] is True
+    assert [model.config.eos_token_id, "<|im_end|>"] in report["tokenizer"]["end_tokens"]
+    memory = report["memory"]
+    assert memory["weights"] == 4 * num_parameters
+    assert memory["kv_bytes_per_token"] == 2 * 2 * 2 * 8 * 4  # key and value, layers, heads, head_dim, bytes
+    assert memory["cache_tokens"] == 640
+    assert memory["total"] == memory["weights"] + memory["kv_cache"] + memory["slots"] + memory["activations"]
+
+
+def test_the_plan_is_the_engines(program: Program, tiny_model: Path) -> None:
+    from dataclasses import asdict
+
+    from tokenmill import LLM
+
+    arguments = {"dtype": "float32", "max_batch_size": 5, "max_seq_len": 100, "kv_cache_config": {"max_tokens": 320}}
+    with LLM(str(tiny_model), **arguments) as llm:
+        planned = asdict(llm.description.memory)
+    done = program(
+        "inspect", str(tiny_model), "--json", "--dtype", "float32", "--max-batch-size", "5", "--max-seq-len", "100",
+        "--kv-cache-tokens", "320",
+    )  # fmt: skip
+    found = json.loads(done.stdout)["memory"]
+    assert {**planned, "free": None} == {**{name: found[name] for name in planned}, "free": None}
+
+
+def test_the_tables_say_what_matters(program: Program, base_model: Path) -> None:
+    done = program("inspect", str(base_model))
+    assert done.returncode == 0, done.stderr
+    for text in (
+        "LlamaForCausalLM",
+        "Parameters",
+        "64 tokens",
+        "safetensors",
+        "Chat template",
+        "no",
+        "KV cache",
+        "Total",
+    ):
+        assert text in done.stdout, text
+
+
+def test_a_model_that_does_not_fit_is_still_described(program: Program, tiny_model: Path) -> None:
+    done = program("inspect", str(tiny_model), "--kv-cache-tokens", str(10**12))
+    assert done.returncode == 0
+    assert "does not fit this machine" in done.stderr
+    assert "LlamaForCausalLM" in done.stdout
+
+
+def test_no_weight_is_read(program: Program, tiny_model: Path, tmp_path: Path) -> None:
+    """Headers alone: a checkpoint whose tensor data is all wrong looks the same."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in tiny_model.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    header = 8 + int.from_bytes(weights[:8], "little")
+    weights[header:] = b"\xff" * (len(weights) - header)
+    (copy / "model.safetensors").write_bytes(weights)
+    first, second = (json.loads(program("inspect", str(path), "--json").stdout) for path in (tiny_model, copy))
+    for report in (first, second):
+        del report["model"], report["checkpoint"]["path"], report["memory"]
+    assert first == second

@@ -1,0 +1,149 @@
+"""The step loop: failures of the runner end only the requests of their plan; overlap changes nothing in the answers."""
+
+import pytest
+
+from tests.support.engine_harness import MAX_UTILIZATION, Harness
+from tokenmill.engine.events import Failed, TokenDelta
+from tokenmill.engine.plan import BatchPlan, Row
+from tokenmill.errors import EngineError, InvalidLogitsError, OutOfMemoryError, TokenmillError
+
+overlap_on_and_off = pytest.mark.parametrize("overlap", [False, True])
+
+
+def fill(harness: Harness, num_requests: int = 4, max_tokens: int = 8) -> None:
+    for first in range(num_requests):
+        harness.add([first, *range(10)], max_tokens=max_tokens)
+
+
+def error_of(harness: Harness, request_id: int) -> TokenmillError:
+    ending = harness.endings[request_id]
+    assert isinstance(ending, Failed)
+    return ending.error
+
+
+@pytest.mark.spec("H3")
+def test_overlap_gives_the_same_tokens() -> None:
+    tokens = []
+    for overlap in (False, True):
+        harness = Harness(num_blocks=20, overlap=overlap, capacity_policy=MAX_UTILIZATION)
+        fill(harness, 8)
+        harness.run()
+        harness.check_finished()
+        tokens.append([harness.tokens(request_id) for request_id in range(8)])
+    assert tokens[0] == tokens[1]
+
+
+def test_overlap_launches_before_it_collects() -> None:
+    harness = Harness(overlap=True)
+    fill(harness, 1)
+    assert harness.step() == [], "the first step is only launched"
+    assert len(harness.runner.plans) == 1
+    events = harness.step()
+    assert len(harness.runner.plans) == 2
+    assert [type(event) for event in events] == [TokenDelta]
+
+
+@pytest.mark.parametrize("where", ["launch_error", "collect_error"])
+@overlap_on_and_off
+def test_runner_exception_ends_the_requests_of_its_plan(where: str, overlap: bool) -> None:
+    harness = Harness(overlap=overlap, max_batch_size=2)
+    fill(harness)
+    cause = RuntimeError("device lost")
+    setattr(harness.runner, where, lambda plan: cause if plan.step == 2 else None)
+    harness.run()
+    for request_id in (0, 1):
+        error = error_of(harness, request_id)
+        assert type(error) is EngineError and error.__cause__ is cause
+        assert "RuntimeError: device lost" in str(error)
+    harness.check_finished(failed={0, 1})
+    assert harness.core.stats().num_finished == {"engine_error": 2, "length": 2}
+
+
+@overlap_on_and_off
+def test_our_own_errors_pass_through(overlap: bool) -> None:
+    harness = Harness(overlap=overlap, max_batch_size=2)
+    fill(harness)
+    error = OutOfMemoryError("no memory for the step")
+    harness.runner.launch_error = lambda plan: error if plan.step == 0 else None
+    harness.run()
+    assert error_of(harness, 0) is error_of(harness, 1) is error
+    harness.check_finished(failed={0, 1})
+    assert harness.core.stats().num_finished == {"out_of_memory": 2, "length": 2}
+
+
+@overlap_on_and_off
+def test_every_step_may_fail_and_the_engine_goes_on(overlap: bool) -> None:
+    harness = Harness(overlap=overlap)
+    harness.runner.collect_error = lambda plan: ValueError(f"step {plan.step}") if plan.step < 5 else None
+    for _ in range(6):
+        fill(harness, 2)
+        harness.run()
+    assert sum(isinstance(ending, Failed) for ending in harness.endings.values()) >= 4
+    fill(harness, 1)
+    harness.run()
+    assert len(harness.tokens(12)) == 8
+    failed = {request_id for request_id, ending in harness.endings.items() if isinstance(ending, Failed)}
+    harness.check_finished(failed=failed)
+
+
+@overlap_on_and_off
+def test_bad_logits_end_one_request(overlap: bool) -> None:
+    harness = Harness(overlap=overlap)
+    fill(harness)
+    harness.runner.row_error = lambda plan, row: "logits are NaN" if plan.step == 3 and row.slot == 1 else None
+    harness.run()
+    assert type(error_of(harness, 1)) is InvalidLogitsError and "NaN" in str(error_of(harness, 1))
+    harness.check_finished(failed={1})
+
+
+def test_bad_logits_of_one_sequence_end_its_siblings() -> None:
+    harness = Harness()
+    harness.add(range(5), max_tokens=6, n=3)
+    fill(harness, 1)
+
+    def row_error(plan: BatchPlan, row: Row) -> str | None:
+        init = harness.runner.slots[row.slot].init
+        return "inf" if init.seed == 0 and init.sequence_index == 2 and row.start > 5 else None
+
+    harness.runner.row_error = row_error
+    harness.run()
+    assert [len(answer.token_ids) for answer in harness.answers[0]] == [4, 3, 2]
+    harness.check_finished(failed={0})
+
+
+def test_content_of_a_failed_request_is_not_reused() -> None:
+    harness = Harness(max_num_tokens=8)
+    harness.add(range(20), max_tokens=2)
+    harness.step()
+    harness.step()
+    assert harness.core.stats().kv_cache.num_cached_blocks == 4
+    harness.runner.row_error = lambda plan, row: "NaN" if plan.step == 2 else None
+    harness.step()
+    assert harness.core.stats().kv_cache.num_cached_blocks == 0
+    harness.add(range(20), max_tokens=2)
+    harness.run()
+    assert harness.endings[1].metrics.num_cached_tokens == 0
+    harness.check_finished(failed={0})
+
+
+def test_mixing_the_two_kinds_of_steps_is_refused() -> None:
+    harness = Harness(overlap=True)
+    fill(harness, 1)
+    harness.step()
+    with pytest.raises(AssertionError, match="in flight"):
+        harness.core.step()
+    harness.run()
+    harness.core.step()
+    harness.check_finished()
+
+
+def test_two_engines_do_not_know_of_each_other() -> None:
+    one, two = Harness(), Harness(overlap=True)
+    fill(one, 3)
+    fill(two, 2)
+    while one.core.has_work or two.core.has_work:
+        one.step()
+        two.step()
+    one.check_finished()
+    two.check_finished()
+    assert one.tokens(0) == two.tokens(0)

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tokenmill.ops.linear import PackedWeight, choose, linear, linear_reference, pack_linear_weight
+
+CPU = torch.device("cpu")
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+
+
+def inputs(num_rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(num_rows)
+    x = torch.randn(num_rows, 48, generator=generator).to(dtype)
+    weight = (torch.randn(80, 48, generator=generator) * 0.2).to(dtype)
+    return x, weight, torch.randn(80, generator=generator).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("num_rows", [0, 1, 2, 16, 65])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_packed_plain_and_reference_agree(dtype: torch.dtype, num_rows: int, with_bias: bool) -> None:
+    x, weight, bias = inputs(num_rows, dtype)
+    used_bias = bias if with_bias else None
+    expected = x.double() @ weight.double().T + (bias.double() if with_bias else 0.0)
+    for actual in (
+        linear(x, pack_linear_weight(weight), used_bias),
+        linear(x, weight, used_bias),
+        linear_reference(x, weight, used_bias),
+    ):
+        assert actual.dtype == dtype
+        assert actual.shape == (num_rows, 80)
+        torch.testing.assert_close(actual.double(), expected, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype])
+
+
+def test_a_row_of_a_wider_tensor() -> None:
+    """Inputs need not be contiguous."""
+    x, weight, _ = inputs(8, torch.float32)
+    wide = torch.cat((x, x + 1), dim=1)
+    torch.testing.assert_close(linear(wide[::2, 48:], pack_linear_weight(weight)), (x[::2] + 1) @ weight.T)
+
+
+def test_packing_copies() -> None:
+    """The packed weight does not follow later changes of the plain one."""
+    x, weight, _ = inputs(4, torch.float32)
+    packed = pack_linear_weight(weight)
+    expected = x @ weight.T
+    if isinstance(packed, PackedWeight):
+        assert (packed.out_features, packed.in_features) == (80, 48)
+        weight.zero_()
+    torch.testing.assert_close(linear(x, packed), expected)
+
+
+def test_only_types_with_a_packed_product_are_packed() -> None:
+    weight = torch.randn(4, 4)
+    assert choose(CPU, torch.float16) == "torch"
+    assert choose(torch.device("cuda"), torch.bfloat16) == "torch"
+    half = weight.half()
+    assert pack_linear_weight(half) is half
+    assert isinstance(pack_linear_weight(weight), PackedWeight) == (choose(CPU, torch.float32) == "onednn")

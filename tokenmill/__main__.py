@@ -1,0 +1,5 @@
+"""`python -m tokenmill` is the `tokenmill` program."""
+
+from tokenmill.cli.main import main
+
+main()

@@ -1,0 +1,128 @@
+"""`tokenmill inspect`: what a model is and what memory it takes, without loading it."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from tokenmill.cli.command import command, examples
+from tokenmill.cli.console import print_warning, progress, stdout_console
+from tokenmill.cli.options import ModelOptions
+
+if TYPE_CHECKING:
+    from tokenmill.inspection import ModelReport
+
+_EPILOG = examples(
+    ("The demo model on this machine", "tokenmill inspect smollm2:135m"),
+    (
+        "Would 32 conversations of 4,096 tokens fit?",
+        "tokenmill inspect Qwen/Qwen3-0.6B --max-batch-size 32 --max-seq-len 4096 --kv-cache-tokens 131072",
+    ),
+    ("For a program", "tokenmill inspect path/to/model.gguf --json"),
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    command(app, "inspect", epilog=_EPILOG)(inspect)
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The model to look at.")],
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    model_options: ModelOptions,
+) -> None:
+    """Say what a model is and how much memory it takes. No weight is loaded.
+
+    The memory plan is the one that the engine makes at start, for the free memory of this machine.
+    """
+    arguments = model_options.llm_arguments(model)
+    with progress("Starting"):
+        from tokenmill.inspection import inspect_model
+    report = inspect_model(**arguments)
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=2))
+        return
+    console = stdout_console()
+    console.print(_model_table(report))
+    console.print(_memory_table(report))
+    if report.shortage is not None:
+        print_warning(f"It does not fit this machine: {report.shortage}")
+
+
+def _model_table(report: ModelReport) -> Table:
+    config, checkpoint = report.config, report.checkpoint
+    table = Table(title=report.model, title_justify="left", title_style="bold", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+
+    def row(name: str, value: str) -> None:
+        table.add_row(name, Text(value))
+
+    row("Architecture", f"{config.architecture} ({config.model_type})")
+    row("Parameters", f"{report.num_parameters:,}")
+    row("Layers", f"{config.num_layers}{_windows(report)}")
+    row("Hidden size", f"{config.hidden_size:,} (MLP {config.intermediate_size:,}, {config.hidden_act})")
+    row(
+        "Attention heads",
+        f"{config.num_attention_heads} query, {config.num_key_value_heads} key/value, of {config.head_dim}",
+    )
+    row("Context", f"{config.max_position_embeddings:,} tokens")
+    tied = ", tied to the output head" if config.tie_word_embeddings else ""
+    row("Vocabulary", f"{config.vocab_size:,} tokens{tied}")
+    row("Checkpoint", f"{checkpoint.format}, {_size(checkpoint.num_bytes)} in {checkpoint.num_tensors} tensors")
+    row("Quantization", checkpoint.quantization)
+    if report.tokenizer is None:
+        row("Tokenizer", "none")
+    else:
+        row("Chat template", "yes" if report.tokenizer.has_chat_template else "no")
+        ends = ", ".join(f"{text!r} ({token_id})" for token_id, text in report.tokenizer.end_tokens)
+        row("End tokens", ends or "none")
+    others = [name for name in report.attn_backends if name != report.attn_backend]
+    row("Attention backend", report.attn_backend + (f" (there are also: {', '.join(others)})" if others else ""))
+    row("Files", checkpoint.path)
+    return table
+
+
+def _windows(report: ModelReport) -> str:
+    sliding = sum(kind == "sliding_attention" for kind in report.config.layer_types)
+    return f" ({sliding} of them see a window of {report.config.sliding_window:,} tokens)" if sliding else ""
+
+
+def _memory_table(report: ModelReport) -> Table:
+    memory = report.memory
+    title = f"Memory on {report.device} in {report.dtype}"
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column(overflow="fold")
+
+    def row(name: str, num_bytes: int, note: str = "", style: str = "") -> None:
+        table.add_row(name, _size(num_bytes), note, style=style)
+
+    row("Weights", memory.weights, f"{report.num_parameters:,} parameters")
+    row(
+        "KV cache",
+        memory.kv_cache,
+        f"{memory.cache_tokens:,} tokens in {memory.num_blocks:,} blocks, {report.cache_dtype}",
+    )
+    row("  per token", memory.kv_bytes_per_token)
+    sequences = memory.cache_tokens // report.max_seq_len
+    row("  per sequence", report.kv_bytes_per_sequence, f"of {report.max_seq_len:,} tokens; {sequences:,} of them fit")
+    row("Activations", memory.activations, f"a step of {report.max_num_tokens:,} tokens, logits included")
+    row("Workspace", memory.slots, f"tokens and block tables of {report.max_batch_size} sequences")
+    row("Total", memory.total, "" if memory.free is None else f"{_size(memory.free)} are free", style="bold")
+    return table
+
+
+def _size(num_bytes: int) -> str:
+    """Bytes in the unit that reads best."""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:,.2f} {unit}"
+    return f"{num_bytes} B"

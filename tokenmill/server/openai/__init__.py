@@ -1,0 +1,1 @@
+"""OpenAI's endpoints: chat completions, completions, models. One router a file; `create_app` mounts them."""
