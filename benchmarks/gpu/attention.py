@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tokenmill.attention.base import AttentionMetadata, AttentionSpec, LayerCache
 from tokenmill.attention.triton import TritonAttention
+from tokenmill.attention.triton_common import Result
 from tokenmill.attention.triton_decode import DecodeTiles, decode_attention
 from tokenmill.attention.triton_kv_write import write_kv_triton
 from tokenmill.attention.triton_prefill import PrefillTiles, prefill_attention
@@ -172,8 +173,8 @@ def time_decode(layers: Layers, tiles: DecodeTiles, num_splits: int) -> float:
 
     def run_layer(layer: int) -> None:
         decode_attention(
-            layers.work.spec, layers.query, layers.key, layers.value, layers.caches[layer], metadata.kv_lens,
-            metadata.block_tables, metadata.slot_mapping, output, num_splits=num_splits, tiles=tiles,
+            layers.work.spec, layers.query, layers.key, layers.value, layers.caches[layer], metadata,
+            Result(output), num_splits=num_splits, tiles=tiles,
         )  # fmt: skip
 
     return seconds_per_layer(len(layers.caches), run_layer)
@@ -187,8 +188,8 @@ def time_prefill(layers: Layers, tiles: PrefillTiles) -> float:
 
     def run_layer(layer: int) -> None:
         prefill_attention(
-            spec, layers.query, keys, values, layers.caches[layer], metadata.query_start, metadata.kv_lens,
-            metadata.block_tables, output, max_query_len=layers.work.query_len, tiles=tiles,
+            spec, layers.query, keys, values, layers.caches[layer], metadata, Result(output),
+            max_query_len=layers.work.query_len, tiles=tiles,
         )  # fmt: skip
 
     return seconds_per_layer(len(layers.caches), run_layer)

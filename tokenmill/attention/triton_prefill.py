@@ -14,12 +14,12 @@ import torch
 import triton
 import triton.language as tl
 
-from tokenmill.attention.base import AttentionSpec, LayerCache
+from tokenmill.attention.base import AttentionMetadata, AttentionSpec, LayerCache
 from tokenmill.attention.triton_common import (
     PagedCache,
+    Result,
     Scoring,
     StridedHeads,
-    add_sink,
     cache_slots,
     load_blocks,
     load_tile,
@@ -28,6 +28,7 @@ from tokenmill.attention.triton_common import (
     scoring,
     soft_cap_base2,
     softmax_step,
+    store_result,
     strided,
     triton_type,
 )
@@ -55,11 +56,11 @@ def prefill_tiles(head_dim: int, rows_needed: int, operand_itemsize: int) -> Pre
         return PrefillTiles(16 if rows_needed <= 16 else 64, 32, 4, 2)
     if rows_needed <= 64:
         return PrefillTiles(max(16, triton.next_power_of_2(rows_needed)), 64 if head_dim <= 128 else 32, 4, 3)
-    if head_dim <= 64:
-        return PrefillTiles(128, 128, 8, 3)
-    if head_dim <= 128:
-        return PrefillTiles(128, 128, 8, 2)
-    return PrefillTiles(128, 64, 8, 2)
+    if head_dim > 128:
+        return PrefillTiles(128, 64, 8, 2)
+    if rows_needed <= 1024:  # short tiles leave room for two programs on a multiprocessor
+        return PrefillTiles(64, 64, 4, 2)
+    return PrefillTiles(128, 64, 8, 3)
 
 
 @triton.jit
@@ -179,9 +180,7 @@ def _prefill_kernel(
     kv_lens: tl.tensor,
     block_tables: tl.tensor,
     table_stride: int,
-    output: tl.tensor,
-    log_sum_exp: tl.tensor,
-    sinks: tl.tensor,
+    result: Result,
     score: Scoring,
     num_rows: int,
     num_tiles: int,
@@ -219,18 +218,8 @@ def _prefill_kernel(
             value, token, score.factor, num_kv_heads, head_dim, tokens_per_block, window, cap, block_m, block_n,
             block_d,
         )  # fmt: skip
-        total = tl.where(is_query, total, 1.0)  # with a window a lane without a query may have seen no key
         places = (token + indices) * (num_kv_heads * group) + heads
-        if log_sum_exp is not None:
-            tl.store(log_sum_exp + places, (maximum + tl.log2(total)) * 0.6931471805599453, mask=is_query)
-        if sinks is not None:
-            decay, total = add_sink(maximum, total, tl.load(sinks + heads).to(tl.float32))
-            values = values * decay[:, None]
-        values = values * (score.value_scale / total)[:, None]
-        dims = tl.arange(0, block_d)
-        is_element = is_query[:, None] & (dims < head_dim)[None, :]
-        pointers = output + places[:, None] * head_dim + dims[None, :]
-        tl.store(pointers, values.to(output.dtype.element_ty), mask=is_element)
+        store_result(values, maximum, total, places, heads, is_query, result, score.value_scale, head_dim, block_d)
 
 
 @triton.jit
@@ -295,36 +284,28 @@ def prefill_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     cache: LayerCache,
-    query_start: torch.Tensor,
-    kv_lens: torch.Tensor,
-    block_tables: torch.Tensor,
-    output: torch.Tensor,
+    metadata: AttentionMetadata,
+    result: Result,
     *,
     max_query_len: int,
-    sinks: torch.Tensor | None = None,
-    log_sum_exp: torch.Tensor | None = None,
     tiles: PrefillTiles | None = None,
 ) -> None:
-    """Attend causally over each row's history in the cache and its tokens of this step. Writes nothing to the cache.
+    """Attend causally over history and this step's tokens of all rows after the decode rows. Writes no cache.
 
     Args:
         spec: the layer.
-        query: [T, H, D], any strides but 1 along D.
+        query: [T, H, D], tokens of these rows only, any strides but 1 along D.
         key, value: [T, G, D], likewise; as a later step will read them but for the scales (see `write_kv_triton`).
         cache: two tensors [N, B, G, D] with the rows' history.
-        query_start: [R + 1] int32. Its first entry need not be 0: the tokens before it are not among the T.
-        kv_lens: [R] int32, history and this step's tokens.
-        block_tables: [R, blocks] int32.
-        output: [T, H, D] contiguous, written.
-        max_query_len: of the R rows; chooses the tiles, so an upper bound will do.
-        sinks: [H], a score per head that takes probability and has no value.
-        log_sum_exp: [T, H] float32, written: of the scores, sinks not counted.
+        metadata: its `query_start`, `kv_lens`, `block_tables` are read from row `num_decode_rows` on.
+        result: of the T tokens, written.
+        max_query_len: of these rows; chooses the tiles, so an upper bound will do.
         tiles: for tuning.
     """
     num_tokens, num_heads, head_dim = query.shape
     assert num_tokens * max(key.stride(0), value.stride(0)) < 2**31, "offsets inside a row are 32 bits"
-    assert block_tables.stride(-1) == 1, "block tables must be contiguous along the blocks"
-    num_rows = kv_lens.shape[0]
+    rows = slice(metadata.num_decode_rows, None)
+    block_tables, num_rows = metadata.block_tables[rows], len(metadata.query_lens) - metadata.num_decode_rows
     group = num_heads // spec.num_kv_heads
     operands = operand_type(query.dtype, cache[0].dtype)
     tiles = tiles or prefill_tiles(head_dim, max_query_len * group, operands.itemsize)
@@ -335,13 +316,11 @@ def prefill_attention(
         strided(key),
         strided(value),
         paged(cache),
-        query_start,
-        kv_lens,
+        metadata.query_start[rows],
+        metadata.kv_lens[rows],
         block_tables,
         block_tables.stride(0),
-        output,
-        log_sum_exp,
-        sinks,
+        result,
         scoring(spec),
         num_rows,
         num_tiles,

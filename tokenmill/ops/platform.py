@@ -22,6 +22,11 @@ def num_multiprocessors(device: torch.device) -> int:
     return os.cpu_count() or 1
 
 
+def has_dependent_launch(device: torch.device) -> bool:
+    """Whether a kernel can be put on the device while the one before it runs, and wait for it there."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def free_memory(device: torch.device) -> int:
     """Free memory of the device in bytes; for a CPU what the kernel could give without swapping."""
     if device.type == "cuda":
