@@ -33,7 +33,7 @@ from tokenmill.attention.triton_common import (
     to_cached,
     triton_type,
 )
-from tokenmill.ops.platform import has_dependent_launch
+from tokenmill.ops.platform import is_hopper_or_newer
 
 MAX_SPLITS = 64
 """Parts of a row's context at most, where the number is free: more cost more to combine than they gain."""
@@ -331,7 +331,7 @@ def decode_attention(
         "fixed": fixed_split_tokens,
         "block_n": tiles.block_n,
         "block_d": max(16, triton.next_power_of_2(head_dim)),
-        "dependent_launch": num_splits > 1 and has_dependent_launch(query.device),
+        "dependent_launch": num_splits > 1 and is_hopper_or_newer(query.device),
     }
     _launch_decode(spec, query, key, value, cache, metadata, result, partial, num_splits, tiles, cut)
     if num_splits > 1:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tokenmill.attention.base import AttentionMetadata, AttentionSpec, LayerCache
 from tokenmill.attention.triton_common import (
@@ -32,6 +33,7 @@ from tokenmill.attention.triton_common import (
     strided,
     triton_type,
 )
+from tokenmill.ops.platform import is_hopper_or_newer
 
 
 class PrefillTiles(NamedTuple):
@@ -48,6 +50,7 @@ class PrefillTiles(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 def prefill_tiles(head_dim: int, rows_needed: int, operand_itemsize: int) -> PrefillTiles:
@@ -126,6 +129,31 @@ def _attend_history(
 
 
 @triton.jit
+def _load_step_tile(
+    heads: StridedHeads,
+    descriptor: tl.tensor_descriptor | None,
+    token: tl.tensor,  # the row's first
+    kv_head: tl.tensor,
+    tile: tl.tensor,
+    inside: tl.tensor,  # [block_n], unused unless masked
+    head_dim: tl.constexpr,
+    masked: tl.constexpr,
+    block_n: tl.constexpr,
+    block_d: tl.constexpr,
+) -> tl.tensor:
+    """[block_n, block_d] keys or values of this step; zero where not `inside`, which may be another row's."""
+    if descriptor is None:
+        pointer = heads.data + token * heads.token_stride + kv_head * heads.head_stride + tile * heads.token_stride
+        rows = tl.arange(0, block_n) * heads.token_stride
+        numbers = load_tile(pointer, rows, inside, head_dim, block_d, masked)
+    else:
+        numbers = descriptor.load([(token + tile).to(tl.int32), (kv_head * heads.head_stride).to(tl.int32)])
+        if masked:
+            numbers = tl.where(inside[:, None], numbers, 0.0)
+    return numbers
+
+
+@triton.jit
 def _attend_step(
     query: tl.tensor,  # [block_m, block_d]
     indices: tl.tensor,  # [block_m] of the queries in the row's tokens of this step
@@ -134,8 +162,10 @@ def _attend_step(
     total: tl.tensor,
     key: StridedHeads,
     value: StridedHeads,
-    key_head: tl.tensor,  # pointers to the row's first token
-    value_head: tl.tensor,
+    key_descriptor: tl.tensor_descriptor | None,
+    value_descriptor: tl.tensor_descriptor | None,
+    token: tl.tensor,  # the row's first
+    kv_head: tl.tensor,
     start: tl.tensor,
     end: tl.tensor,
     factor: tl.tensor,
@@ -151,8 +181,9 @@ def _attend_step(
     for tile in range(start, end, block_n):
         keys = tile + offsets
         inside = keys < end
-        key_pointer = key_head + tile * key.token_stride
-        key_tile = load_tile(key_pointer, offsets * key.token_stride, inside, head_dim, block_d, masked)
+        key_tile = _load_step_tile(
+            key, key_descriptor, token, kv_head, tile, inside, head_dim, masked, block_n, block_d
+        )  # fmt: skip
         products = tl.dot(query, tl.trans(key_tile.to(query.dtype)), input_precision="ieee")
         visible = inside[None, :]
         if masked:
@@ -160,8 +191,9 @@ def _attend_step(
         if window > 0:
             visible = visible & (keys[None, :] > indices[:, None] - window)
         weights, decay, maximum, total = softmax_step(products, visible, maximum, total, factor, cap, masked)
-        value_pointer = value_head + tile * value.token_stride
-        value_tile = load_tile(value_pointer, offsets * value.token_stride, inside, head_dim, block_d, masked)
+        value_tile = _load_step_tile(
+            value, value_descriptor, token, kv_head, tile, inside, head_dim, masked, block_n, block_d
+        )  # fmt: skip
         value_tile = value_tile.to(query.dtype)
         values = tl.dot(weights.to(query.dtype), value_tile, values * decay[:, None], input_precision="ieee")
     return values, maximum, total
@@ -175,6 +207,8 @@ def _prefill_kernel(
     query: StridedHeads,
     key: StridedHeads,
     value: StridedHeads,
+    key_descriptor: tl.tensor_descriptor | None,
+    value_descriptor: tl.tensor_descriptor | None,
     cache: PagedCache,
     query_start: tl.tensor,
     kv_lens: tl.tensor,
@@ -191,6 +225,7 @@ def _prefill_kernel(
     window: tl.constexpr,
     cap: tl.constexpr,
     operands: tl.constexpr,
+    has_history: tl.constexpr,
     block_m: tl.constexpr,
     block_n: tl.constexpr,
     block_d: tl.constexpr,
@@ -215,8 +250,8 @@ def _prefill_kernel(
         table = block_tables + row.to(tl.int64) * table_stride
         values, maximum, total = _attend(
             q, indices, first, tl.minimum(first + queries_per_tile, query_len), history, cache, table, kv_head, key,
-            value, token, score.factor, num_kv_heads, head_dim, tokens_per_block, window, cap, block_m, block_n,
-            block_d,
+            value, key_descriptor, value_descriptor, token, score.factor, num_kv_heads, head_dim, tokens_per_block,
+            window, cap, has_history, block_m, block_n, block_d,
         )  # fmt: skip
         places = (token + indices) * (num_kv_heads * group) + heads
         store_result(values, maximum, total, places, heads, is_query, result, score.value_scale, head_dim, block_d)
@@ -234,6 +269,8 @@ def _attend(
     kv_head: tl.tensor,
     key: StridedHeads,
     value: StridedHeads,
+    key_descriptor: tl.tensor_descriptor | None,
+    value_descriptor: tl.tensor_descriptor | None,
     token: tl.tensor,  # the row's first
     factor: tl.tensor,
     num_kv_heads: tl.constexpr,
@@ -241,6 +278,7 @@ def _attend(
     tokens_per_block: tl.constexpr,
     window: tl.constexpr,
     cap: tl.constexpr,
+    has_history: tl.constexpr,
     block_m: tl.constexpr,
     block_n: tl.constexpr,
     block_d: tl.constexpr,
@@ -249,33 +287,49 @@ def _attend(
     maximum = tl.full([block_m], float("-inf"), tl.float32)
     total = tl.zeros([block_m], tl.float32)
     values = tl.zeros([block_m, block_d], tl.float32)
-    key_head = key.data + token * key.token_stride + kv_head * key.head_stride
-    value_head = value.data + token * value.token_stride + kv_head * value.head_stride
-    first_visible, history_start, step_start = history * 0, history * 0, history * 0
-    history_whole, step_whole = history // block_n * block_n, (first + 1) // block_n * block_n
-    if window > 0:  # every tile is masked
-        first_visible = tl.minimum(tl.maximum(history + first + 1 - window, 0), history)
-        history_start = tl.where(first_visible < history, first_visible // block_n * block_n, history)
-        step_start = tl.maximum(first + 1 - window, 0) // block_n * block_n
-        history_whole, step_whole = history_start, step_start
-    else:
+    if has_history:
+        first_visible, whole = history * 0, history // block_n * block_n
+        if window > 0:  # every tile is masked
+            first_visible = tl.minimum(tl.maximum(history + first + 1 - window, 0), history)
+            whole = tl.where(first_visible < history, first_visible // block_n * block_n, history)
+        else:
+            values, maximum, total = _attend_history(
+                query, history + indices, values, maximum, total, cache, table, kv_head, first_visible, 0, whole,
+                factor, num_kv_heads, head_dim, tokens_per_block, window, cap, False, block_n, block_d,
+            )  # fmt: skip
         values, maximum, total = _attend_history(
-            query, history + indices, values, maximum, total, cache, table, kv_head, first_visible, history_start,
-            history_whole, factor, num_kv_heads, head_dim, tokens_per_block, window, cap, False, block_n, block_d,
+            query, history + indices, values, maximum, total, cache, table, kv_head, first_visible, whole, history,
+            factor, num_kv_heads, head_dim, tokens_per_block, window, cap, True, block_n, block_d,
         )  # fmt: skip
-    values, maximum, total = _attend_history(
-        query, history + indices, values, maximum, total, cache, table, kv_head, first_visible, history_whole, history,
-        factor, num_kv_heads, head_dim, tokens_per_block, window, cap, True, block_n, block_d,
-    )  # fmt: skip
-    if window == 0:
+    whole = (first + 1) // block_n * block_n
+    if window > 0:
+        whole = tl.maximum(first + 1 - window, 0) // block_n * block_n
+    else:
         values, maximum, total = _attend_step(
-            query, indices, values, maximum, total, key, value, key_head, value_head, step_start, step_whole, factor,
-            head_dim, window, cap, False, block_n, block_d,
+            query, indices, values, maximum, total, key, value, key_descriptor, value_descriptor, token, kv_head,
+            0, whole, factor, head_dim, window, cap, False, block_n, block_d,
         )  # fmt: skip
     return _attend_step(
-        query, indices, values, maximum, total, key, value, key_head, value_head, step_whole, last, factor,
-        head_dim, window, cap, True, block_n, block_d,
+        query, indices, values, maximum, total, key, value, key_descriptor, value_descriptor, token, kv_head,
+        whole, last, factor, head_dim, window, cap, True, block_n, block_d,
     )  # fmt: skip
+
+
+def _describe(heads: torch.Tensor, block_n: int) -> TensorDescriptor | None:
+    """What the bulk copy engine needs to fetch [block_n, D] of one head; None where it cannot."""
+    num_tokens, num_heads, head_dim = heads.shape
+    token_stride, head_stride, _ = heads.stride()
+    size = heads.element_size()
+    aligned = heads.data_ptr() % 16 == 0 and token_stride * size % 16 == 0
+    if not (
+        is_hopper_or_newer(heads.device)
+        and aligned
+        and head_dim == triton.next_power_of_2(head_dim)
+        and head_dim <= 256
+    ):
+        return None
+    width = (num_heads - 1) * head_stride + head_dim
+    return TensorDescriptor(heads, [num_tokens, width], [token_stride, 1], [block_n, head_dim])
 
 
 def prefill_attention(
@@ -315,6 +369,8 @@ def prefill_attention(
         strided(query),
         strided(key),
         strided(value),
+        _describe(key, tiles.block_n),
+        _describe(value, tiles.block_n),
         paged(cache),
         metadata.query_start[rows],
         metadata.kv_lens[rows],
@@ -331,9 +387,11 @@ def prefill_attention(
         window=spec.sliding_window or 0,
         cap=soft_cap_base2(spec),
         operands=triton_type(operands),
+        has_history=metadata.kv_lens_host != metadata.query_lens,
         block_m=block_m,
         block_n=tiles.block_n,
         block_d=max(16, triton.next_power_of_2(head_dim)),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
+        maxnreg=tiles.max_registers,
     )

@@ -22,8 +22,8 @@ def num_multiprocessors(device: torch.device) -> int:
     return os.cpu_count() or 1
 
 
-def has_dependent_launch(device: torch.device) -> bool:
-    """Whether a kernel can be put on the device while the one before it runs, and wait for it there."""
+def is_hopper_or_newer(device: torch.device) -> bool:
+    """Whether the device copies whole tiles by itself, and starts a kernel while the one before it still runs."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
