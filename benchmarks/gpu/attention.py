@@ -21,6 +21,7 @@ import torch
 import triton
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from triton.runtime.errors import PTXASError
 
 from tokenmill.attention.base import AttentionMetadata, AttentionSpec, LayerCache
 from tokenmill.attention.triton import TritonAttention
@@ -256,6 +257,7 @@ DECODE_TILES = tuple(
     for block_n, num_warps in ((32, 1), (32, 2), (32, 4), (64, 2), (64, 4), (128, 4))
     for num_stages in (2, 3, 4)
 )
+UNFIT = (triton.OutOfResources, PTXASError)  # tiles that the chip has no room for
 PREFILL_TILES = (
     PrefillTiles(128, 128, 8, 2),
     PrefillTiles(128, 64, 8, 3),
@@ -295,7 +297,7 @@ def tune_decode(work: Work) -> None:
                 continue
             try:
                 tried.append((time_decode(layers, tiles, num_splits), tiles, num_splits))
-            except triton.OutOfResources:
+            except UNFIT:
                 break
     for seconds, tiles, num_splits in sorted(tried)[:6]:
         print(f"  {work.name}: {seconds * 1e6:7.1f} us splits {num_splits:2} {tuple(tiles)[:3]}")
@@ -307,7 +309,7 @@ def tune_prefill(work: Work) -> None:
     for tiles in PREFILL_TILES:
         try:
             tried.append((time_prefill(layers, tiles), tiles))
-        except triton.OutOfResources:
+        except UNFIT:
             continue
     for seconds, tiles in sorted(tried, key=lambda trial: trial[0])[:4]:
         print(f"  {work.name}: {seconds * 1e6:7.1f} us {work.flops / seconds / 1e12:4.0f} TFLOP/s {tuple(tiles)}")
