@@ -21,9 +21,11 @@ import torch
 import triton
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from triton.runtime.errors import PTXASError
 
 from tokenmill.attention.base import AttentionMetadata, AttentionSpec, LayerCache
 from tokenmill.attention.triton import TritonAttention
+from tokenmill.attention.triton_common import Result
 from tokenmill.attention.triton_decode import DecodeTiles, decode_attention
 from tokenmill.attention.triton_kv_write import write_kv_triton
 from tokenmill.attention.triton_prefill import PrefillTiles, prefill_attention
@@ -93,6 +95,7 @@ PREFILL = (
     Work("prefill 4 x 2048 head 64", 4, 2048, 2048, head_dim=64),
     Work("prefill 4 x 2048 head 256", 4, 2048, 2048, num_heads=16, num_kv_heads=8, head_dim=256),
 )
+WRITE = (Work("write 4 x 2048", 4, 2048, 2048), Work("write 16 x 128", 16, 128, 128))
 
 
 @dataclass(frozen=True)
@@ -172,8 +175,8 @@ def time_decode(layers: Layers, tiles: DecodeTiles, num_splits: int) -> float:
 
     def run_layer(layer: int) -> None:
         decode_attention(
-            layers.work.spec, layers.query, layers.key, layers.value, layers.caches[layer], metadata.kv_lens,
-            metadata.block_tables, metadata.slot_mapping, output, num_splits=num_splits, tiles=tiles,
+            layers.work.spec, layers.query, layers.key, layers.value, layers.caches[layer], metadata,
+            Result(output), num_splits=num_splits, tiles=tiles,
         )  # fmt: skip
 
     return seconds_per_layer(len(layers.caches), run_layer)
@@ -187,8 +190,8 @@ def time_prefill(layers: Layers, tiles: PrefillTiles) -> float:
 
     def run_layer(layer: int) -> None:
         prefill_attention(
-            spec, layers.query, keys, values, layers.caches[layer], metadata.query_start, metadata.kv_lens,
-            metadata.block_tables, output, max_query_len=layers.work.query_len, tiles=tiles,
+            spec, layers.query, keys, values, layers.caches[layer], metadata, Result(output),
+            max_query_len=layers.work.query_len, tiles=tiles,
         )  # fmt: skip
 
     return seconds_per_layer(len(layers.caches), run_layer)
@@ -249,20 +252,53 @@ def measure_prefill(work: Work) -> dict[str, object]:
     return row(work, "rate", rate, "FLOP/s", BFLOAT16_FLOPS, peer_rate)
 
 
+DECODE_TILES = tuple(
+    DecodeTiles(block_n, num_warps, num_stages, 0)
+    for block_n, num_warps in ((32, 1), (32, 2), (32, 4), (64, 2), (64, 4), (128, 4))
+    for num_stages in (2, 3, 4)
+)
+UNFIT = (triton.OutOfResources, PTXASError)  # tiles that the chip has no room for
+PREFILL_TILES = (
+    PrefillTiles(128, 128, 8, 2),
+    PrefillTiles(128, 64, 8, 3),
+    PrefillTiles(128, 64, 8, 2),
+    PrefillTiles(128, 64, 8, 2, max_registers=128),
+    PrefillTiles(128, 32, 8, 3),
+    PrefillTiles(128, 32, 8, 3, max_registers=128),
+    PrefillTiles(64, 128, 4, 2),
+    PrefillTiles(64, 64, 4, 3),
+    PrefillTiles(64, 64, 4, 2),
+    PrefillTiles(64, 64, 4, 2, max_registers=168),
+    PrefillTiles(64, 32, 4, 3),
+)
+
+
+def measure_write(work: Work) -> dict[str, object]:
+    """Time to write one step's keys and values of one layer."""
+    layers = make_layers(work)
+
+    def run_layer(layer: int) -> object:
+        slots = layers.metadata.slot_mapping
+        return write_kv_triton(work.spec, layers.key, layers.value, layers.caches[layer], slots)
+
+    seconds = seconds_per_layer(len(layers.caches), run_layer)
+    numbers = 2 * work.num_rows * work.query_len * work.num_kv_heads * work.head_dim
+    limit = numbers * (2 + work.cache_dtype.itemsize) / BYTES_PER_SECOND
+    print(f"{work.name:28} {seconds * 1e6:8.1f} us   {limit / seconds:6.1%} of limit")
+    return row(work, "time", seconds * 1e6, "us", limit * 1e6)
+
+
 def tune_decode(work: Work) -> None:
     """Print the best tiles and numbers of splits."""
     layers, tried = make_layers(work), []
-    for block_n in (32, 64, 128):
-        for num_warps in (2, 4, 8) if block_n == 32 else (4, 8):
-            for num_stages in (2, 3, 4):
-                tiles = DecodeTiles(block_n, num_warps, num_stages, 0)
-                for num_splits in (1, 2, 3, 4, 8, 16, 32, 64):
-                    if num_splits > 1 and (num_splits * work.num_rows > 256 or num_splits * block_n > 2 * work.kv_len):
-                        continue
-                    try:
-                        tried.append((time_decode(layers, tiles, num_splits), tiles, num_splits))
-                    except triton.OutOfResources:
-                        break
+    for tiles in DECODE_TILES:
+        for num_splits in (1, 2, 3, 4, 8, 16, 32, 64):
+            if num_splits > 1 and (num_splits * work.num_rows > 256 or num_splits * tiles.block_n > 2 * work.kv_len):
+                continue
+            try:
+                tried.append((time_decode(layers, tiles, num_splits), tiles, num_splits))
+            except UNFIT:
+                break
     for seconds, tiles, num_splits in sorted(tried)[:6]:
         print(f"  {work.name}: {seconds * 1e6:7.1f} us splits {num_splits:2} {tuple(tiles)[:3]}")
 
@@ -270,16 +306,12 @@ def tune_decode(work: Work) -> None:
 def tune_prefill(work: Work) -> None:
     """Print the best tiles."""
     layers, tried = make_layers(work), []
-    block_ns = (32, 64) if work.head_dim > 128 else (64, 128)
-    for block_m, num_warps in ((128, 8), (128, 4), (64, 4)):
-        for block_n in block_ns:
-            for num_stages in (2, 3):
-                tiles = PrefillTiles(block_m, block_n, num_warps, num_stages)
-                try:
-                    tried.append((time_prefill(layers, tiles), tiles))
-                except triton.OutOfResources:
-                    continue
-    for seconds, tiles in sorted(tried)[:4]:
+    for tiles in PREFILL_TILES:
+        try:
+            tried.append((time_prefill(layers, tiles), tiles))
+        except UNFIT:
+            continue
+    for seconds, tiles in sorted(tried, key=lambda trial: trial[0])[:4]:
         print(f"  {work.name}: {seconds * 1e6:7.1f} us {work.flops / seconds / 1e12:4.0f} TFLOP/s {tuple(tiles)}")
 
 
@@ -296,7 +328,8 @@ def main() -> None:
             tune_decode(work)
         for work in prefill:
             tune_prefill(work)
-    rows = [*map(measure_decode, decode), *map(measure_prefill, prefill)]
+    write = [work for work in WRITE if arguments.only in work.name]
+    rows = [*map(measure_decode, decode), *map(measure_prefill, prefill), *map(measure_write, write)]
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     report = {
         "benchmark": "gpu_attention",

@@ -14,6 +14,7 @@ from tests.support.paged_cache import attention_metadata
 from tokenmill.attention.base import AttentionMetadata, AttentionSpec, LayerCache
 from tokenmill.attention.reference import ReferenceAttention
 from tokenmill.attention.triton import TritonAttention
+from tokenmill.attention.triton_common import Result
 from tokenmill.attention.triton_decode import DecodeTiles, choose_num_splits, decode_attention
 from tokenmill.attention.triton_kv_write import write_kv_triton
 from tokenmill.attention.triton_prefill import PrefillTiles, prefill_attention
@@ -208,10 +209,9 @@ def test_any_number_of_splits(num_splits: int, window: int | None, device: str) 
         step.spec, step.query, step.key, step.value, step.cloned_cache(), step.metadata
     )
     output = torch.full_like(step.query, torch.nan, memory_format=torch.contiguous_format)
-    metadata = step.metadata
     decode_attention(
-        step.spec, step.query, step.key, step.value, step.cloned_cache(), metadata.kv_lens, metadata.block_tables,
-        metadata.slot_mapping, output, num_splits=num_splits, tiles=DecodeTiles(16, 4, 2, 4),
+        step.spec, step.query, step.key, step.value, step.cloned_cache(), step.metadata, Result(output),
+        num_splits=num_splits, tiles=DecodeTiles(16, 4, 2, 4),
     )  # fmt: skip
     assert_close(output, expected, TOLERANCES[torch.float32])
 
@@ -247,14 +247,12 @@ def test_sinks_and_log_sum_exp(num_splits: int, device: str) -> None:
     metadata, cache = step.metadata, step.cloned_cache()
     output, sums = torch.full_like(expected, torch.nan), torch.full_like(expected_sums, torch.nan)
     decode_attention(
-        step.spec, step.query[:2], step.key[:2], step.value[:2], cache, metadata.kv_lens, metadata.block_tables,
-        metadata.slot_mapping, output, num_splits=num_splits, sinks=sinks, log_sum_exp=sums,
-        tiles=DecodeTiles(16, 4, 2, 4),
+        step.spec, step.query[:2], step.key[:2], step.value[:2], cache, metadata, Result(output[:2], sums[:2], sinks),
+        num_splits=num_splits, tiles=DecodeTiles(16, 4, 2, 4),
     )  # fmt: skip
     prefill_attention(
-        step.spec, step.query[2:], step.key[2:], step.value[2:], cache, metadata.query_start[2:], metadata.kv_lens[2:],
-        metadata.block_tables[2:], output[2:], max_query_len=18, sinks=sinks, log_sum_exp=sums[2:],
-        tiles=PrefillTiles(16, 16, 4, 2),
+        step.spec, step.query[2:], step.key[2:], step.value[2:], cache, metadata, Result(output[2:], sums[2:], sinks),
+        max_query_len=18, tiles=PrefillTiles(16, 16, 4, 2),
     )  # fmt: skip
     assert_close(output, expected, TOLERANCES[torch.float32])
     torch.testing.assert_close(sums, expected_sums, rtol=1e-5, atol=1e-5)

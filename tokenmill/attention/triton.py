@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from tokenmill.attention.base import AttentionMetadata, AttentionSpec, LayerCache
+from tokenmill.attention.triton_common import Result
 from tokenmill.attention.triton_decode import choose_num_splits, decode_attention, decode_tiles
 from tokenmill.attention.triton_kv_write import write_kv_triton
 from tokenmill.attention.triton_prefill import prefill_attention
@@ -46,27 +47,18 @@ class TritonAttention:
         sinks: torch.Tensor | None = None,  # [H]
     ) -> torch.Tensor:  # [T, H, D]
         """See `AttentionBackend.forward`. `sinks`: a learned score per head that takes probability and has no value."""
+        assert metadata.block_tables.stride(-1) == 1, "block tables must be contiguous along the blocks"
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         num_decode = metadata.num_decode_rows
         if num_decode:
-            self._decode(spec, query, key, value, cache, metadata, sinks, output)
+            rows = slice(num_decode)
+            self._decode(spec, query[rows], key[rows], value[rows], cache, metadata, Result(output[rows], None, sinks))
         if len(metadata.query_lens) > num_decode:
-            keys, values = write_kv_triton(
-                spec, key[num_decode:], value[num_decode:], cache, metadata.slot_mapping[num_decode:]
-            )
-            prefill_attention(
-                spec,
-                query[num_decode:],
-                keys,
-                values,
-                cache,
-                metadata.query_start[num_decode:],
-                metadata.kv_lens[num_decode:],
-                metadata.block_tables[num_decode:],
-                output[num_decode:],
-                max_query_len=LARGEST if self.batch_invariant else max(metadata.query_lens[num_decode:]),
-                sinks=sinks,
-            )
+            rows = slice(num_decode, None)
+            keys, values = write_kv_triton(spec, key[rows], value[rows], cache, metadata.slot_mapping[rows])
+            longest = LARGEST if self.batch_invariant else max(metadata.query_lens[rows])
+            result = Result(output[rows], None, sinks)
+            prefill_attention(spec, query[rows], keys, values, cache, metadata, result, max_query_len=longest)
         return output
 
     def _decode(
@@ -77,33 +69,27 @@ class TritonAttention:
         value: torch.Tensor,
         cache: LayerCache,
         metadata: AttentionMetadata,
-        sinks: torch.Tensor | None,
-        output: torch.Tensor,
+        result: Result,
     ) -> None:
-        num_decode = metadata.num_decode_rows
         max_kv_len = metadata.kv_len_bound
         if spec.sliding_window is not None:
             max_kv_len = min(max_kv_len, spec.sliding_window)
         tiles = decode_tiles(spec.head_dim, cache[0].element_size())
         fixed = INVARIANT_SPLIT_TOKENS if self.batch_invariant else 0
-        if fixed:
-            # A window may begin within a tile, which adds a part.
+        if fixed:  # a window may begin within a tile, which adds to its tokens
             num_splits = -(-(max_kv_len + tiles.block_n) // fixed)
         else:
-            multiprocessors = num_multiprocessors(query.device)
-            num_splits = choose_num_splits(num_decode * spec.num_kv_heads, max_kv_len, multiprocessors, tiles)
+            num_programs = query.shape[0] * spec.num_kv_heads
+            num_splits = choose_num_splits(num_programs, max_kv_len, num_multiprocessors(query.device), tiles)
         decode_attention(
             spec,
-            query[:num_decode],
-            key[:num_decode],
-            value[:num_decode],
+            query,
+            key,
+            value,
             cache,
-            metadata.kv_lens,
-            metadata.block_tables,
-            metadata.slot_mapping,
-            output,
+            metadata,
+            result,
             num_splits=num_splits,
             fixed_split_tokens=fixed,
-            sinks=sinks,
             tiles=tiles,
         )

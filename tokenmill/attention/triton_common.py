@@ -33,6 +33,20 @@ class PagedCache(NamedTuple):
     value_data: torch.Tensor
 
 
+class Result(NamedTuple):
+    """Where the results go and what the last step of attention needs.
+
+    Args:
+        output: [T, H, D], contiguous.
+        log_sum_exp: [T, H] float32, of the scores, sinks not counted; None: not wanted.
+        sinks: [H], a learned score per head that takes probability and has no value; None: no sinks.
+    """
+
+    output: Any  # a tensor; inside a kernel a pointer
+    log_sum_exp: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
+
+
 class Scoring(NamedTuple):
     """How a product of query and key becomes a score in base 2, and what a cached number stands for.
 
@@ -137,16 +151,33 @@ def softmax_step(
 
 
 @triton.jit
-def add_sink(
+def store_result(
+    values: tl.tensor,  # [M, block_d], not divided by the totals
     maximum: tl.tensor,  # [M] base 2
     total: tl.tensor,  # [M]
-    sink: tl.tensor,  # [M] natural
-) -> tuple[tl.tensor, tl.tensor]:
-    """Add a learned score without a value to the softmax: factor on the accumulated values, new total."""
-    sink_base2 = sink * 1.4426950408889634
-    new_maximum = tl.maximum(maximum, sink_base2)
-    decay = tl.exp2(maximum - new_maximum)
-    return decay, total * decay + tl.exp2(sink_base2 - new_maximum)
+    places: tl.tensor,  # [M] token * H + head
+    heads: tl.tensor,  # [M]
+    is_result: tl.tensor,  # [M]
+    result: Result,
+    value_scale: tl.tensor,
+    head_dim: tl.constexpr,
+    block_d: tl.constexpr,
+) -> None:
+    """End the softmax and store where `is_result`; other lanes may have seen no key."""
+    total = tl.where(is_result, total, 1.0)
+    if result.log_sum_exp is not None:
+        tl.store(result.log_sum_exp + places, (maximum + tl.log2(total)) * 0.6931471805599453, mask=is_result)
+    if result.sinks is not None:
+        sink = tl.load(result.sinks + heads, mask=is_result, other=0.0).to(tl.float32) * 1.4426950408889634
+        with_sink = tl.maximum(maximum, sink)
+        decay = tl.exp2(maximum - with_sink)
+        total = total * decay + tl.exp2(sink - with_sink)
+        values = values * decay[:, None]
+    values = values * (value_scale / total)[:, None]
+    dims = tl.arange(0, block_d)
+    pointers = result.output + places[:, None] * head_dim + dims[None, :]
+    is_element = is_result[:, None] & (dims < head_dim)[None, :]
+    tl.store(pointers, values.to(result.output.dtype.element_ty), mask=is_element)
 
 
 @triton.jit

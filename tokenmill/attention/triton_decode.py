@@ -13,12 +13,12 @@ import torch
 import triton
 import triton.language as tl
 
-from tokenmill.attention.base import AttentionSpec, LayerCache
+from tokenmill.attention.base import AttentionMetadata, AttentionSpec, LayerCache
 from tokenmill.attention.triton_common import (
     PagedCache,
+    Result,
     Scoring,
     StridedHeads,
-    add_sink,
     cache_slots,
     load_blocks,
     load_tile,
@@ -28,10 +28,12 @@ from tokenmill.attention.triton_common import (
     scoring,
     soft_cap_base2,
     softmax_step,
+    store_result,
     strided,
     to_cached,
     triton_type,
 )
+from tokenmill.ops.platform import is_hopper_or_newer
 
 MAX_SPLITS = 64
 """Parts of a row's context at most, where the number is free: more cost more to combine than they gain."""
@@ -66,13 +68,8 @@ class Partial(NamedTuple):
 
 
 def decode_tiles(head_dim: int, cache_itemsize: int) -> DecodeTiles:
-    """Tiles by the bytes of one cached key."""
-    key_bytes = triton.next_power_of_2(head_dim) * cache_itemsize
-    if key_bytes <= 128:
-        return DecodeTiles(128, 4, 3, 4)
-    if key_bytes <= 256:
-        return DecodeTiles(64, 4, 3, 4)
-    return DecodeTiles(32, 4, 3, 4)
+    """Tiles by head size and bytes of a cached number: small ones, so that many programs have loads under way."""
+    return DecodeTiles(32, 2, 3, 2)
 
 
 def choose_num_splits(num_programs: int, max_kv_len: int, num_multiprocessors: int, tiles: DecodeTiles) -> int:
@@ -172,30 +169,13 @@ def _attend_own(
 
 
 @triton.jit
-def _store_result(
-    values: tl.tensor,  # [M, block_d], not divided by the totals
-    maximum: tl.tensor,  # [M] base 2
-    total: tl.tensor,  # [M]
-    heads: tl.tensor,  # [M] which heads of the row
-    is_head: tl.tensor,  # [M]
-    row_heads: tl.tensor,  # row times H
-    output: tl.tensor,  # pointers
-    log_sum_exp: tl.tensor,
-    sinks: tl.tensor,
-    value_scale: tl.tensor,
-    head_dim: tl.constexpr,
-    block_d: tl.constexpr,
-) -> None:
-    if log_sum_exp is not None:
-        natural = (maximum + tl.log2(total)) * 0.6931471805599453
-        tl.store(log_sum_exp + row_heads + heads, natural, mask=is_head)
-    if sinks is not None:
-        decay, total = add_sink(maximum, total, tl.load(sinks + heads, mask=is_head, other=0.0).to(tl.float32))
-        values = values * decay[:, None]
-    values = values * (value_scale / total)[:, None]
+def _load_own(
+    heads: StridedHeads, row: tl.tensor, kv_head: tl.tensor, head_dim: tl.constexpr, block_d: tl.constexpr
+) -> tl.tensor:
+    """[block_d] key or value of the row's own token."""
     dims = tl.arange(0, block_d)
-    pointers = output + (row_heads + heads)[:, None] * head_dim + dims[None, :]
-    tl.store(pointers, values.to(output.dtype.element_ty), mask=is_head[:, None] & (dims < head_dim)[None, :])
+    pointers = heads.data + row * heads.token_stride + kv_head * heads.head_stride + dims
+    return tl.load(pointers, mask=dims < head_dim, other=0.0)
 
 
 @triton.jit(
@@ -211,10 +191,8 @@ def _decode_kernel(
     block_tables: tl.tensor,
     table_stride: int,
     slot_mapping: tl.tensor,
-    output: tl.tensor,
-    log_sum_exp: tl.tensor,
-    sinks: tl.tensor,
-    partial: Partial,
+    result: Result,
+    partial: Partial | None,
     score: Scoring,
     num_splits: int,
     num_kv_heads: tl.constexpr,
@@ -224,28 +202,30 @@ def _decode_kernel(
     window: tl.constexpr,
     cap: tl.constexpr,
     operands: tl.constexpr,
-    is_split: tl.constexpr,
     fixed: tl.constexpr,
     block_m: tl.constexpr,
     block_n: tl.constexpr,
     block_d: tl.constexpr,
+    dependent_launch: tl.constexpr,
 ) -> None:
     """Grid: key/value heads, splits, rows."""
+    if dependent_launch:
+        tl.extra.cuda.gdc_launch_dependents()  # the combining kernel waits on the device, not in the queue
     kv_head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    first_visible, first, end = _visible_range(tl.load(kv_lens + row), window, block_n)
+    lanes, dims = tl.arange(0, block_m), tl.arange(0, block_d)
+    heads, is_head, is_dim = kv_head * group + lanes, lanes < group, dims < head_dim
+    kv_len = tl.load(kv_lens + row)  # all that does not depend on it is loaded before it is looked at
+    rows = row * query.token_stride + heads * query.head_stride
+    q = load_tile(query.data, rows, is_head, head_dim, block_d, True).to(operands)
+    own_key = _load_own(key, row, kv_head, head_dim, block_d)
+    own_value = _load_own(value, row, kv_head, head_dim, block_d)
+    first_visible, first, end = _visible_range(kv_len, window, block_n)
     tokens = _tokens_per_split(end - first, num_splits, fixed, block_n)
     start = first + split * tokens
     if (start < end) | (split == 0):
-        heads, dims = kv_head * group + tl.arange(0, block_m), tl.arange(0, block_d)
-        is_head, is_dim = tl.arange(0, block_m) < group, dims < head_dim
-        rows = row * query.token_stride + heads * query.head_stride
-        q = load_tile(query.data, rows, is_head, head_dim, block_d, True).to(operands)
-        own_key = tl.load(key.data + row * key.token_stride + kv_head * key.head_stride + dims, is_dim, 0.0)
-        own_value = tl.load(value.data + row * value.token_stride + kv_head * value.head_stride + dims, is_dim, 0.0)
-        table = block_tables + row * table_stride
         values, maximum, total = _attend_part(
-            q, cache, table, kv_head, first_visible, start, tl.minimum(start + tokens, end), score.factor,
-            num_kv_heads, head_dim, tokens_per_block, cap, operands, block_m, block_n, block_d,
+            q, cache, block_tables + row * table_stride, kv_head, first_visible, start, tl.minimum(start + tokens, end),
+            score.factor, num_kv_heads, head_dim, tokens_per_block, cap, operands, block_m, block_n, block_d,
         )  # fmt: skip
         if split == 0:
             cached_key = to_cached(own_key, score.key_scale, cache.key_data)
@@ -254,27 +234,21 @@ def _decode_kernel(
             tl.store(cache.key_data + slot + dims, cached_key, mask=is_dim)
             tl.store(cache.value_data + slot + dims, cached_value, mask=is_dim)
             values, maximum, total = _attend_own(q, cached_key, cached_value, values, maximum, total, score.factor, cap)
-        row_heads = row * (num_kv_heads * group)
-        if not is_split:
-            _store_result(
-                values, maximum, total, heads, is_head, row_heads, output, log_sum_exp, sinks, score.value_scale,
-                head_dim, block_d,
-            )  # fmt: skip
-        else:
-            parts = (row_heads + heads) * num_splits + split
+        places = row * (num_kv_heads * group) + heads
+        if partial is not None:
+            parts = places * num_splits + split
             tl.store(partial.softmax + parts * 2, maximum, mask=is_head)
             tl.store(partial.softmax + parts * 2 + 1, total, mask=is_head)
-            pointers = partial.sums + parts[:, None] * head_dim + dims[None, :]
-            tl.store(pointers, values, mask=is_head[:, None] & is_dim[None, :])
+            tl.store(partial.sums + parts[:, None] * head_dim + dims, values, mask=is_head[:, None] & is_dim)
+        else:
+            store_result(values, maximum, total, places, heads, is_head, result, score.value_scale, head_dim, block_d)
 
 
 @triton.jit(do_not_specialize=["num_splits"], do_not_specialize_on_alignment=["kv_lens"])
 def _combine_kernel(
     partial: Partial,
     kv_lens: tl.tensor,
-    output: tl.tensor,
-    log_sum_exp: tl.tensor,
-    sinks: tl.tensor,
+    result: Result,
     value_scale: float,
     num_splits: int,
     num_heads: tl.constexpr,
@@ -282,30 +256,35 @@ def _combine_kernel(
     window: tl.constexpr,
     fixed: tl.constexpr,
     block_n: tl.constexpr,
-    block_s: tl.constexpr,
     chunk: tl.constexpr,
     block_d: tl.constexpr,
+    dependent_launch: tl.constexpr,
 ) -> None:
-    """Grid: heads, rows. The parts that had work are known from the row's length."""
+    """Grid: heads, rows. The parts that had work are known from the row's length; the others hold anything."""
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     _, first, end = _visible_range(tl.load(kv_lens + row), window, block_n)
     used = tl.maximum(tl.cdiv(end - first, _tokens_per_split(end - first, num_splits, fixed, block_n)), 1)
+    if dependent_launch:
+        tl.extra.cuda.gdc_wait()
     base = (row * num_heads + head) * num_splits
-    splits, dims = tl.arange(0, block_s), tl.arange(0, block_d)
-    maximum = tl.max(tl.load(partial.softmax + (base + splits) * 2, mask=splits < used, other=float("-inf")), 0)
-    total = maximum * 0
+    dims = tl.arange(0, block_d)
+    maximum, total = float("-inf"), 0.0
     values = tl.zeros([block_d], tl.float32)
     for start in range(0, used, chunk):
         parts = start + tl.arange(0, chunk)
         is_used = parts < used
         pointers = partial.sums + (base + parts)[:, None] * head_dim + dims[None, :]
         part_values = tl.load(pointers, mask=is_used[:, None] & (dims < head_dim)[None, :], other=0.0)
-        weights = tl.exp2(tl.load(partial.softmax + (base + parts) * 2, is_used, other=float("-inf")) - maximum)
-        total += tl.sum(tl.load(partial.softmax + (base + parts) * 2 + 1, is_used, other=0.0) * weights, 0)
-        values += tl.sum(part_values * weights[:, None], 0)
-    one = tl.arange(0, 1)
-    _store_result(
-        values[None, :], maximum + one, total + one, head + one, one == 0, row * num_heads, output, log_sum_exp, sinks,
+        part_maxima = tl.load(partial.softmax + (base + parts) * 2, is_used, other=float("-inf"))
+        part_totals = tl.load(partial.softmax + (base + parts) * 2 + 1, is_used, other=0.0)
+        new_maximum = tl.maximum(maximum, tl.max(part_maxima, 0))
+        decay, weights = tl.exp2(maximum - new_maximum), tl.exp2(part_maxima - new_maximum)
+        total = total * decay + tl.sum(part_totals * weights, 0)
+        values = values * decay + tl.sum(part_values * weights[:, None], 0)
+        maximum = new_maximum
+    lane = tl.arange(0, 1)
+    store_result(
+        values[None, :], maximum + lane, total + lane, row * num_heads + head + lane, head + lane, lane == 0, result,
         value_scale, head_dim, block_d,
     )  # fmt: skip
 
@@ -316,18 +295,14 @@ def decode_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     cache: LayerCache,
-    kv_lens: torch.Tensor,
-    block_tables: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    output: torch.Tensor,
+    metadata: AttentionMetadata,
+    result: Result,
     *,
     num_splits: int,
     fixed_split_tokens: int = 0,
-    sinks: torch.Tensor | None = None,
-    log_sum_exp: torch.Tensor | None = None,
     tiles: DecodeTiles | None = None,
 ) -> None:
-    """Write each row's key and value to the cache and attend to all of its tokens.
+    """Write the key and value of each of the first R rows to the cache and attend to all of the row's tokens.
 
     Launches depend on shapes and host numbers alone, so they can be captured in a CUDA graph and replayed with other
     lengths, block tables and slots. A row of length 0 is padding: it reads nothing of the cache, and its key and value
@@ -337,46 +312,68 @@ def decode_attention(
         spec: the layer.
         query, key, value: [R, H, D], [R, G, D], [R, G, D], any strides but 1 along D.
         cache: two tensors [N, B, G, D]; changed in place.
-        kv_lens: [R] int32, the row's own token included.
-        block_tables: [R, blocks] int32.
-        slot_mapping: [R] int64.
-        output: [R, H, D] contiguous, written.
+        metadata: its `kv_lens`, `block_tables` and `slot_mapping` are read.
+        result: of the R rows, written.
         num_splits: see `choose_num_splits`.
         fixed_split_tokens: tokens of a part, a multiple of the tile; 0: as even as possible. Fixed, a row's result does
             not depend on the batch; `num_splits` of them must cover the longest row.
-        sinks: [H], a score per head that takes probability and has no value.
-        log_sum_exp: [R, H] float32, written: of the scores, sinks not counted.
         tiles: for tuning.
     """
-    assert block_tables.stride(-1) == 1, "block tables must be contiguous along the blocks"
     num_rows, num_heads, head_dim = query.shape
-    group = num_heads // spec.num_kv_heads
     tiles = tiles or decode_tiles(head_dim, cache[0].element_size())
-    splits = (num_rows, num_heads, num_splits)
-    partial = Partial(output, output)
+    partial = None
     if num_splits > 1:
-        partial = Partial(
-            query.new_empty(*splits, head_dim, dtype=torch.float32), query.new_empty(*splits, 2, dtype=torch.float32)
-        )
+        sums = query.new_empty(num_rows, num_heads, num_splits, head_dim, dtype=torch.float32)
+        partial = Partial(sums, query.new_empty(num_rows, num_heads, num_splits, 2, dtype=torch.float32))
     cut = {
         "head_dim": head_dim,
         "window": spec.sliding_window or 0,
         "fixed": fixed_split_tokens,
         "block_n": tiles.block_n,
         "block_d": max(16, triton.next_power_of_2(head_dim)),
+        "dependent_launch": num_splits > 1 and is_hopper_or_newer(query.device),
     }
-    _decode_kernel[(spec.num_kv_heads, num_splits, num_rows)](
+    _launch_decode(spec, query, key, value, cache, metadata, result, partial, num_splits, tiles, cut)
+    if num_splits > 1:
+        options = {"launch_pdl": True} if cut["dependent_launch"] else {}
+        _combine_kernel[(num_heads, num_rows)](
+            partial,
+            metadata.kv_lens,
+            result,
+            spec.value_scale,
+            num_splits,
+            num_heads=num_heads,
+            chunk=16 if fixed_split_tokens else min(triton.next_power_of_2(num_splits), 64),  # fixes the order of sums
+            num_warps=4,
+            **cut,
+            **options,
+        )
+
+
+def _launch_decode(
+    spec: AttentionSpec,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: LayerCache,
+    metadata: AttentionMetadata,
+    result: Result,
+    partial: Partial | None,
+    num_splits: int,
+    tiles: DecodeTiles,
+    cut: dict[str, int],
+) -> None:
+    group = spec.num_heads // spec.num_kv_heads
+    _decode_kernel[(spec.num_kv_heads, num_splits, query.shape[0])](
         strided(query),
         strided(key),
         strided(value),
         paged(cache),
-        kv_lens,
-        block_tables,
-        block_tables.stride(0),
-        slot_mapping,
-        output,
-        log_sum_exp,
-        sinks,
+        metadata.kv_lens,
+        metadata.block_tables,
+        metadata.block_tables.stride(0),
+        metadata.slot_mapping,
+        result,
         partial,
         scoring(spec),
         num_splits,
@@ -385,24 +382,8 @@ def decode_attention(
         tokens_per_block=cache[0].shape[1],
         cap=soft_cap_base2(spec),
         operands=triton_type(operand_type(query.dtype, cache[0].dtype)),
-        is_split=num_splits > 1,
         block_m=max(16, triton.next_power_of_2(group)),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         **cut,
     )
-    if num_splits > 1:
-        _combine_kernel[(num_heads, num_rows)](
-            partial,
-            kv_lens,
-            output,
-            log_sum_exp,
-            sinks,
-            spec.value_scale,
-            num_splits,
-            num_heads=num_heads,
-            block_s=triton.next_power_of_2(num_splits),
-            chunk=16 if fixed_split_tokens else min(triton.next_power_of_2(num_splits), 64),  # fixes the order of sums
-            num_warps=4,
-            **cut,
-        )

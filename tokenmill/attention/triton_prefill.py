@@ -13,13 +13,14 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tokenmill.attention.base import AttentionSpec, LayerCache
+from tokenmill.attention.base import AttentionMetadata, AttentionSpec, LayerCache
 from tokenmill.attention.triton_common import (
     PagedCache,
+    Result,
     Scoring,
     StridedHeads,
-    add_sink,
     cache_slots,
     load_blocks,
     load_tile,
@@ -28,9 +29,11 @@ from tokenmill.attention.triton_common import (
     scoring,
     soft_cap_base2,
     softmax_step,
+    store_result,
     strided,
     triton_type,
 )
+from tokenmill.ops.platform import is_hopper_or_newer
 
 
 class PrefillTiles(NamedTuple):
@@ -47,6 +50,7 @@ class PrefillTiles(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 def prefill_tiles(head_dim: int, rows_needed: int, operand_itemsize: int) -> PrefillTiles:
@@ -55,11 +59,11 @@ def prefill_tiles(head_dim: int, rows_needed: int, operand_itemsize: int) -> Pre
         return PrefillTiles(16 if rows_needed <= 16 else 64, 32, 4, 2)
     if rows_needed <= 64:
         return PrefillTiles(max(16, triton.next_power_of_2(rows_needed)), 64 if head_dim <= 128 else 32, 4, 3)
-    if head_dim <= 64:
-        return PrefillTiles(128, 128, 8, 3)
-    if head_dim <= 128:
-        return PrefillTiles(128, 128, 8, 2)
-    return PrefillTiles(128, 64, 8, 2)
+    if head_dim > 128:
+        return PrefillTiles(128, 64, 8, 2)
+    if rows_needed <= 1024:  # short tiles leave room for two programs on a multiprocessor
+        return PrefillTiles(64, 64, 4, 2)
+    return PrefillTiles(128, 64, 8, 3)
 
 
 @triton.jit
@@ -125,6 +129,31 @@ def _attend_history(
 
 
 @triton.jit
+def _load_step_tile(
+    heads: StridedHeads,
+    descriptor: tl.tensor_descriptor | None,
+    token: tl.tensor,  # the row's first
+    kv_head: tl.tensor,
+    tile: tl.tensor,
+    inside: tl.tensor,  # [block_n], unused unless masked
+    head_dim: tl.constexpr,
+    masked: tl.constexpr,
+    block_n: tl.constexpr,
+    block_d: tl.constexpr,
+) -> tl.tensor:
+    """[block_n, block_d] keys or values of this step; zero where not `inside`, which may be another row's."""
+    if descriptor is None:
+        pointer = heads.data + token * heads.token_stride + kv_head * heads.head_stride + tile * heads.token_stride
+        rows = tl.arange(0, block_n) * heads.token_stride
+        numbers = load_tile(pointer, rows, inside, head_dim, block_d, masked)
+    else:
+        numbers = descriptor.load([(token + tile).to(tl.int32), (kv_head * heads.head_stride).to(tl.int32)])
+        if masked:
+            numbers = tl.where(inside[:, None], numbers, 0.0)
+    return numbers
+
+
+@triton.jit
 def _attend_step(
     query: tl.tensor,  # [block_m, block_d]
     indices: tl.tensor,  # [block_m] of the queries in the row's tokens of this step
@@ -133,8 +162,10 @@ def _attend_step(
     total: tl.tensor,
     key: StridedHeads,
     value: StridedHeads,
-    key_head: tl.tensor,  # pointers to the row's first token
-    value_head: tl.tensor,
+    key_descriptor: tl.tensor_descriptor | None,
+    value_descriptor: tl.tensor_descriptor | None,
+    token: tl.tensor,  # the row's first
+    kv_head: tl.tensor,
     start: tl.tensor,
     end: tl.tensor,
     factor: tl.tensor,
@@ -150,8 +181,9 @@ def _attend_step(
     for tile in range(start, end, block_n):
         keys = tile + offsets
         inside = keys < end
-        key_pointer = key_head + tile * key.token_stride
-        key_tile = load_tile(key_pointer, offsets * key.token_stride, inside, head_dim, block_d, masked)
+        key_tile = _load_step_tile(
+            key, key_descriptor, token, kv_head, tile, inside, head_dim, masked, block_n, block_d
+        )  # fmt: skip
         products = tl.dot(query, tl.trans(key_tile.to(query.dtype)), input_precision="ieee")
         visible = inside[None, :]
         if masked:
@@ -159,8 +191,9 @@ def _attend_step(
         if window > 0:
             visible = visible & (keys[None, :] > indices[:, None] - window)
         weights, decay, maximum, total = softmax_step(products, visible, maximum, total, factor, cap, masked)
-        value_pointer = value_head + tile * value.token_stride
-        value_tile = load_tile(value_pointer, offsets * value.token_stride, inside, head_dim, block_d, masked)
+        value_tile = _load_step_tile(
+            value, value_descriptor, token, kv_head, tile, inside, head_dim, masked, block_n, block_d
+        )  # fmt: skip
         value_tile = value_tile.to(query.dtype)
         values = tl.dot(weights.to(query.dtype), value_tile, values * decay[:, None], input_precision="ieee")
     return values, maximum, total
@@ -174,14 +207,14 @@ def _prefill_kernel(
     query: StridedHeads,
     key: StridedHeads,
     value: StridedHeads,
+    key_descriptor: tl.tensor_descriptor | None,
+    value_descriptor: tl.tensor_descriptor | None,
     cache: PagedCache,
     query_start: tl.tensor,
     kv_lens: tl.tensor,
     block_tables: tl.tensor,
     table_stride: int,
-    output: tl.tensor,
-    log_sum_exp: tl.tensor,
-    sinks: tl.tensor,
+    result: Result,
     score: Scoring,
     num_rows: int,
     num_tiles: int,
@@ -192,6 +225,7 @@ def _prefill_kernel(
     window: tl.constexpr,
     cap: tl.constexpr,
     operands: tl.constexpr,
+    has_history: tl.constexpr,
     block_m: tl.constexpr,
     block_n: tl.constexpr,
     block_d: tl.constexpr,
@@ -216,21 +250,11 @@ def _prefill_kernel(
         table = block_tables + row.to(tl.int64) * table_stride
         values, maximum, total = _attend(
             q, indices, first, tl.minimum(first + queries_per_tile, query_len), history, cache, table, kv_head, key,
-            value, token, score.factor, num_kv_heads, head_dim, tokens_per_block, window, cap, block_m, block_n,
-            block_d,
+            value, key_descriptor, value_descriptor, token, score.factor, num_kv_heads, head_dim, tokens_per_block,
+            window, cap, has_history, block_m, block_n, block_d,
         )  # fmt: skip
-        total = tl.where(is_query, total, 1.0)  # with a window a lane without a query may have seen no key
         places = (token + indices) * (num_kv_heads * group) + heads
-        if log_sum_exp is not None:
-            tl.store(log_sum_exp + places, (maximum + tl.log2(total)) * 0.6931471805599453, mask=is_query)
-        if sinks is not None:
-            decay, total = add_sink(maximum, total, tl.load(sinks + heads).to(tl.float32))
-            values = values * decay[:, None]
-        values = values * (score.value_scale / total)[:, None]
-        dims = tl.arange(0, block_d)
-        is_element = is_query[:, None] & (dims < head_dim)[None, :]
-        pointers = output + places[:, None] * head_dim + dims[None, :]
-        tl.store(pointers, values.to(output.dtype.element_ty), mask=is_element)
+        store_result(values, maximum, total, places, heads, is_query, result, score.value_scale, head_dim, block_d)
 
 
 @triton.jit
@@ -245,6 +269,8 @@ def _attend(
     kv_head: tl.tensor,
     key: StridedHeads,
     value: StridedHeads,
+    key_descriptor: tl.tensor_descriptor | None,
+    value_descriptor: tl.tensor_descriptor | None,
     token: tl.tensor,  # the row's first
     factor: tl.tensor,
     num_kv_heads: tl.constexpr,
@@ -252,6 +278,7 @@ def _attend(
     tokens_per_block: tl.constexpr,
     window: tl.constexpr,
     cap: tl.constexpr,
+    has_history: tl.constexpr,
     block_m: tl.constexpr,
     block_n: tl.constexpr,
     block_d: tl.constexpr,
@@ -260,33 +287,49 @@ def _attend(
     maximum = tl.full([block_m], float("-inf"), tl.float32)
     total = tl.zeros([block_m], tl.float32)
     values = tl.zeros([block_m, block_d], tl.float32)
-    key_head = key.data + token * key.token_stride + kv_head * key.head_stride
-    value_head = value.data + token * value.token_stride + kv_head * value.head_stride
-    first_visible, history_start, step_start = history * 0, history * 0, history * 0
-    history_whole, step_whole = history // block_n * block_n, (first + 1) // block_n * block_n
-    if window > 0:  # every tile is masked
-        first_visible = tl.minimum(tl.maximum(history + first + 1 - window, 0), history)
-        history_start = tl.where(first_visible < history, first_visible // block_n * block_n, history)
-        step_start = tl.maximum(first + 1 - window, 0) // block_n * block_n
-        history_whole, step_whole = history_start, step_start
-    else:
+    if has_history:
+        first_visible, whole = history * 0, history // block_n * block_n
+        if window > 0:  # every tile is masked
+            first_visible = tl.minimum(tl.maximum(history + first + 1 - window, 0), history)
+            whole = tl.where(first_visible < history, first_visible // block_n * block_n, history)
+        else:
+            values, maximum, total = _attend_history(
+                query, history + indices, values, maximum, total, cache, table, kv_head, first_visible, 0, whole,
+                factor, num_kv_heads, head_dim, tokens_per_block, window, cap, False, block_n, block_d,
+            )  # fmt: skip
         values, maximum, total = _attend_history(
-            query, history + indices, values, maximum, total, cache, table, kv_head, first_visible, history_start,
-            history_whole, factor, num_kv_heads, head_dim, tokens_per_block, window, cap, False, block_n, block_d,
+            query, history + indices, values, maximum, total, cache, table, kv_head, first_visible, whole, history,
+            factor, num_kv_heads, head_dim, tokens_per_block, window, cap, True, block_n, block_d,
         )  # fmt: skip
-    values, maximum, total = _attend_history(
-        query, history + indices, values, maximum, total, cache, table, kv_head, first_visible, history_whole, history,
-        factor, num_kv_heads, head_dim, tokens_per_block, window, cap, True, block_n, block_d,
-    )  # fmt: skip
-    if window == 0:
+    whole = (first + 1) // block_n * block_n
+    if window > 0:
+        whole = tl.maximum(first + 1 - window, 0) // block_n * block_n
+    else:
         values, maximum, total = _attend_step(
-            query, indices, values, maximum, total, key, value, key_head, value_head, step_start, step_whole, factor,
-            head_dim, window, cap, False, block_n, block_d,
+            query, indices, values, maximum, total, key, value, key_descriptor, value_descriptor, token, kv_head,
+            0, whole, factor, head_dim, window, cap, False, block_n, block_d,
         )  # fmt: skip
     return _attend_step(
-        query, indices, values, maximum, total, key, value, key_head, value_head, step_whole, last, factor,
-        head_dim, window, cap, True, block_n, block_d,
+        query, indices, values, maximum, total, key, value, key_descriptor, value_descriptor, token, kv_head,
+        whole, last, factor, head_dim, window, cap, True, block_n, block_d,
     )  # fmt: skip
+
+
+def _describe(heads: torch.Tensor, block_n: int) -> TensorDescriptor | None:
+    """What the bulk copy engine needs to fetch [block_n, D] of one head; None where it cannot."""
+    num_tokens, num_heads, head_dim = heads.shape
+    token_stride, head_stride, _ = heads.stride()
+    size = heads.element_size()
+    aligned = heads.data_ptr() % 16 == 0 and token_stride * size % 16 == 0
+    if not (
+        is_hopper_or_newer(heads.device)
+        and aligned
+        and head_dim == triton.next_power_of_2(head_dim)
+        and head_dim <= 256
+    ):
+        return None
+    width = (num_heads - 1) * head_stride + head_dim
+    return TensorDescriptor(heads, [num_tokens, width], [token_stride, 1], [block_n, head_dim])
 
 
 def prefill_attention(
@@ -295,36 +338,28 @@ def prefill_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     cache: LayerCache,
-    query_start: torch.Tensor,
-    kv_lens: torch.Tensor,
-    block_tables: torch.Tensor,
-    output: torch.Tensor,
+    metadata: AttentionMetadata,
+    result: Result,
     *,
     max_query_len: int,
-    sinks: torch.Tensor | None = None,
-    log_sum_exp: torch.Tensor | None = None,
     tiles: PrefillTiles | None = None,
 ) -> None:
-    """Attend causally over each row's history in the cache and its tokens of this step. Writes nothing to the cache.
+    """Attend causally over history and this step's tokens of all rows after the decode rows. Writes no cache.
 
     Args:
         spec: the layer.
-        query: [T, H, D], any strides but 1 along D.
+        query: [T, H, D], tokens of these rows only, any strides but 1 along D.
         key, value: [T, G, D], likewise; as a later step will read them but for the scales (see `write_kv_triton`).
         cache: two tensors [N, B, G, D] with the rows' history.
-        query_start: [R + 1] int32. Its first entry need not be 0: the tokens before it are not among the T.
-        kv_lens: [R] int32, history and this step's tokens.
-        block_tables: [R, blocks] int32.
-        output: [T, H, D] contiguous, written.
-        max_query_len: of the R rows; chooses the tiles, so an upper bound will do.
-        sinks: [H], a score per head that takes probability and has no value.
-        log_sum_exp: [T, H] float32, written: of the scores, sinks not counted.
+        metadata: its `query_start`, `kv_lens`, `block_tables` are read from row `num_decode_rows` on.
+        result: of the T tokens, written.
+        max_query_len: of these rows; chooses the tiles, so an upper bound will do.
         tiles: for tuning.
     """
     num_tokens, num_heads, head_dim = query.shape
     assert num_tokens * max(key.stride(0), value.stride(0)) < 2**31, "offsets inside a row are 32 bits"
-    assert block_tables.stride(-1) == 1, "block tables must be contiguous along the blocks"
-    num_rows = kv_lens.shape[0]
+    rows = slice(metadata.num_decode_rows, None)
+    block_tables, num_rows = metadata.block_tables[rows], len(metadata.query_lens) - metadata.num_decode_rows
     group = num_heads // spec.num_kv_heads
     operands = operand_type(query.dtype, cache[0].dtype)
     tiles = tiles or prefill_tiles(head_dim, max_query_len * group, operands.itemsize)
@@ -334,14 +369,14 @@ def prefill_attention(
         strided(query),
         strided(key),
         strided(value),
+        _describe(key, tiles.block_n),
+        _describe(value, tiles.block_n),
         paged(cache),
-        query_start,
-        kv_lens,
+        metadata.query_start[rows],
+        metadata.kv_lens[rows],
         block_tables,
         block_tables.stride(0),
-        output,
-        log_sum_exp,
-        sinks,
+        result,
         scoring(spec),
         num_rows,
         num_tiles,
@@ -352,9 +387,11 @@ def prefill_attention(
         window=spec.sliding_window or 0,
         cap=soft_cap_base2(spec),
         operands=triton_type(operands),
+        has_history=metadata.kv_lens_host != metadata.query_lens,
         block_m=block_m,
         block_n=tiles.block_n,
         block_d=max(16, triton.next_power_of_2(head_dim)),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
+        maxnreg=tiles.max_registers,
     )

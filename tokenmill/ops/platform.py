@@ -22,6 +22,11 @@ def num_multiprocessors(device: torch.device) -> int:
     return os.cpu_count() or 1
 
 
+def is_hopper_or_newer(device: torch.device) -> bool:
+    """Whether the device copies whole tiles by itself, and starts a kernel while the one before it still runs."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def free_memory(device: torch.device) -> int:
     """Free memory of the device in bytes; for a CPU what the kernel could give without swapping."""
     if device.type == "cuda":
