@@ -16,11 +16,10 @@ from tokenmill.checkpoints.base import Checkpoint, open_checkpoint
 from tokenmill.checkpoints.resolve import resolve_model
 from tokenmill.config import LlmArgs
 from tokenmill.errors import OutOfMemoryError, UserError
-from tokenmill.executor.engine_factory import resolve_max_seq_len
 from tokenmill.models.config import ModelConfig
 from tokenmill.ops.platform import free_memory
 from tokenmill.runtime.memory_planner import MemoryPlan, MemoryRequest, plan_memory
-from tokenmill.runtime.model_loader import resolve_device, resolve_dtype
+from tokenmill.runtime.model_loader import resolve_device, resolve_dtype, resolve_max_seq_len
 from tokenmill.tokenization import Tokenizer, load_tokenizer
 
 

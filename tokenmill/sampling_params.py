@@ -75,6 +75,8 @@ class SamplingParams(StrictModel):
     """Log-probabilities to return for each generated token: the chosen one and this many most likely ones."""
     prompt_logprobs: int | None = Field(default=None, ge=0, le=1024)
     """The same for each prompt token but the first."""
+    return_perf_metrics: bool = False
+    """Accepted for compatibility; every output carries its metrics."""
     detokenize: bool = True
     """Turn tokens into text."""
     add_special_tokens: bool = True
@@ -90,15 +92,18 @@ class SamplingParams(StrictModel):
         "use_beam_search", "beam_width_array", "beam_search_diversity_rate", "length_penalty", "early_stopping",
         "no_repeat_ngram_size", "top_p_min", "top_p_reset_ids", "top_p_decay", "embedding_bias", "logits_processor",
         "apply_batched_logits_processor", "lookahead_config", "guided_decoding", "return_context_logits",
-        "return_generation_logits", "return_encoder_output", "return_perf_metrics", "additional_model_outputs",
+        "return_generation_logits", "return_encoder_output", "additional_model_outputs",
     })  # fmt: skip
     """Parameters of TensorRT-LLM's that are known and refused, unless they are off."""
 
+    always_on: ClassVar[frozenset[str]] = frozenset({"exclude_input_from_output"})
+    """Parameters of TensorRT-LLM's that cannot be switched off."""
+
     def __init__(self, **values: Any) -> None:
-        for name in self.not_yet.intersection(values):
-            if values[name]:
+        for name in (self.not_yet | self.always_on).intersection(values):
+            if bool(values[name]) is (name in self.not_yet):
                 raise UnsupportedFeatureError(
-                    f"SamplingParams.{name} is not supported by this version.",
+                    f"SamplingParams.{name}={values[name]!r} is not supported by this version.",
                     field=name,
                     remedy="Leave it out.",
                 )

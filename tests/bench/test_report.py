@@ -152,7 +152,7 @@ def test_the_tables_name_every_number() -> None:
     text = printed(report)
     for label in (
         "Request throughput", "Output token throughput", "Total token throughput", "Output speed per user",
-        "Time to first token", "Time per output token", "Inter-token latency", "End to end", "min", "max", "avg",
+        "time to first token", "time per output token", "Inter-token", "End to end", "min", "max", "avg",
         "P50", "P90", "P95", "P99", "Test CPU", "Test GPU", "hit rate", "Preemptions", "float32",
     ):  # fmt: skip
         assert label in text, label

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tokenmill.cli.options import DEFAULT_MODEL, DEFAULT_SAMPLING, ModelOptions, SamplingOptions, read_config_file
+from tokenmill.cli.options import DEFAULT_MODEL, ModelOptions, SamplingOptions, read_config_file
 from tokenmill.config import LlmArgs
 from tokenmill.errors import InvalidParameterError, UnknownParameterError, UserError
 
@@ -118,19 +118,16 @@ def test_defaults_in_the_help_are_those_of_llm() -> None:
     for name, text in shown.items():
         if name in LlmArgs.model_fields and isinstance(text, str) and (text.isdigit() or text == "auto"):
             assert str(LlmArgs.model_fields[name].default) == text, name
-    assert shown["max_batch_size"] == "64"
+    assert shown["max_batch_size"] == f"{LlmArgs.model_fields['max_batch_size'].default}; run, chat: 1"
 
 
 def test_sampling_options_become_parameters() -> None:
     options = SamplingOptions(max_tokens=5, temperature=0.0, stop=["a", "b"], seed=7)
     assert options.sampling_parameters() == {"max_tokens": 5, "temperature": 0.0, "stop": ["a", "b"], "seed": 7}
-    assert options.chat_parameters() == options.sampling_parameters()
 
 
-def test_run_and_chat_sample_unless_told_how() -> None:
+def test_options_left_out_are_no_parameters() -> None:
     assert SamplingOptions().sampling_parameters() == {}
-    assert SamplingOptions(seed=1).chat_parameters() == {"seed": 1, **DEFAULT_SAMPLING}
-    assert SamplingOptions(top_k=5).chat_parameters() == {"top_k": 5}
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from tests.support.engine_harness import MAX_UTILIZATION, NO_EVICT, STATIC_BATCH, Harness
+from tokenmill.config import CapacitySchedulerPolicy
 from tokenmill.engine.events import Failed
 from tokenmill.errors import UserError
 
@@ -65,7 +66,16 @@ class EngineMachine(RuleBasedStateMachine):
         prompt_logprobs=st.sampled_from([None, None, None, 0]),
         priority=st.sampled_from([0.1, 0.5, 0.9]),
     )
-    def add(self, prefix, prefix_len, suffix, max_tokens, min_tokens, include, **options) -> None:
+    def add(
+        self,
+        prefix: list[int],
+        prefix_len: int,
+        suffix: list[int],
+        max_tokens: int,
+        min_tokens: int,
+        include: bool,
+        **options: object,
+    ) -> None:
         try:
             self.harness.add(
                 prefix[:prefix_len] + suffix,
@@ -110,11 +120,6 @@ class EngineMachine(RuleBasedStateMachine):
         self.bad_row = parity
         self.harness.step()
 
-    @rule()
-    def clear_cached(self) -> None:
-        self.harness.kv.clear_cached()
-        self.harness.core.check_integrity()
-
     def teardown(self) -> None:
         if not hasattr(self, "harness"):
             return
@@ -124,8 +129,6 @@ class EngineMachine(RuleBasedStateMachine):
         self.harness.check_finished(failed)
         if self.harness.settings.capacity_policy is not MAX_UTILIZATION:
             assert self.harness.core.stats().num_preemptions == 0
-        self.harness.kv.clear_cached()
-        assert self.harness.core.stats().kv_cache.num_cached_blocks == 0
 
 
 TestEngine = EngineMachine.TestCase
@@ -138,7 +141,7 @@ TestEngine = pytest.mark.spec("C4")(pytest.mark.spec("C2")(TestEngine))
 @pytest.mark.spec("C4")
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("capacity_policy", [NO_EVICT, MAX_UTILIZATION, STATIC_BATCH])
-def test_300_random_arrivals(capacity_policy, overlap: bool) -> None:
+def test_300_random_arrivals(capacity_policy: CapacitySchedulerPolicy, overlap: bool) -> None:
     rng = random.Random(f"{capacity_policy} {overlap}")
     harness = Harness(
         num_blocks=40,

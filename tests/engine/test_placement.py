@@ -1,5 +1,7 @@
 """Status, queue, slot and blocks change together."""
 
+from collections.abc import Callable
+
 import pytest
 
 from tokenmill.engine.placement import Placement
@@ -93,7 +95,7 @@ def test_siblings_hold_nothing_if_the_prompt_was_not_computed() -> None:
         (lambda place, sequence: setattr(sequence, "length", 8), "lengths"),
     ],
 )
-def test_integrity_check_finds_damage(damage, message: str) -> None:
+def test_integrity_check_finds_damage(damage: Callable[[Placement, Sequence], object], message: str) -> None:
     place, (sequence,) = placement(), request().sequences
     place.enqueue(sequence)
     run(place, sequence)

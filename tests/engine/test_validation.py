@@ -1,5 +1,7 @@
 """Requests that can never run are refused with the field, the numbers and a remedy, and change nothing."""
 
+from typing import Any
+
 import pytest
 
 from tests.support.engine_harness import Harness
@@ -21,7 +23,9 @@ SMALL = {"num_blocks": 9, "tokens_per_block": 4, "max_seq_len": 40, "max_batch_s
         ({"enable_chunked_prefill": False}, {"prompt": range(17)}, RequestTooLargeError, "prompt", "17 tokens"),
     ],
 )
-def test_refused(shape, request_, error_class: type[UserError], field: str, said: str) -> None:
+def test_refused(
+    shape: dict[str, Any], request_: dict[str, Any], error_class: type[UserError], field: str, said: str
+) -> None:
     harness = Harness(**{**SMALL, **shape})
     running = harness.add([1, 2, 3], max_tokens=4)
     harness.step()
@@ -47,7 +51,7 @@ def test_refused(shape, request_, error_class: type[UserError], field: str, said
         ({"max_num_tokens": 1}, {"prompt": range(20)}),
     ],
 )
-def test_largest_that_fits_is_served(shape, request_) -> None:
+def test_largest_that_fits_is_served(shape: dict[str, Any], request_: dict[str, Any]) -> None:
     harness = Harness(**{**SMALL, **shape})
     harness.add(**request_)
     harness.run()

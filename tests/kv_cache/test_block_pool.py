@@ -1,5 +1,7 @@
 """Reference counts and the free list."""
 
+from collections.abc import Callable
+
 import pytest
 
 from tokenmill.kv_cache.block_pool import BlockPool
@@ -48,7 +50,7 @@ def test_misuse_is_refused() -> None:
         (lambda pool: pool._ref_counts.__setitem__(2, -1), "-1 holders"),
     ],
 )
-def test_integrity_check_finds_damage(damage, message: str) -> None:
+def test_integrity_check_finds_damage(damage: Callable[[BlockPool], object], message: str) -> None:
     pool = BlockPool(4)
     damage(pool)
     with pytest.raises(AssertionError, match=message):

@@ -1,6 +1,7 @@
 """Prefix lookup, supersession and eviction order, against a brute-force reference where there is one."""
 
 import random
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -175,7 +176,7 @@ def test_only_unlocked_leaves_can_be_removed() -> None:
         (lambda tree, path: setattr(tree, "num_unlocked", 0), "counted 0"),
     ],
 )
-def test_integrity_check_finds_damage(damage, message: str) -> None:
+def test_integrity_check_finds_damage(damage: Callable[[PrefixTree, list[PrefixNode]], object], message: str) -> None:
     prefixes = Prefixes()
     path = prefixes.insert([1, 1, 1, 2, 2, 2])
     damage(prefixes.tree, path)

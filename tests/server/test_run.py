@@ -11,8 +11,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.server.live_server import LiveServer
 from tokenmill.errors import InvalidParameterError
-from tokenmill.server.run import open_listener
+from tokenmill.server.run import open_listener, serve
 
 SERVE = """
 import sys
@@ -66,6 +67,12 @@ def test_host_that_does_not_exist() -> None:
     with pytest.raises(InvalidParameterError) as caught:
         open_listener("no.such.host.invalid", 0)
     assert caught.value.field == "host"
+
+
+def test_unknown_log_level(server: LiveServer) -> None:
+    with pytest.raises(InvalidParameterError, match="'warning'") as caught:
+        serve(server.llm, port=0, log_level="warnin")
+    assert caught.value.field == "log_level"
 
 
 @pytest.mark.parametrize("port", [-1, 65536, 70000])

@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -239,16 +240,27 @@ class BenchmarkReport:
 
     def _latency_table(self) -> Table:
         results = self.results()
-        table = _table("Latency, ms", "", "min", "max", "avg", "P50", "P90", "P95", "P99", numbers_from=1)
+        table = _table(
+            "Latency in ms (TTFT: time to first token, TPOT: time per output token)",
+            "",
+            "min",
+            "max",
+            "avg",
+            "P50",
+            "P90",
+            "P95",
+            "P99",
+            numbers_from=1,
+        )
         for label, name in (
-            ("Time to first token (TTFT)", "ttft_ms"),
-            ("Time per output token (TPOT)", "tpot_ms"),
-            ("Inter-token latency", "inter_token_latency_ms"),
+            ("TTFT", "ttft_ms"),
+            ("TPOT", "tpot_ms"),
+            ("Inter-token", "inter_token_latency_ms"),
             ("End to end", "latency_ms"),
         ):
             value = results[name]
             columns = ("minimum", "maximum", "average", "p50", "p90", "p95", "p99")
-            table.add_row(label, *("-" if value is None else f"{value[column]:.2f}" for column in columns))
+            table.add_row(label, *("-" if value is None else _milliseconds(value[column]) for column in columns))
         return table
 
 
@@ -271,13 +283,17 @@ def _request_row(record: RequestRecord, origin: float) -> dict[str, Any]:
     }
 
 
+def _milliseconds(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10_000 else f"{value:.2f}"
+
+
 def _assignments(values: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in values.items())
 
 
 def _table(title: str, *columns: str, numbers_from: int | None = None) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=any(columns))
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE, show_header=any(columns))
     for index, column in enumerate(columns):
         is_number = numbers_from is not None and index >= numbers_from
-        table.add_column(column, justify="right" if is_number else "left", overflow="fold")
+        table.add_column(column, justify="right" if is_number else "left", overflow="fold", no_wrap=is_number)
     return table

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from tokenmill.bench.client import run_requests
 from tokenmill.bench.machine import describe_machine, describe_versions
 from tokenmill.bench.report import BenchmarkReport, RunDescription
@@ -58,19 +60,19 @@ def run_benchmark(
 
 def describe_configuration(llm: LLM) -> dict[str, Any]:
     """What the engine runs with."""
-    args = llm.args
+    args, running = llm.args, llm.description
     return {
-        "dtype": args.dtype,
-        "device": args.device,
-        "backend": args.backend,
-        "attn_backend": args.attn_backend,
+        "dtype": running.dtype,
+        "device": running.device,
+        "attn_backend": running.attn_backend,
+        "kv_cache_dtype": running.cache_dtype,
         "load_format": args.load_format,
         "max_batch_size": args.max_batch_size,
         "max_num_tokens": args.max_num_tokens,
-        "max_seq_len": llm.max_seq_len,
+        "max_seq_len": running.max_seq_len,
         "enable_chunked_prefill": args.enable_chunked_prefill,
         "enable_block_reuse": args.kv_cache_config.enable_block_reuse,
-        "kv_cache_tokens": llm.stats().kv_cache.num_blocks * llm.stats().kv_cache.tokens_per_block,
+        "kv_cache_tokens": running.memory.cache_tokens,
         "capacity_scheduler_policy": str(args.scheduler_config.capacity_scheduler_policy),
-        "num_threads": args.num_threads,
+        "num_threads": torch.get_num_threads(),
     }

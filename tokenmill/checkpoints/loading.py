@@ -51,6 +51,7 @@ def load_weights(
     checkpoint: Checkpoint,
     *,
     ignore: Sequence[re.Pattern[str]] = (),
+    rename: Callable[[str], str] = str,
     on_progress: ProgressCallback | None = None,
 ) -> None:
     """Load every tensor of `checkpoint` into the target of its name.
@@ -60,6 +61,7 @@ def load_weights(
         checkpoint: where they come from.
         ignore: full-match patterns of tensors that may lie in the checkpoint without a target, such as a copy of tied
             embeddings. A tensor with a target is loaded even if a pattern matches.
+        rename: from the checkpoint's name of a tensor to the model's, before anything else looks at it.
         on_progress: told after each tensor.
 
     Raises:
@@ -68,11 +70,12 @@ def load_weights(
     wanted: dict[str, LazyTensor] = {}
     unexpected: list[str] = []
     for tensor in checkpoint.tensors():
-        if tensor.name in wanted:
+        name = rename(tensor.name)
+        if name in wanted:
             raise CheckpointError(f"{checkpoint.path} holds the tensor '{tensor.name}' twice.", field="model")
-        if tensor.name in targets:
-            wanted[tensor.name] = tensor
-        elif not any(pattern.fullmatch(tensor.name) for pattern in ignore):
+        if name in targets:
+            wanted[name] = tensor
+        elif not any(pattern.fullmatch(name) for pattern in ignore):
             unexpected.append(f"{tensor.name} {list(tensor.shape)}")
     _check_match(targets, wanted, unexpected, checkpoint)
     total_bytes = sum(_num_bytes(tensor) for tensor in wanted.values())

@@ -15,7 +15,7 @@ from tokenmill.cli.console import print_error, print_note, print_warning, write_
 from tokenmill.cli.conversation import Conversation
 from tokenmill.cli.line_input import LineReader
 from tokenmill.cli.loading import loaded_llm
-from tokenmill.cli.options import DEFAULT_MODEL, ModelOptions, SamplingOptions
+from tokenmill.cli.options import DEFAULT_MODEL, ONE_SEQUENCE, ModelOptions, SamplingOptions
 from tokenmill.cli.prompting import chat_token_ids, require_chat_template, sampling_for_room
 from tokenmill.env import read_environment
 from tokenmill.errors import ExecutorShutdownError, TokenmillError
@@ -30,6 +30,9 @@ _EPILOG = examples(
     ("Ask a list of questions from a file", "tokenmill chat < questions.txt > answers.txt"),
     ("In the chat", "/help  /system TEXT  /params temperature=0.2  /retry  /save chat.json  /exit"),
 )
+
+_DEFAULT_SAMPLING = {"temperature": 0.7, "top_p": 0.9}
+"""How tokens are chosen when no option says it: /retry should give another answer."""
 
 _MIN_ANSWER_TOKENS = 256
 """Room that is kept free for an answer: the oldest turns go first (less in a small context)."""
@@ -55,12 +58,15 @@ def chat(
     """Talk with a model: answers stream, the conversation is remembered.
 
     Ctrl-C stops an answer and keeps what was said; Ctrl-C or Ctrl-D on an empty line leaves. /help lists commands.
+    Without sampling options the temperature is 0.7 and top_p 0.9.
     """
     conversation = Conversation() if load is None else Conversation.load(load)
     if system is not None:
         conversation.system = system
-    values = sampling.chat_parameters()
-    arguments = model_options.llm_arguments(model)
+    values = sampling.sampling_parameters()
+    if not values.keys() & {"temperature", "top_k", "top_p", "min_p"}:
+        values |= _DEFAULT_SAMPLING
+    arguments = model_options.llm_arguments(model, **ONE_SEQUENCE)
     with loaded_llm(arguments) as llm:
         ChatSession(llm, conversation, values).run()
 
@@ -101,6 +107,10 @@ class ChatSession:
                 run_slash_command(self, entry.strip())
             else:
                 self.ask(entry[1:] if entry.startswith("//") else entry)
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            print_note("Interrupted.")  # just before or after an answer
         except TokenmillError as error:
             if not interactive or isinstance(error, ExecutorShutdownError):
                 raise
@@ -122,9 +132,15 @@ class ChatSession:
         sampling = sampling_for_room(self.llm, self.sampling, num_prompt_tokens)
         prompt = chat_token_ids(self.llm, self.conversation.messages(question))
         result = self.llm.generate_async(prompt, sampling, streaming=True)
-        answer = stream_answer(result, write_answer)
+        try:
+            answer = stream_answer(result, write_answer)
+        except BaseException:
+            result.abort()  # whatever went wrong: the engine must not go on talking to nobody
+            raise
         write_answer("\n\n" if sys.stdout.isatty() else "\n")
         self.last_answer = answer
+        if answer.finish_reason == "length":
+            print_note(f"Cut off after {answer.num_tokens} tokens; /params max_tokens=N allows more.")
         if answer.interrupted:
             print_note("Stopped." if answer.text else "Stopped before the first word; the question is forgotten.")
         if answer.text or not answer.interrupted:

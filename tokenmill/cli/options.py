@@ -6,8 +6,10 @@ command line and the Python API refuse the same things with the same words.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,8 +23,11 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "smollm2:135m"
 """The demo model: what a command uses when none is named."""
 
-DEFAULT_SAMPLING = {"temperature": 0.7, "top_p": 0.9}
-"""How `run` and `chat` choose tokens when no option says it."""
+DEFAULT_MAX_TOKENS = 1024
+"""Longest answer of `run` and `chat` when no option says it: small models may never end theirs."""
+
+ONE_SEQUENCE: Mapping[str, Any] = MappingProxyType({"max_batch_size": 1})
+"""Defaults of `run` and `chat`: a cache for one sequence is small, and allocated at once."""
 
 _MODEL_PANEL = "Model and engine"
 _SAMPLING_PANEL = "Sampling"
@@ -53,7 +58,7 @@ class ModelOptions:
             metavar="N",
             min=1,
             help="Most sequences that run at the same time.",
-            show_default="64",
+            show_default="64; run, chat: 1",
             rich_help_panel=_MODEL_PANEL,
         ),
     ] = None
@@ -205,7 +210,7 @@ class SamplingOptions:
             min=1,
             help="Most tokens of an answer.",
             rich_help_panel=_SAMPLING_PANEL,
-            show_default="what the context holds",
+            show_default=str(DEFAULT_MAX_TOKENS),
         ),
     ] = None
     temperature: Annotated[
@@ -258,13 +263,6 @@ class SamplingOptions:
         names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
         values = {name: getattr(self, name) for name in names if getattr(self, name) not in (None, [])}
         checked_sampling(values)
-        return values
-
-    def chat_parameters(self) -> dict[str, Any]:
-        """`sampling_parameters`, with the defaults of `run` and `chat` where nothing says how tokens are chosen."""
-        values = self.sampling_parameters()
-        if not values.keys() & {"temperature", "top_k", "top_p", "min_p"}:
-            values |= DEFAULT_SAMPLING
         return values
 
 

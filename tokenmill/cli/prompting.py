@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from tokenmill.cli.conversation import Message
+from tokenmill.cli.options import DEFAULT_MAX_TOKENS
 from tokenmill.errors import PromptTooLongError, UserError
 
 if TYPE_CHECKING:
@@ -56,4 +57,4 @@ def sampling_for_room(llm: LLM, values: dict[str, Any], num_prompt_tokens: int) 
             field="prompt",
             remedy="Shorten it, or allow more with --max-seq-len.",
         )
-    return SamplingParams(**{**values, "max_tokens": min(values.get("max_tokens") or room, room)})
+    return SamplingParams(**{**values, "max_tokens": min(values.get("max_tokens") or DEFAULT_MAX_TOKENS, room)})

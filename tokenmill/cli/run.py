@@ -13,7 +13,7 @@ from tokenmill.cli.command import EXIT_INTERRUPTED, command, examples
 from tokenmill.cli.console import print_note, write_answer
 from tokenmill.cli.conversation import Message
 from tokenmill.cli.loading import loaded_llm
-from tokenmill.cli.options import DEFAULT_MODEL, ModelOptions, SamplingOptions
+from tokenmill.cli.options import DEFAULT_MODEL, ONE_SEQUENCE, ModelOptions, SamplingOptions
 from tokenmill.cli.prompting import chat_token_ids, has_chat_template, sampling_for_room
 from tokenmill.errors import InvalidParameterError, UserError
 
@@ -22,10 +22,7 @@ if TYPE_CHECKING:
 
 _EPILOG = examples(
     ("Ask the demo model", 'tokenmill run "Why is the sky blue?"'),
-    (
-        "Ask another model, the same answer every time",
-        'tokenmill run Qwen/Qwen3-0.6B "Why is the sky blue?" --temperature 0',
-    ),
+    ("Ask another model, freely", 'tokenmill run Qwen/Qwen3-0.6B "Tell me a story." --temperature 0.8'),
     (
         "Read the prompt from a pipe, keep the answer",
         "cat notes.txt | tokenmill run --system Summarize. - > summary.txt",
@@ -60,13 +57,14 @@ def run(
 ) -> None:
     """Ask a model one question and stream the answer to standard output.
 
-    A model with a chat template gets the prompt as a user's message, others (and --raw) continue it.
+    A model with a chat template gets the prompt as a user's message, others (and --raw) continue it. Without
+    sampling options decoding is greedy: the answer is the same every time.
     """
     model, prompt = _model_and_prompt(words, model)
     if raw and system is not None:
         raise InvalidParameterError("--system needs the chat template, which --raw leaves out.", field="system")
-    values = sampling.chat_parameters()
-    arguments = model_options.llm_arguments(model)
+    values = sampling.sampling_parameters()
+    arguments = model_options.llm_arguments(model, **ONE_SEQUENCE)
     prompt = _read_stdin() if prompt == "-" else prompt
     with loaded_llm(arguments) as llm:
         interrupted = _answer(llm, prompt, system, values, raw=raw)

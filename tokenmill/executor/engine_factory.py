@@ -12,15 +12,16 @@ from tokenmill.attention.select import select_backend
 from tokenmill.checkpoints.base import open_checkpoint
 from tokenmill.config import LlmArgs
 from tokenmill.engine.core import EngineCore
-from tokenmill.engine.scheduler import Scheduler, SchedulerSettings
-from tokenmill.errors import InvalidParameterError, UnsupportedFeatureError
+from tokenmill.engine.scheduler import Scheduler
+from tokenmill.engine.settings import SchedulerSettings
+from tokenmill.errors import UnsupportedFeatureError
 from tokenmill.kv_cache.manager import KvCacheManager
 from tokenmill.kv_cache.tensors import allocate_caches
 from tokenmill.models.base import CausalLM
 from tokenmill.models.config import ModelConfig
 from tokenmill.ops.platform import free_memory
 from tokenmill.runtime.memory_planner import MemoryPlan, MemoryRequest, plan_memory
-from tokenmill.runtime.model_loader import load_model, resolve_device, resolve_dtype
+from tokenmill.runtime.model_loader import load_model, resolve_device, resolve_dtype, resolve_max_seq_len
 from tokenmill.runtime.model_runner import ModelRunner
 from tokenmill.runtime.slot_state import SlotState
 from tokenmill.sampling.slot_params import SlotSamplingParams
@@ -130,23 +131,6 @@ def _make_scheduler(args: LlmArgs, description: EngineDescription) -> Scheduler:
         queue_policy=args.scheduler_config.waiting_queue_policy,
     )
     return Scheduler(settings, kv_cache)
-
-
-def resolve_max_seq_len(args: LlmArgs, config: ModelConfig) -> int:
-    """The longest sequence: what the user said, else the model's context.
-
-    Raises:
-        InvalidParameterError: longer than the model's context.
-    """
-    if args.max_seq_len is None:
-        return config.max_position_embeddings
-    if args.max_seq_len > config.max_position_embeddings:
-        raise InvalidParameterError(
-            f"max_seq_len ({args.max_seq_len}) is more than the model's context ({config.max_position_embeddings}).",
-            field="max_seq_len",
-            remedy=f"Use {config.max_position_embeddings} or less.",
-        )
-    return args.max_seq_len
 
 
 def _refuse_unsupported(args: LlmArgs) -> None:

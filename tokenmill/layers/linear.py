@@ -36,7 +36,14 @@ class OutputPart:
 
 
 class LinearBase(nn.Module):
-    """A weight held by a `LinearMethod`, an optional bias, and weight targets for both."""
+    """A weight held by a `LinearMethod`, an optional bias, and weight targets for both.
+
+    Args:
+        in_features, out_features: of this rank.
+        bias: whether a bias of `out_features` is added.
+        context: names the method and the group.
+        source_inputs: (first, number of all) input features of the checkpoint, if this rank holds only some of them.
+    """
 
     def __init__(
         self,
@@ -45,9 +52,10 @@ class LinearBase(nn.Module):
         *,
         bias: bool,
         context: LayerContext,
-        input_shard: Shard | None = None,
+        source_inputs: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
+        self.in_features = in_features
         self.out_features = out_features
         self.group = context.group
         self.method = context.linear_method(context.prefix)
@@ -58,7 +66,7 @@ class LinearBase(nn.Module):
             self.bias = nn.Parameter(zeros, requires_grad=False)
             axes["bias"] = ParameterAxes(output=0, input=None)
         self._axes: Mapping[str, ParameterAxes] = axes
-        self._input_shard = input_shard
+        self._source_inputs = source_inputs
 
     def finalize_weights(self) -> None:
         """Let the method prepare the filled weight."""
@@ -74,17 +82,11 @@ class LinearBase(nn.Module):
                 destination = destination.narrow(axes.output, start // per_element, part.size // per_element)
                 if part.size != part.source_size:
                     shard = Shard(axes.output, part.source_start // per_element, part.source_size // per_element)
-            if axes.input is not None and self._input_shard is not None:
-                per_element = self.in_features_of_rank // destination.shape[axes.input]
-                _, first, full_size = self._input_shard
+            if axes.input is not None and self._source_inputs is not None:
+                per_element = self.in_features // destination.shape[axes.input]
+                first, full_size = self._source_inputs
                 shard = Shard(axes.input, first // per_element, full_size // per_element)
             yield join_name(prefix, name), WeightTarget(destination, shard)
-
-    @property
-    def in_features_of_rank(self) -> int:
-        """Input features that this rank holds, if the layer is row-parallel."""
-        assert self._input_shard is not None
-        return self._input_shard.full_size // self.group.size
 
 
 class MergedColumnLinear(LinearBase):
@@ -94,6 +96,7 @@ class MergedColumnLinear(LinearBase):
         in_features: features of the input.
         parts: name and full output size of each projection, in the order of the output.
         bias: whether the projections have one.
+        what: what the output features are, for the error when they cannot be divided.
     """
 
     def __init__(
@@ -161,15 +164,21 @@ class QKVLinear(LinearBase):
 
 
 class RowParallelLinear(LinearBase):
-    """A projection whose input features are split over the ranks; the ranks' products are summed."""
+    """A projection whose input features are split over the ranks; the ranks' products are summed.
+
+    Args:
+        in_features, out_features: of the whole layer.
+        bias: whether the projection has one.
+        what: what the input features are, for the error when they cannot be divided.
+    """
 
     def __init__(
         self, in_features: int, out_features: int, *, bias: bool, context: LayerContext, what: str = "features"
     ) -> None:
         group = context.group
         rank_features = group.shard_size(in_features, what)
-        shard = Shard(axis=1, start=group.rank * rank_features, full_size=in_features) if group.size > 1 else None
-        super().__init__(rank_features, out_features, bias=bias, context=context, input_shard=shard)
+        source = (group.rank * rank_features, in_features) if group.size > 1 else None
+        super().__init__(rank_features, out_features, bias=bias, context=context, source_inputs=source)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, this rank's input features] to [T, out_features], equal on all ranks."""

@@ -58,7 +58,7 @@ def linear_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
 
 def choose(device: torch.device, dtype: torch.dtype) -> str:
     """`onednn` (packed weights) or `torch` (plain weights) for tensors of this device and type."""
-    if device.type != "cpu" or not torch._C._has_mkldnn:
+    if device.type != "cpu" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # a torch built without oneDNN
         return "torch"
     is_fast = dtype == torch.float32 or (dtype == torch.bfloat16 and computes_bfloat16(device))
     return "onednn" if is_fast else "torch"

@@ -85,6 +85,8 @@ def plan_memory(
     block = kv_cache_config.tokens_per_block
     kv_bytes_per_token = model.kv_bytes_per_token(request.cache_bytes)
     weights = model.num_parameters() * request.weight_bytes
+    if request.is_cpu and model.tie_word_embeddings:  # the head's matrix is packed; the embedding keeps plain rows
+        weights += model.vocab_size * model.hidden_size * request.weight_bytes
     slots = request.max_batch_size * (request.max_seq_len * 8 + -(-request.max_seq_len // block) * 4)
     activations = _activation_bytes(model, request)
     fixed = weights + slots + activations

@@ -54,6 +54,23 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
+def resolve_max_seq_len(args: LlmArgs, config: ModelConfig) -> int:
+    """The longest sequence: what the user said, else the model's context.
+
+    Raises:
+        InvalidParameterError: longer than the model's context.
+    """
+    if args.max_seq_len is None:
+        return config.max_position_embeddings
+    if args.max_seq_len > config.max_position_embeddings:
+        raise InvalidParameterError(
+            f"max_seq_len ({args.max_seq_len}) is more than the model's context ({config.max_position_embeddings}).",
+            field="max_seq_len",
+            remedy=f"Use {config.max_position_embeddings} or less.",
+        )
+    return args.max_seq_len
+
+
 def load_model(
     args: LlmArgs,
     config: ModelConfig,
@@ -75,6 +92,8 @@ def load_model(
     if args.load_format == "dummy":
         fill_dummy(targets, seed=0)
     else:
-        load_weights(targets, checkpoint, ignore=model.ignored_weights, on_progress=on_progress)
+        load_weights(
+            targets, checkpoint, ignore=model.ignored_weights, rename=model.rename_weight, on_progress=on_progress
+        )
     finalize_weights(model)
     return model.eval()

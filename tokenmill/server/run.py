@@ -11,8 +11,9 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 import uvicorn
+from uvicorn.config import LOG_LEVELS
 
-from tokenmill.errors import InvalidParameterError
+from tokenmill.errors import InvalidParameterError, did_you_mean
 from tokenmill.server.app import create_app
 
 if TYPE_CHECKING:
@@ -48,8 +49,12 @@ def serve(
         on_start: called with the server's URL once the port is open.
 
     Raises:
-        InvalidParameterError: the address cannot be listened on.
+        InvalidParameterError: the address cannot be listened on, or there is no such `log_level`.
     """
+    if log_level not in LOG_LEVELS:
+        raise InvalidParameterError(
+            f"log_level is '{log_level}'.", field="log_level", remedy=did_you_mean(log_level, LOG_LEVELS)
+        )
     app = create_app(llm, served_model_name=served_model_name, api_key=api_key)
     listener = open_listener(host, port)
     config = uvicorn.Config(

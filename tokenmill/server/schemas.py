@@ -118,16 +118,12 @@ class StreamOptions(RequestSchema):
 class SamplingFields(RequestSchema):
     """What chat and text completions have in common."""
 
-    without_effect = frozenset({"safety_identifier", "prompt_cache_key", "prompt_cache_retention", "metadata"})
+    without_effect = frozenset({"user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "metadata"})
 
-    model: str | None = None
-    """Name of the served model; may be left out."""
     stream: bool | None = None
     """Send the answer in pieces, as server-sent events."""
     stream_options: StreamOptions | None = None
     """Only with `stream`."""
-    user: str | None = None
-    """Accepted, has no effect."""
 
     n: int | None = None
     """Answers to return."""
@@ -181,6 +177,8 @@ class CompletionRequest(SamplingFields):
 
     unsupported = {**_UNSUPPORTED_BY_ALL, "suffix": (), "prompt_embeds": ()}
 
+    model: str | None = None
+    """Name of the served model; may be left out."""
     prompt: Prompt
     """Text or token ids, or a list of either."""
     echo: bool | None = None
@@ -259,6 +257,8 @@ class ChatCompletionRequest(SamplingFields):
         "media_io_kwargs": (),
     }
 
+    model: str | None = None
+    """Name of the served model; may be left out."""
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     """The conversation so far."""
     max_completion_tokens: Count | None = None
