@@ -190,7 +190,9 @@ def report(results: list[dict[str, object]]) -> None:
         print(f"{case.format:6} rows {case.num_rows:3} {case.shape:8} library {library:7.1f} us", end="")
         print(f" {case.bytes_read / library / 1e6:5.2f} TB/s |", end="")
         for plan in result["plans"][:3]:  # type: ignore[index]
-            sizes = f"{plan['kernel'][0]}{plan['block_out']}x{plan['block_in']}w{plan['num_warps']}s{plan['num_stages']}"
+            sizes = (
+                f"{plan['kernel'][0]}{plan['block_out']}x{plan['block_in']}w{plan['num_warps']}s{plan['num_stages']}"
+            )
             speed = case.bytes_read / plan["us"] / 1e6
             print(f" {plan['us']:6.1f} us {speed:4.2f} {sizes}/{plan['num_splits']}", end=";")
         print(flush=True)
