@@ -108,6 +108,7 @@ LATE_OWN_IMPORTS: dict[str, str] = {
     "tokenmill.attention.select": "the Triton kernels load triton, which a model on a CPU does not need",
     "tokenmill.cli": "`--help` must not load torch: a command loads what it needs when it runs",
     "tokenmill.executor.executor": "`create` picks among classes that are derived from this module's",
+    "tokenmill.ops": "the Triton kernels load triton, which only tensors on a GPU need",
     "tokenmill.checkpoints.base": "`open_checkpoint` picks among readers that are derived from this module's",
     "tokenmill.tokenization.chat_template": "the environment derives from jinja2's, which completions never need",
     "tokenmill.tokenization.loading": "the reader of GGUF files loads torch, which a tokenizer does not need",

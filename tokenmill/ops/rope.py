@@ -29,6 +29,16 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> 
     return IMPLEMENTATIONS[choose(x.device, x.dtype)](x, cos, signed_sin)
 
 
+def apply_rope_in_place(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> None:
+    """`apply_rope` into x itself: the query and key heads inside the merged projection [T, H + 2 G, D], for example."""
+    if choose(x.device, x.dtype) == "triton":
+        from tokenmill.ops.triton import rope as kernels
+
+        kernels.apply_rope_in_place(x, cos, signed_sin)
+    else:
+        x.copy_(apply_rope(x, cos, signed_sin))
+
+
 def apply_rope_reference(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
     """The definition of `apply_rope`: each pair (x1, x2) becomes (x1 cos - x2 sin, x2 cos + x1 sin)."""
     half = x.shape[-1] // 2
@@ -43,9 +53,18 @@ def apply_rope_torch(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tenso
     return torch.addcmul(x * cos, swapped, signed_sin).to(x.dtype)
 
 
-IMPLEMENTATIONS: Mapping[str, Rope] = MappingProxyType({"reference": apply_rope_reference, "torch": apply_rope_torch})
+def apply_rope_triton(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
+    """One pass over x, which may be a slice of heads."""
+    from tokenmill.ops.triton import rope as kernels
+
+    return kernels.apply_rope(x, cos, signed_sin)
+
+
+IMPLEMENTATIONS: Mapping[str, Rope] = MappingProxyType(
+    {"reference": apply_rope_reference, "torch": apply_rope_torch, "triton": apply_rope_triton}
+)
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> str:
     """Name of the implementation for tensors of this device and type."""
-    return "torch"
+    return "triton" if device.type == "cuda" else "torch"

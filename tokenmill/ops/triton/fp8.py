@@ -13,6 +13,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from tokenmill.ops.triton.launch import as_rows, can_overlap, warps_for
 
 FP8_MAX = tl.constexpr(448.0)
+INVERSE_FP8_MAX = tl.constexpr(1.0 / 448.0)
 MIN_SCALE = tl.constexpr(1.1754943508222875e-38)  # the smallest normal float32: its inverse is finite
 
 
@@ -20,7 +21,7 @@ MIN_SCALE = tl.constexpr(1.1754943508222875e-38)  # the smallest normal float32:
 def quantized(values: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """float8_e4m3fn [rows, columns] and scales [rows] of float32 values [rows, columns]."""
     largest = tl.max(tl.abs(values), axis=1)
-    scales = tl.maximum(tl.div_rn(largest, FP8_MAX), MIN_SCALE)
+    scales = tl.maximum(largest * INVERSE_FP8_MAX, MIN_SCALE)
     scaled = values * tl.div_rn(1.0, scales)[:, None]
     return tl.clamp(scaled, -FP8_MAX, FP8_MAX).to(tl.float8e4nv), scales
 

@@ -29,26 +29,22 @@ def _copy_blocks_kernel(
     tl.store(cache + to_block + words, tl.load(cache + from_block + words, mask=inside), mask=inside)
 
 
-def copy_blocks(
-    caches: Sequence[tuple[torch.Tensor, torch.Tensor]], source: torch.Tensor, destination: torch.Tensor
-) -> None:
-    """Copy block `source[i]` to block `destination[i]` in all caches ([N, B, G, D] each, of one shape and type).
+def copy_blocks(tensors: Sequence[torch.Tensor], source: torch.Tensor, destination: torch.Tensor) -> None:
+    """Copy block `source[i]` to block `destination[i]` in all `tensors` [N, B, G, D], of one shape and type.
 
-    The tensors' addresses travel to the device with each call, so this is no part of a CUDA graph.
+    The tensors' addresses travel to the device with each call, so this cannot be part of a CUDA graph.
     """
-    tensors = [tensor for cache in caches for tensor in cache]
     num_copies = source.shape[0]
     if num_copies == 0 or not tensors:
         return
     first = tensors[0]
-    assert all(tensor.is_contiguous() and tensor.shape == first.shape for tensor in tensors), "caches differ in layout"
     bytes_per_block = first[0].numel() * first.element_size()
+    assert all(tensor.is_contiguous() for tensor in tensors), "caches must be contiguous"
     assert bytes_per_block % 4 == 0, "a block must consist of whole words"
     addresses = torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64)
     words_per_block = bytes_per_block // 4
     block_words = min(WORDS_PER_PROGRAM, triton.next_power_of_2(words_per_block))
-    grid = (num_copies, len(tensors), triton.cdiv(words_per_block, block_words))
-    _copy_blocks_kernel[grid](
+    _copy_blocks_kernel[(num_copies, len(tensors), triton.cdiv(words_per_block, block_words))](
         addresses.to(first.device, non_blocking=True),
         source.contiguous(),
         destination.contiguous(),

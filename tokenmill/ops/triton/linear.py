@@ -1,10 +1,10 @@
 """Products of a few rows with a weight, as fast as the weight can be read: decode steps spend their time here.
 
-`matvec` (one row) keeps every partial product in its own register and adds them up once, at the end. `small_batch` (up
-to 64 rows) gives the weight to the tensor cores as the left operand, whose side is never shorter than 64, and pads the
-rows to the narrow right side. Where the output is too narrow to occupy the device, the input features are split
+`matvec` (one row) keeps the partial products of a block of columns in registers and adds them up once, at the end.
+`small_batch` gives the weight to the tensor cores as the left operand, whose side is never shorter than 64, and pads
+the rows to the narrow right side. Where the output is too narrow to occupy the device, the input features are split
 over several programs; the last of them to arrive adds up all parts in a fixed order, so results do not change from run
-to run. Weights are bfloat16, float16, or float8_e4m3fn with a scale for each output feature. Called by `ops.linear` and
+to run. Weights are of x's type or float8_e4m3fn with a scale for each output feature. Called by `ops.linear` and
 `ops.fp8`.
 """
 
@@ -13,33 +13,53 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tokenmill.ops.linear_plan import StreamPlan
 from tokenmill.ops.triton.launch import can_overlap, is_interpreted
 
 MIN_BLOCK_ROWS = 16
-"""The tensor core kernel pads its rows to a power of two from here on."""
-VECTOR = 8
-"""Consecutive input features of a thread in `matvec`: 16 bytes of x."""
-PREFETCHED_LINES = 8
+"""`small_batch` pads its rows to a power of two, from here on."""
+VECTOR = tl.constexpr(8)
+"""Columns of a thread that lie side by side in `matvec`: 16 bytes of x. So its x and its weights meet in registers."""
+PREFETCHED_LINES = tl.constexpr(4)
 """Cache lines of each output feature that `small_batch` asks for while the kernel before it still runs."""
 
 
 @triton.jit
-def _load_weights(weights: tl.tensor, columns: tl.tensor, in_features: tl.tensor, is_inside: tl.constexpr) -> tl.tensor:
-    """A block of weights; zeros past the last column. Nothing else will read them: they need not stay in the cache."""
+def _load_weights(addresses: tl.tensor, columns: tl.tensor, size: tl.tensor, is_inside: tl.constexpr) -> tl.tensor:
+    """A block of weights, zeros from column `size` on. Nothing else will read them: they need not stay in the cache."""
     if is_inside:
-        return tl.load(weights, eviction_policy="evict_first")
-    return tl.load(weights, mask=(columns < in_features)[None, :], other=0.0, eviction_policy="evict_first")
+        return tl.load(addresses, eviction_policy="evict_first")
+    return tl.load(addresses, mask=(columns < size)[None, :], other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit
 def _load_row(x: tl.tensor, columns: tl.tensor, size: tl.tensor, is_inside: tl.constexpr) -> tl.tensor:
+    """A block of x in float32, zeros from column `size` on."""
     if is_inside:
         return tl.load(x + columns).to(tl.float32)
     return tl.load(x + columns, mask=columns < size, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_columns(x: tl.tensor, columns: tl.tensor, size: tl.tensor, is_inside: tl.constexpr) -> tl.tensor:
+    """A block of several rows of x as columns, zeros from column `size` of x on."""
+    if is_inside:
+        return tl.load(x)
+    return tl.load(x, mask=(columns < size)[:, None], other=0.0)
+
+
+@triton.jit
+def _scaled(
+    total: tl.tensor, features: tl.tensor, is_feature: tl.tensor, weight_scale: tl.tensor, bias: tl.tensor
+) -> tl.tensor:
+    """Sums [features, rows] times the features' scales, plus their bias; either may be None."""
+    if weight_scale is not None:
+        total *= tl.load(weight_scale + features, mask=is_feature, other=0.0)[:, None]
+    if bias is not None:
+        total += tl.load(bias + features, mask=is_feature, other=0.0).to(tl.float32)[:, None]
+    return total
 
 
 @triton.jit
@@ -53,86 +73,62 @@ def _matvec_kernel(
     in_features: int,
     block_out: tl.constexpr,
     block_in: tl.constexpr,
-    vector: tl.constexpr,
-    looks_ahead: tl.constexpr,
-    is_even_in: tl.constexpr,
-    has_scale: tl.constexpr,
-    has_bias: tl.constexpr,
+    is_even: tl.constexpr,
     overlaps: tl.constexpr,
 ) -> None:
-    """One program: `block_out` output features, over all input features. A block is loaded before the last is used."""
+    """One program: `block_out` output features, over all input features."""
     if overlaps:
         gdc_launch_dependents()
     features = tl.program_id(0) * block_out + tl.arange(0, block_out)
     is_feature = features < out_features
-    # A thread's share of x must lie in its registers as its share of the weight does: `vector` values in a row.
-    columns = tl.max_contiguous(tl.arange(0, block_in), vector)
-    # Rows past the end read the last row again: no mask on the loads that matter.
-    rows = tl.minimum(features, out_features - 1).to(tl.int64) * in_features
-    weights = weight + rows[:, None] + columns[None, :]
-    w = _load_weights(weights, columns, in_features, is_even_in)
+    columns = tl.max_contiguous(tl.arange(0, block_in), VECTOR)
+    # Features past the end read the last one again: no mask on the loads that matter.
+    starts = tl.minimum(features, out_features - 1).to(tl.int64) * in_features
+    weights = weight + starts[:, None] + columns[None, :]
+    w = _load_weights(weights, columns, in_features, is_even)
     if overlaps:
-        gdc_wait()  # weights are there already; x is not before this
-    if looks_ahead:
-        total = tl.zeros([block_out, block_in], tl.float32)
-        for start in range(0, in_features, block_in):
-            if is_even_in:
-                next_w = tl.load(
-                    weights + start + block_in, mask=start + block_in < in_features, eviction_policy="evict_first"
-                )
-            else:
-                next_w = _load_weights(weights + start + block_in, start + block_in + columns, in_features, is_even_in)
-            total += w.to(tl.float32) * _load_row(x + start, columns, in_features - start, is_even_in)[None, :]
-            w = next_w
-    else:
-        total = w.to(tl.float32) * _load_row(x, columns, in_features, is_even_in)[None, :]
-        for start in range(block_in, in_features, block_in):
-            w = _load_weights(weights + start, start + columns, in_features, is_even_in)
-            total += w.to(tl.float32) * _load_row(x + start, columns, in_features - start, is_even_in)[None, :]
-    result = tl.sum(total, axis=1)
-    if has_scale:
-        result *= tl.load(weight_scale + features, mask=is_feature, other=0.0)
-    if has_bias:
-        result += tl.load(bias + features, mask=is_feature, other=0.0).to(tl.float32)
-    tl.store(out + features, result.to(out.dtype.element_ty), mask=is_feature)
+        gdc_wait()  # x is there only now; the first weights have been on their way before
+    total = w.to(tl.float32) * _load_row(x, columns, in_features, is_even)[None, :]
+    for start in range(block_in, in_features, block_in):
+        w = _load_weights(weights + start, columns, in_features - start, is_even)
+        total += w.to(tl.float32) * _load_row(x + start, columns, in_features - start, is_even)[None, :]
+    result = _scaled(tl.sum(total, axis=1, keep_dims=True), features, is_feature, weight_scale, bias)
+    tl.store(out + features[:, None], result.to(out.dtype.element_ty), mask=is_feature[:, None])
 
 
 @triton.jit
-def _bfloat16_of_fp8(values: tl.tensor) -> tl.tensor:
-    """Four values a time, by way of float16 and float32: the compiler's own conversion goes one by one and is slow."""
-    return tl.inline_asm_elementwise(
-        asm="""
-        {
-            .reg .b16 pair<2>, half<4>;
-            .reg .b32 halves<2>;
-            .reg .f32 single<4>;
-            mov.b32 {pair0, pair1}, $2;
-            cvt.rn.f16x2.e4m3x2 halves0, pair0;
-            cvt.rn.f16x2.e4m3x2 halves1, pair1;
-            mov.b32 {half0, half1}, halves0;
-            mov.b32 {half2, half3}, halves1;
-            cvt.f32.f16 single0, half0;
-            cvt.f32.f16 single1, half1;
-            cvt.f32.f16 single2, half2;
-            cvt.f32.f16 single3, half3;
-            cvt.rn.bf16x2.f32 $0, single1, single0;
-            cvt.rn.bf16x2.f32 $1, single3, single2;
-        }
-        """,
-        constraints="=r,=r,r",
-        args=[values],
-        dtype=tl.bfloat16,
-        is_pure=True,
-        pack=4,
-    )
-
-
-@triton.jit
-def _prefetch(addresses: tl.tensor) -> None:
-    """Ask for the cache lines at the addresses to come to L2."""
+def _prefetch(features: tl.tensor, first: tl.tensor, in_features: tl.tensor) -> None:
+    """Ask for the cache lines from column `first` of each feature to come to L2."""
+    line: tl.constexpr = 128 // (features.dtype.element_ty.primitive_bitwidth // 8)
+    columns = tl.minimum(first + tl.arange(0, PREFETCHED_LINES) * line, in_features - 1)
     tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [features[:, None] + columns[None, :]],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
     )
+
+
+@triton.jit
+def _arrive(
+    parts: tl.tensor,
+    total: tl.tensor,
+    mask: tl.tensor,
+    arrivals: tl.tensor,
+    split: tl.tensor,
+    num_splits: tl.tensor,
+    part_size: tl.tensor,
+) -> tl.tensor:
+    """Leave this program's part for the last one to arrive; whether this is the last one, which finds all parts."""
+    tl.store(parts + split * part_size, total, mask=mask)
+    tl.debug_barrier()  # all threads' stores come before the one thread's arrival
+    is_last = tl.atomic_add(arrivals, 1, sem="acq_rel") == num_splits - 1
+    tl.debug_barrier()
+    if is_last:
+        tl.store(arrivals, 0)  # ready for the next launch
+    return is_last
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_splits", "blocks_per_split"])
@@ -155,74 +151,91 @@ def _small_batch_kernel(
     block_out: tl.constexpr,
     block_in: tl.constexpr,
     num_stages: tl.constexpr,
-    is_split: tl.constexpr,
-    is_even_in: tl.constexpr,
-    unpacks_fp8: tl.constexpr,
-    interpreted: tl.constexpr,
-    has_scale: tl.constexpr,
-    has_x_scale: tl.constexpr,
-    has_bias: tl.constexpr,
+    is_even: tl.constexpr,
+    is_interpreted: tl.constexpr,
     overlaps: tl.constexpr,
-    prefetched_lines: tl.constexpr,
 ) -> None:
     """One program: `block_out` output features of all rows, over one split of the input features."""
     if overlaps:
         gdc_launch_dependents()
-    tile = tl.program_id(0)
-    split = tl.program_id(1)
+    tile, split = tl.program_id(0), tl.program_id(1)
     features = tile * block_out + tl.arange(0, block_out)
     is_feature = features < out_features
     rows = tl.arange(0, block_rows)
     is_row = rows < num_rows
     columns = tl.arange(0, block_in)
-    weights = weight + tl.minimum(features, out_features - 1).to(tl.int64)[:, None] * in_features + columns[None, :]
-    values = x + tl.minimum(rows, num_rows - 1)[None, :] * x_stride + columns[:, None]
+    starts = tl.minimum(features, out_features - 1).to(tl.int64) * in_features
+    weights = weight + starts[:, None] + columns[None, :]
+    values = x + tl.minimum(rows, num_rows - 1).to(tl.int64)[None, :] * x_stride + columns[:, None]
     first = split * blocks_per_split * block_in
     last = tl.minimum(first + blocks_per_split * block_in, in_features)
     if overlaps:
-        line = 128 // (weight.dtype.element_ty.primitive_bitwidth // 8)
-        lines = tl.minimum(first + tl.arange(0, prefetched_lines) * line, in_features - 1)
-        starts = tl.minimum(features, out_features - 1).to(tl.int64) * in_features
-        _prefetch(weight + starts[:, None] + lines[None, :])
-        gdc_wait()  # weights are on their way; x is not there before this
+        _prefetch(weight + starts, first, in_features)
+        gdc_wait()  # x is there only now; the first weights have been on their way before
     total = tl.zeros([block_out, block_rows], tl.float32)
     for start in tl.range(first, last, block_in, num_stages=num_stages):
-        if is_even_in:
-            w = tl.load(weights + start, eviction_policy="evict_first")
-            v = tl.load(values + start)
-        else:
-            is_column = start + columns < in_features
-            w = tl.load(weights + start, mask=is_column[None, :], other=0.0, eviction_policy="evict_first")
-            v = tl.load(values + start, mask=is_column[:, None], other=0.0)
-        if unpacks_fp8:
-            w = _bfloat16_of_fp8(w)
-        elif interpreted:
-            w = w.to(tl.float32)  # triton's interpreter multiplies the bits of bfloat16 as integers
-            v = v.to(tl.float32)
+        w = _load_weights(weights + start, columns, in_features - start, is_even)
+        v = _load_columns(values + start, columns, in_features - start, is_even)
+        if is_interpreted:  # the interpreter would multiply the bits of bfloat16 as integers
+            w, v = w.to(tl.float32), v.to(tl.float32)
         total = tl.dot(w, v, total)
-    offsets = rows[None, :] * out_features + features[:, None]
+    offsets = rows.to(tl.int64)[None, :] * out_features + features[:, None]
     mask = is_feature[:, None] & is_row[None, :]
-    if is_split:
-        part_size = num_rows * out_features
-        tl.store(partials + split * part_size + offsets, total, mask=mask)
-        tl.debug_barrier()  # all threads' stores come before the one thread's arrival
-        if tl.atomic_add(arrivals + tile, 1, sem="acq_rel") != num_splits - 1:
+    if partials is not None:
+        parts = partials + offsets
+        if not _arrive(parts, total, mask, arrivals + tile, split, num_splits, num_rows * out_features):
             return
-        tl.debug_barrier()
         total = tl.zeros([block_out, block_rows], tl.float32)
         for part in range(num_splits):
-            total += tl.load(partials + part * part_size + offsets, mask=mask, other=0.0, cache_modifier=".cg")
-        tl.store(arrivals + tile, 0)  # ready for the next launch
-    if has_scale:
-        total *= tl.load(weight_scale + features, mask=is_feature, other=0.0)[:, None]
-    if has_x_scale:
+            total += tl.load(parts + part * num_rows * out_features, mask=mask, other=0.0, cache_modifier=".cg")
+    if x_scale is not None:
         total *= tl.load(x_scale + rows, mask=is_row, other=0.0)[None, :]
-    if has_bias:
-        total += tl.load(bias + features, mask=is_feature, other=0.0).to(tl.float32)[:, None]
+    total = _scaled(total, features, is_feature, weight_scale, bias)
     tl.store(out + offsets, total.to(out.dtype.element_ty), mask=mask)
 
 
-def streamed_linear(
+def matvec(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    plan: StreamPlan,
+) -> torch.Tensor:
+    """`x @ weight.T * weight_scale + bias` of one row.
+
+    Args:
+        x: [1, I].
+        weight: [O, I] contiguous, of x's type or float8_e4m3fn.
+        weight_scale: [O] float32; None: ones.
+        bias: [O].
+        plan: block sizes.
+
+    Returns:
+        [1, O], of x's type.
+    """
+    out_features, in_features = weight.shape
+    assert x.shape == (1, in_features) and x.stride(1) == 1 and weight.is_contiguous()
+    out = torch.empty(1, out_features, dtype=x.dtype, device=x.device)
+    overlaps = can_overlap(x.device)
+    _matvec_kernel[(triton.cdiv(out_features, plan.block_out),)](
+        x,
+        weight,
+        weight_scale,
+        bias,
+        out,
+        out_features,
+        in_features,
+        block_out=plan.block_out,
+        block_in=plan.block_in,
+        is_even=in_features % plan.block_in == 0,
+        overlaps=overlaps,
+        num_warps=plan.num_warps,
+        launch_pdl=overlaps,
+    )
+    return out
+
+
+def small_batch(
     x: torch.Tensor,
     x_scale: torch.Tensor | None,
     weight: torch.Tensor,
@@ -232,52 +245,29 @@ def streamed_linear(
     plan: StreamPlan,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """`x @ weight.T * weight_scale + bias`.
+    """`(x * x_scale) @ (weight * weight_scale).T + bias` of some rows.
 
     Args:
-        x: [T, I], 1 <= T <= 64, bfloat16 or float16.
-        weight: [O, I] contiguous, of x's type or float8_e4m3fn.
+        x: [T, I], T > 0.
+        x_scale: [T] float32; None: ones.
+        weight: [O, I] contiguous, of x's type.
         weight_scale: [O] float32; None: ones.
         bias: [O].
-        arrivals: int32 zeros, one for each block of output features if the plan splits; zeros again afterwards. Products
-            that may run at the same time must not share it.
-        plan: kernel and block sizes.
+        arrivals: int32 zeros, one for each block of output features; zeros again afterwards. Not for two products at
+            the same time.
+        plan: block sizes and splits.
+        dtype: of the result.
 
     Returns:
-        [T, O], of x's type.
+        [T, O].
     """
-    num_rows, in_features = x.shape
-    out_features = weight.shape[0]
-    assert weight.is_contiguous() and x.stride(-1) == 1, "weights and rows must be contiguous"
-    out = torch.empty(num_rows, out_features, dtype=dtype, device=x.device)
+    (num_rows, in_features), out_features = x.shape, weight.shape[0]
     num_tiles = triton.cdiv(out_features, plan.block_out)
-    is_even_in = in_features % plan.block_in == 0
+    assert x.stride(1) == 1 and weight.is_contiguous() and weight.dtype == x.dtype
+    assert arrivals.numel() >= num_tiles, "too few arrival counters"
+    out = torch.empty(num_rows, out_features, dtype=dtype, device=x.device)
+    partials = None if plan.num_splits == 1 else out.new_empty(plan.num_splits, *out.shape, dtype=torch.float32)
     overlaps = can_overlap(x.device)
-    if plan.kernel == "matvec":
-        _matvec_kernel[(num_tiles,)](
-            x,
-            weight,
-            weight_scale,
-            bias,
-            out,
-            out_features,
-            in_features,
-            block_out=plan.block_out,
-            block_in=plan.block_in,
-            vector=VECTOR,
-            looks_ahead=plan.num_stages > 1,
-            is_even_in=is_even_in,
-            has_scale=weight_scale is not None,
-            has_bias=bias is not None,
-            overlaps=overlaps,
-            num_warps=plan.num_warps,
-            launch_pdl=overlaps,
-        )
-        return out
-    assert arrivals.numel() >= num_tiles or plan.num_splits == 1, "too few arrival counters"
-    partials = None
-    if plan.num_splits > 1:
-        partials = torch.empty(plan.num_splits, num_rows, out_features, dtype=torch.float32, device=x.device)
     _small_batch_kernel[(num_tiles, plan.num_splits)](
         x,
         x_scale,
@@ -297,15 +287,9 @@ def streamed_linear(
         block_out=plan.block_out,
         block_in=plan.block_in,
         num_stages=plan.num_stages,
-        is_split=plan.num_splits > 1,
-        is_even_in=is_even_in,
-        unpacks_fp8=weight.dtype == torch.float8_e4m3fn and x.dtype == torch.bfloat16 and not is_interpreted(),
-        interpreted=is_interpreted(),
-        has_scale=weight_scale is not None,
-        has_x_scale=x_scale is not None,
-        has_bias=bias is not None,
+        is_even=in_features % plan.block_in == 0,
+        is_interpreted=is_interpreted(),
         overlaps=overlaps,
-        prefetched_lines=PREFETCHED_LINES,
         num_warps=plan.num_warps,
         launch_pdl=overlaps,
     )
