@@ -107,8 +107,8 @@ class KvCacheConfig(StrictModel):
     """Size of the cache in tokens; None: as `free_gpu_memory_fraction` allows (on a CPU: a quarter of free memory)."""
     free_gpu_memory_fraction: float = Field(default=0.9, gt=0.0, lt=1.0)
     """Share of the device memory left after loading weights that the cache may take."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of cached keys and values; auto: the model's."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8"] = "auto"
+    """Type of cached keys and values; auto: the model's. `fp8` (float8_e4m3fn) needs a GPU."""
 
 
 class LlmArgs(StrictModel):
@@ -136,6 +136,8 @@ class LlmArgs(StrictModel):
     """What runs the model; `pytorch` is another name for `torch`."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`; auto: the first GPU, else the CPU."""
+    quantization: Literal["fp8"] | None = None
+    """Quantize linear layers while loading: `fp8` is float8_e4m3fn with a scale for each output feature and token."""
     load_format: Literal["auto", "dummy"] = "auto"
     """`dummy`: random weights of the right shape, made on the device."""
     attn_backend: str = "auto"

@@ -23,7 +23,13 @@ from tokenmill.models.config import ModelConfig
 from tokenmill.ops.platform import free_memory
 from tokenmill.runtime.memory_planner import MeasuredMemory, MemoryPlan, MemoryRequest, plan_memory
 from tokenmill.runtime.memory_probe import measure_activations
-from tokenmill.runtime.model_loader import load_model, resolve_device, resolve_dtype, resolve_max_seq_len
+from tokenmill.runtime.model_loader import (
+    load_model,
+    resolve_cache_dtype,
+    resolve_device,
+    resolve_dtype,
+    resolve_max_seq_len,
+)
 from tokenmill.runtime.model_runner import ModelRunner
 from tokenmill.runtime.slot_state import SlotState
 from tokenmill.sampling.slot_params import SlotSamplingParams
@@ -70,7 +76,7 @@ def build_engine(
         torch.set_num_threads(args.num_threads)
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
-    cache_dtype = dtype if args.kv_cache_config.dtype == "auto" else resolve_dtype(args.kv_cache_config.dtype, device)
+    cache_dtype = resolve_cache_dtype(args.kv_cache_config.dtype, dtype, device)
     checkpoint = open_checkpoint(Path(args.model), config_only=args.load_format == "dummy")
     config = ModelConfig.from_hf(checkpoint.hf_config)
     max_seq_len = resolve_max_seq_len(args, config)
