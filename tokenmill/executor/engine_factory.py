@@ -96,7 +96,8 @@ def build_engine(
     )
     model = load_model(args, config, checkpoint, device, dtype, backend, on_progress)
     runner = _make_runner(description, model, device, cache_dtype)
-    recorder = StepRecorder(args.iter_stats_max_iterations, args.request_stats_max_iterations)
+    records = args.stats_config
+    recorder = StepRecorder(records.iter_stats_max_iterations, records.request_stats_max_iterations)
     return EngineCore(_make_scheduler(args, description), runner, recorder), description
 
 
