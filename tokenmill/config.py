@@ -111,6 +111,15 @@ class KvCacheConfig(StrictModel):
     """Type of cached keys and values; auto: the model's. `fp8` (float8_e4m3fn) needs a GPU."""
 
 
+class StatsConfig(StrictModel):
+    """How many records an engine keeps of its last steps; none by default."""
+
+    iter_stats_max_iterations: int = Field(default=0, ge=0, le=1_000_000)
+    """Steps of which `EngineStats.recent_steps` has a record."""
+    request_stats_max_iterations: int = Field(default=0, ge=0, le=1_000_000)
+    """Steps of which `EngineStats.recent_requests` has a record of every request. Costs time in each step."""
+
+
 class LlmArgs(StrictModel):
     """All arguments of `LLM`, checked."""
 
@@ -158,10 +167,8 @@ class LlmArgs(StrictModel):
     """Replay decode steps from CUDA graphs, on a GPU."""
     disable_overlap_scheduler: bool = False
     """Wait for each step before the next is planned; by default a GPU computes one step while the next is planned."""
-    iter_stats_max_iterations: int = Field(default=0, ge=0, le=1_000_000)
-    """Steps of which `LLM.stats().recent_steps` keeps a record."""
-    request_stats_max_iterations: int = Field(default=0, ge=0, le=1_000_000)
-    """Steps of which `LLM.stats().recent_requests` keeps a record of every request. Costs time in each step."""
+    stats_config: StatsConfig = Field(default_factory=StatsConfig)
+    """Records of steps and requests."""
     max_queue_size: int = Field(default=4096, ge=1)
     """Most requests that may wait; one more is refused with `QueueFullError`."""
     num_threads: int | None = Field(default=None, ge=1)

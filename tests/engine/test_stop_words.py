@@ -26,6 +26,7 @@ def longest_beginning(words: list[Word], tokens: list[int]) -> int:
     return max((n for n in lengths if any(word[:n] == tuple(tokens[-n:]) for word in words)), default=0)
 
 
+@settings(deadline=None)
 @given(words=words_of_few_tokens, tokens=st.lists(st.integers(0, 3), max_size=30))
 def test_the_automaton_is_a_search_from_scratch(words: list[Word], tokens: list[int]) -> None:
     automaton, state = StopWords(words), 0

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.support.source_tree import ROOT
@@ -232,6 +232,7 @@ anything = st.recursive(
 )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(values=st.dictionaries(st.sampled_from(sorted(Request.model_fields)), anything))
 def test_whatever_is_given_is_a_request_or_a_user_error(values: dict[str, Any]) -> None:
     try:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.executor.tiny_executor import streamed_tokens
@@ -74,6 +74,7 @@ def histories(draw: st.DrawFn) -> tuple[list[RequestOutput], list[list[int]], li
     return outputs, wholes, [ENDS[end] for end in ends]
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(history=histories())
 def test_streamed_responses_do_not_depend_on_the_pieces(history: Any) -> None:
     outputs, wholes, ends = history
@@ -91,6 +92,7 @@ def test_streamed_responses_do_not_depend_on_the_pieces(history: Any) -> None:
         assert results[-1].cum_log_probs == [sum(map(log_prob, whole))]
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(history=histories(), exclude=st.booleans())
 def test_without_streaming_there_is_one_response_for_each_sequence(history: Any, exclude: bool) -> None:
     outputs, wholes, ends = history

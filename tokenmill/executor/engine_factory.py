@@ -109,7 +109,8 @@ def build_engine(
         description = replace(description, memory=memory)
     runner = _make_runner(description, model, slots, cache_dtype, use_graphs=args.enable_cuda_graphs)
     overlap = device.type == "cuda" and not args.disable_overlap_scheduler  # elsewhere host and device are one
-    recorder = StepRecorder(args.iter_stats_max_iterations, args.request_stats_max_iterations)
+    records = args.stats_config
+    recorder = StepRecorder(records.iter_stats_max_iterations, records.request_stats_max_iterations)
     return EngineCore(_make_scheduler(args, description), runner, recorder, overlap=overlap), description
 
 

@@ -123,8 +123,8 @@ class EngineStats:
         num_preemptions: times a running sequence was put back to the queue.
         num_finished: requests that ended, by outcome (`stop`, `length`, `cancelled`, or an error's code).
         last_step_time: `time.monotonic()` at the end of the last step, seconds; None before the first.
-        recent_steps: the last steps, oldest first; as many as `LlmArgs.iter_stats_max_iterations` keeps.
-        recent_requests: the requests in the last steps; as many as `LlmArgs.request_stats_max_iterations` keeps.
+        recent_steps: the last steps, oldest first; as many as `StatsConfig.iter_stats_max_iterations`.
+        recent_requests: the requests in the last steps; as many as `StatsConfig.request_stats_max_iterations`.
         kv_cache: the paged cache.
     """
 

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from tokenmill.config import CapacitySchedulerPolicy, KvCacheConfig, LlmArgs, SchedulerConfig
+from tokenmill.config import CapacitySchedulerPolicy, KvCacheConfig, LlmArgs, SchedulerConfig, StatsConfig
 from tokenmill.errors import InvalidParameterError, UnsupportedFeatureError
 from tokenmill.executor.low_level.checks import CompatibleModel
 
@@ -115,8 +115,10 @@ class ExecutorConfig(CompatibleModel):
             enable_chunked_prefill=self.enable_chunked_context,
             kv_cache_config=self.kv_cache_config,
             scheduler_config=scheduler_config,
-            iter_stats_max_iterations=self.iter_stats_max_iterations,
-            request_stats_max_iterations=self.request_stats_max_iterations,
+            stats_config=StatsConfig(
+                iter_stats_max_iterations=self.iter_stats_max_iterations,
+                request_stats_max_iterations=self.request_stats_max_iterations,
+            ),
             max_queue_size=self.max_queue_size,
             num_threads=self.num_threads,
         )
