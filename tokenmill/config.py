@@ -152,6 +152,10 @@ class LlmArgs(StrictModel):
     """The paged cache."""
     scheduler_config: SchedulerConfig = Field(default_factory=SchedulerConfig)
     """Admission and order."""
+    iter_stats_max_iterations: int = Field(default=0, ge=0, le=1_000_000)
+    """Steps of which `LLM.stats().recent_steps` keeps a record."""
+    request_stats_max_iterations: int = Field(default=0, ge=0, le=1_000_000)
+    """Steps of which `LLM.stats().recent_requests` keeps a record of every request. Costs time in each step."""
     max_queue_size: int = Field(default=4096, ge=1)
     """Most requests that may wait; one more is refused with `QueueFullError`."""
     num_threads: int | None = Field(default=None, ge=1)

@@ -35,7 +35,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "inspection": ("attention", "attention.base", "checkpoints", "models", "ops.platform", "runtime", "tokenization"),
     "progress": (),
     # requests
-    "executor": ("engine", "engine.request", "executor.engine_factory", "telemetry", "tokenization"),
+    "executor": ("checkpoints", "engine", "engine.request", "executor.engine_factory", "telemetry", "tokenization"),
     "executor.engine_factory": (  # where an engine is put together from its parts; nothing else sees both halves
         "attention",
         "checkpoints",

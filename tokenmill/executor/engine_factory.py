@@ -14,6 +14,7 @@ from tokenmill.config import LlmArgs
 from tokenmill.engine.core import EngineCore
 from tokenmill.engine.scheduler import Scheduler
 from tokenmill.engine.settings import SchedulerSettings
+from tokenmill.engine.step_recorder import StepRecorder
 from tokenmill.errors import UnsupportedFeatureError
 from tokenmill.kv_cache.manager import KvCacheManager
 from tokenmill.kv_cache.tensors import allocate_caches
@@ -95,7 +96,8 @@ def build_engine(
     )
     model = load_model(args, config, checkpoint, device, dtype, backend, on_progress)
     runner = _make_runner(description, model, device, cache_dtype)
-    return EngineCore(_make_scheduler(args, description), runner), description
+    recorder = StepRecorder(args.iter_stats_max_iterations, args.request_stats_max_iterations)
+    return EngineCore(_make_scheduler(args, description), runner, recorder), description
 
 
 def _make_runner(
