@@ -319,6 +319,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tune", action="store_true", help="try tiles first")
     parser.add_argument("--only", default="", help="works whose name contains this")
+    parser.add_argument("--commit", default=None, help="what is measured, where the copy has no history of its own")
     parser.add_argument("--output", type=Path, default=RESULTS, help="results file")
     arguments = parser.parse_args()
     decode = [work for work in DECODE if arguments.only in work.name]
@@ -330,7 +331,8 @@ def main() -> None:
             tune_prefill(work)
     write = [work for work in WRITE if arguments.only in work.name]
     rows = [*map(measure_decode, decode), *map(measure_prefill, prefill), *map(measure_write, write)]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    git = ["git", "rev-parse", "HEAD"]
+    commit = arguments.commit or subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     report = {
         "benchmark": "gpu_attention",
         "device": torch.cuda.get_device_name(),
