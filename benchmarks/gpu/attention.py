@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -29,6 +31,7 @@ from tokenmill.attention.triton_common import Result
 from tokenmill.attention.triton_decode import DecodeTiles, decode_attention
 from tokenmill.attention.triton_kv_write import write_kv_triton
 from tokenmill.attention.triton_prefill import PrefillTiles, prefill_attention
+from tokenmill.version import __version__
 
 BYTES_PER_SECOND = 3.06e12
 BFLOAT16_FLOPS = 798e12
@@ -228,7 +231,7 @@ def row(work: Work, metric: str, value: float, unit: str, limit: float, peer: fl
         "value": value,
         "unit": unit,
         "goal": work.goal,
-        "peer": peer,
+        "peer": None if peer is None else {"torch scaled_dot_product_attention": peer},
         "limit": limit,
     }
 
@@ -319,6 +322,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tune", action="store_true", help="try tiles first")
     parser.add_argument("--only", default="", help="works whose name contains this")
+    parser.add_argument("--commit", default=None, help="what is measured, where the copy has no history of its own")
     parser.add_argument("--output", type=Path, default=RESULTS, help="results file")
     arguments = parser.parse_args()
     decode = [work for work in DECODE if arguments.only in work.name]
@@ -330,14 +334,23 @@ def main() -> None:
             tune_prefill(work)
     write = [work for work in WRITE if arguments.only in work.name]
     rows = [*map(measure_decode, decode), *map(measure_prefill, prefill), *map(measure_write, write)]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    commit = arguments.commit
+    if commit is None:
+        git = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     report = {
-        "benchmark": "gpu_attention",
+        "benchmark": "gpu.attention",
         "device": torch.cuda.get_device_name(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": commit or None,
-        "command": " ".join(["python -m benchmarks.gpu.attention", *sys.argv[1:]]),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda},
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": commit,
+        "command": shlex.join(["python", "-m", "benchmarks.gpu.attention", *sys.argv[1:]]),
+        "versions": {
+            "tokenmill": __version__,
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "cuda": torch.version.cuda,
+            "python": platform.python_version(),
+        },
         "rows": rows,
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -176,11 +176,13 @@ GPU_CASES = [
 ]
 
 
+@pytest.mark.spec("E1")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_the_reference(case: Case, device: str) -> None:
     check(case, device)
 
 
+@pytest.mark.spec("E1")
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", GPU_CASES, ids=str)
 def test_equals_the_reference_at_real_sizes(case: Case) -> None:
@@ -239,6 +241,7 @@ def reference_with_sinks(step: Step, sinks: torch.Tensor) -> tuple[torch.Tensor,
     return torch.cat(outputs).float(), torch.cat(sums).float()
 
 
+@pytest.mark.spec("E1")
 @pytest.mark.parametrize("num_splits", [1, 3])
 def test_sinks_and_log_sum_exp(num_splits: int, device: str) -> None:
     step = make_step(Case(((1, 70), (1, 2), (5, 9), (18, 0))), device)

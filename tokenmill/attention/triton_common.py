@@ -64,6 +64,7 @@ class Scoring(NamedTuple):
 def strided(heads: torch.Tensor) -> StridedHeads:
     """A tensor [T, heads, D] as a kernel argument."""
     assert heads.stride(-1) == 1, "heads must be contiguous along the head dimension"
+    assert heads.shape[0] * heads.stride(0) < 2**31, "offsets inside a step's tokens are 32 bits"
     return StridedHeads(heads, heads.stride(0), heads.stride(1))
 
 

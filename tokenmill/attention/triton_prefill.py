@@ -44,6 +44,7 @@ class PrefillTiles(NamedTuple):
         block_n: keys in one step of the loop.
         num_warps: of a program.
         num_stages: steps whose loads are under way at a time.
+        max_registers: of a thread; None: what the compiler takes.
     """
 
     block_m: int
@@ -53,17 +54,35 @@ class PrefillTiles(NamedTuple):
     max_registers: int | None = None
 
 
-def prefill_tiles(head_dim: int, rows_needed: int, operand_itemsize: int) -> PrefillTiles:
-    """Tiles by head size and by how many queries times heads of a key/value head the longest row has."""
-    if operand_itemsize == 4:
-        return PrefillTiles(16 if rows_needed <= 16 else 64, 32, 4, 2)
+def prefill_tiles(
+    head_dim: int, rows_needed: int, operand_itemsize: int, cache_itemsize: int, has_history: bool
+) -> PrefillTiles:
+    """Tiles, found on an H100 with `benchmarks.gpu.attention --tune`.
+
+    Without history all tiles are fetched by the bulk copy engine, which leaves registers enough for two programs of 8
+    warps on a multiprocessor: one multiplies while the other one computes its softmax.
+
+    Args:
+        head_dim: D.
+        rows_needed: queries times heads of a key/value head of the longest row.
+        operand_itemsize, cache_itemsize: bytes of a number that is multiplied and of one in the cache.
+        has_history: whether rows may have cached tokens.
+    """
+    if operand_itemsize == 4:  # no matrix units: larger tiles only spill
+        return PrefillTiles(16, 16, 4, 2)
     if rows_needed <= 64:
         return PrefillTiles(max(16, triton.next_power_of_2(rows_needed)), 64 if head_dim <= 128 else 32, 4, 3)
     if head_dim > 128:
         return PrefillTiles(128, 64, 8, 2)
-    if rows_needed <= 1024:  # short tiles leave room for two programs on a multiprocessor
+    if has_history and cache_itemsize == 1:
+        return PrefillTiles(64, 64, 4, 3)
+    if has_history or head_dim != triton.next_power_of_2(head_dim):
+        return PrefillTiles(128, 64, 8, 3)
+    if rows_needed <= 512:
+        return PrefillTiles(64, 32, 4, 3)
+    if head_dim <= 64:
         return PrefillTiles(64, 64, 4, 2)
-    return PrefillTiles(128, 64, 8, 3)
+    return PrefillTiles(128, 64, 8, 2, max_registers=128)
 
 
 @triton.jit
@@ -357,20 +376,17 @@ def prefill_attention(
         tiles: for tuning.
     """
     num_tokens, num_heads, head_dim = query.shape
-    assert num_tokens * max(key.stride(0), value.stride(0)) < 2**31, "offsets inside a row are 32 bits"
     rows = slice(metadata.num_decode_rows, None)
     block_tables, num_rows = metadata.block_tables[rows], len(metadata.query_lens) - metadata.num_decode_rows
     group = num_heads // spec.num_kv_heads
     operands = operand_type(query.dtype, cache[0].dtype)
-    tiles = tiles or prefill_tiles(head_dim, max_query_len * group, operands.itemsize)
+    has_history = metadata.kv_lens_host[rows] != metadata.query_lens[rows]
+    tiles = tiles or prefill_tiles(head_dim, max_query_len * group, operands.itemsize, cache[0].itemsize, has_history)
     block_m = max(tiles.block_m, triton.next_power_of_2(group))
     num_tiles = num_tokens // (block_m // group) + num_rows
     _prefill_kernel[(num_tiles * spec.num_kv_heads,)](
-        strided(query),
-        strided(key),
-        strided(value),
-        _describe(key, tiles.block_n),
-        _describe(value, tiles.block_n),
+        *map(strided, (query, key, value)),
+        *(_describe(heads, tiles.block_n) for heads in (key, value)),
         paged(cache),
         metadata.query_start[rows],
         metadata.kv_lens[rows],
@@ -387,7 +403,7 @@ def prefill_attention(
         window=spec.sliding_window or 0,
         cap=soft_cap_base2(spec),
         operands=triton_type(operands),
-        has_history=metadata.kv_lens_host != metadata.query_lens,
+        has_history=has_history,
         block_m=block_m,
         block_n=tiles.block_n,
         block_d=max(16, triton.next_power_of_2(head_dim)),
