@@ -31,8 +31,8 @@ def check(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def check_quantized(actual: tuple[torch.Tensor, torch.Tensor], rows: torch.Tensor) -> None:
-    """Scales and values are exact; but the interpreter's values can be a step of float8 away, where it rounds ties up
-    and cuts denormal numbers off, or eight too low, where it loses a carry from the mantissa into the exponent.
+    """Scales and values are exact; but the interpreter rounds ties up, cuts denormal numbers off, and loses a carry
+    from the mantissa into the exponent: a few of its values are up to eight steps of float8 too low or one too high.
     """
     values, scales = actual
     expected = per_token_quantize_reference(rows)
@@ -42,7 +42,7 @@ def check_quantized(actual: tuple[torch.Tensor, torch.Tensor], rows: torch.Tenso
         assert torch.equal(values.view(torch.uint8), expected.values.view(torch.uint8))
     else:
         steps = values.view(torch.uint8).int() - expected.values.view(torch.uint8).int()
-        assert set(steps.unique().tolist()) <= {0, 1, -1, -8}
+        assert not values.numel() or -8 <= int(steps.min()) <= int(steps.max()) <= 1
         assert int((steps != 0).sum()) <= 0.1 * steps.numel() + 1
 
 
