@@ -13,6 +13,8 @@ import torch
 from tests.support.paged_cache import attention_metadata
 from tokenmill.attention.base import AttentionMetadata, AttentionSpec, LayerCache
 from tokenmill.attention.reference import ReferenceAttention
+
+pytest.importorskip("triton")
 from tokenmill.attention.triton import TritonAttention
 from tokenmill.attention.triton_common import Result
 from tokenmill.attention.triton_decode import DecodeTiles, choose_num_splits, decode_attention
