@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
-_PROGRESS = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|[⠀-⣿] *|Loading \S+|\s")
+_PROGRESS = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|[⠀-⣿] *|Starting|Loading [^\r]*|\s")
 DEADLINE = 60.0
 
 
@@ -100,8 +100,11 @@ class Terminal:
 
 
 def _take_terminal() -> None:
-    """Make standard input the controlling terminal, so that a typed Ctrl-C becomes a signal."""
+    """Make standard input the controlling terminal, so that a typed Ctrl-C becomes a signal, which is not ignored."""
     import fcntl
+    import signal
     import termios
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # background jobs, and so some CI runners, start with it ignored
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
