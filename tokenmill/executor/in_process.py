@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 from tokenmill.engine.core import EngineCore
 from tokenmill.engine.request import GenerationRequest
-from tokenmill.errors import EngineError
 from tokenmill.executor.base_worker import BaseWorker
 from tokenmill.executor.description import EngineDescription
 from tokenmill.executor.executor import GenerationExecutor
@@ -63,7 +62,7 @@ class InProcessExecutor(GenerationExecutor):
         self._description = description
         postprocessor = Postprocessor(None if tokenizer is None else tokenizer.load())
         self._worker = _LocalWorker(engine, postprocessor, self._table)
-        self._thread = ManagedThread(self._worker.run, name="tokenmill-engine", on_error=self._fail)
+        self._thread = ManagedThread(self._worker.run, name="tokenmill-engine", on_error=self._table.fail)
         self._thread.start()
 
     @property
@@ -71,7 +70,7 @@ class InProcessExecutor(GenerationExecutor):
         return self._description
 
     def stats(self) -> EngineStats:
-        return self._as_callers_see(self._engine.stats())
+        return self._table.with_outcomes(self._engine.stats())
 
     def get_iteration_stats(self, timeout: float = 0.0) -> list[IterationStats]:
         return self._worker.iterations.get_all(timeout)
@@ -114,13 +113,6 @@ class InProcessExecutor(GenerationExecutor):
 
     def _cancel(self, request_id: int, reason: FinishReason) -> None:
         self._worker.abort(request_id, reason)
-
-    def _check_engines(self) -> None:
-        if not self._thread.is_alive:
-            raise EngineError("The engine's thread has ended.", remedy="Create the LLM anew.")
-
-    def _begin_drain(self) -> None:
-        return  # the engine has all requests
 
     def _stop(self) -> None:
         self._worker.stop()
