@@ -269,11 +269,10 @@ class Coordinator:
 
         def ask() -> None:
             self._calls[call] = outcome
-            children = [replica.process.child for replica in self._replicas if replica.process.state == "ready"]
-            for child in children:
-                assert child is not None
-                child.send(CheckIntegrity(call))
-            asked.put(len(children))
+            ready = [replica.process for replica in self._replicas if replica.process.state == "ready"]
+            for process in ready:
+                process.send(CheckIntegrity(call))
+            asked.put(len(ready))
 
         self.call(ask)
         try:
