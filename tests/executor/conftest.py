@@ -33,7 +33,7 @@ def make_llm(model_dir: Path, *, worker_config: WorkerConfig | None = None, **ch
         "max_num_tokens": 256,
         "num_threads": 1,
         "max_queue_size": 40,
-        "kv_cache_config": KvCacheConfig(max_tokens=8192, tokens_per_block=16),
+        "kv_cache_config": KvCacheConfig(max_tokens=17_008, tokens_per_block=16),
         "worker_config": worker_config or WorkerConfig(heartbeat_interval=0.1, start_timeout=120.0),
     }
     return LLM(model_dir, **{**options, **changes})
@@ -64,7 +64,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from safetensors.torch import load_file, save_file
 
-    folder = write_tiny_model(tmp_path_factory.mktemp("tiny"))
+    folder = write_tiny_model(tmp_path_factory.mktemp("tiny"), max_positions=16_384)
     weights = load_file(folder / "model.safetensors")
     weights["model.embed_tokens.weight"][NAN_TOKEN] = torch.nan
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -137,7 +137,7 @@ def test_stop_strings_end_text_and_tokens_at_the_same_place(llm: LLM, reference:
 WRONG: dict[str, tuple[Any, SamplingParams, dict[str, Any], type[TokenmillError], str]] = {
     "empty prompt": ([], sampling(), {}, InvalidParameterError, "prompt"),
     "no such token": ([1, 320], sampling(), {}, InvalidParameterError, "prompt_token_ids"),
-    "prompt too long": ([5] * 4096, sampling(), {}, PromptTooLongError, "prompt"),
+    "prompt too long": ([5] * 16_384, sampling(), {}, PromptTooLongError, "prompt"),
     "too many sequences": ([5], sampling(n=9, temperature=1.0), {}, InvalidParameterError, "n"),
     "priority": ([5], sampling(), {"priority": math.nan}, InvalidParameterError, "priority"),
     "timeout of 0": ([5], sampling(), {"timeout": 0}, InvalidParameterError, "timeout"),
