@@ -179,7 +179,7 @@ class Executor:
         """
         with self._admitting:
             self._is_shut_down = True
-            self._executor.shutdown()
+            self._executor.shutdown(grace_period=0.0)
             self._collector.close()
             self._queue.close()
 
