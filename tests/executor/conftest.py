@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,6 +57,15 @@ def wait_until_idle(llm: LLM) -> None:
 def _is_idle(llm: LLM) -> bool:
     stats = llm.stats()
     return stats.num_running == stats.num_waiting == 0 and stats.kv_cache.num_free_blocks == stats.kv_cache.num_blocks
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_temporary_folder() -> Iterator[None]:
+    """Sockets of this session's processes in a folder of their own, so that a test sees what it leaves there itself."""
+    with tempfile.TemporaryDirectory(prefix="tm-", dir="/tmp") as folder:
+        before, tempfile.tempdir = tempfile.tempdir, folder
+        yield
+        tempfile.tempdir = before
 
 
 @pytest.fixture(scope="session")
