@@ -95,7 +95,7 @@ def write_results(benchmark: str, rows: Sequence[Row], path: Path) -> None:
         "benchmark": benchmark,
         "device": torch.cuda.get_device_name(),
         "date": datetime.now(UTC).date().isoformat(),
-        "commit": head.stdout.strip() or None,
+        "commit": head.stdout.strip() if head.returncode == 0 else None,
         "command": f"python -m benchmarks.gpu.{benchmark} {' '.join(sys.argv[1:])}".strip(),
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "triton": triton.__version__},
         "rows": [asdict(row) for row in rows],

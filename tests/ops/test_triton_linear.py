@@ -179,6 +179,9 @@ def test_narrow_outputs_are_split() -> None:
     assert small_batch_plan(16, 1024, 4096, 2).num_splits == 8
     assert small_batch_plan(16, 4096, 4096, 2).block_rows == 16
     assert small_batch_plan(33, 4096, 4096, 2).block_rows == 64
+    assert small_batch_plan(100, 4096, 14336, 1).block_rows == 64
+    assert small_batch_plan(100, 6144, 4096, 1).block_rows == 128
+    assert small_batch_plan(200, 6144, 4096, 1).kernel == "library"
 
 
 def test_one_row_fills_the_device_in_whole_waves() -> None:

@@ -2,7 +2,8 @@
 
 `matvec` and `small_batch` are the kernels of `ops.triton.linear`; `library` is the vendor's product. The numbers were
 found by `python -m benchmarks.gpu.tune_linear` on an H100 (docs/log.md, 2026-11-22): for each type and number of rows
-one choice of blocks was within 4 % of the best for every layer of an 8B model. Called by `ops.linear` and `ops.fp8`.
+one choice of blocks is good for every layer of an 8B model, so there is a rule and no table of shapes. Called by
+`ops.linear` and `ops.fp8`.
 """
 
 from __future__ import annotations
@@ -63,9 +64,13 @@ SMALL_BATCH_16BIT = (
 SMALL_BATCH_FP8 = (
     SmallBatchBlocks(32, 256, 6),
     SmallBatchBlocks(64, 256, 4),
+    SmallBatchBlocks(128, 256, 6, max_block_rows=64, max_out_features=5120),
     SmallBatchBlocks(128, 256, 4, max_out_features=8192),
+    SmallBatchBlocks(256, 256, 4, max_out_features=5120),
 )
-"""Both operands float8. What no line covers is the library's: its tiles share the reads of many rows better."""
+"""Both operands float8; the first line that fits counts. What none covers is the library's: of many rows it shares the
+reads better, but where the output is narrow it leaves most of the device idle.
+"""
 MAX_COUNTED_ROW_BLOCKS = 4
 """Blocks of rows that counters are made for, with the smallest blocks of output features."""
 
