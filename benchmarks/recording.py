@@ -45,7 +45,7 @@ def write_results(benchmark: str, device: str, rows: Sequence[Row], output: Path
         "device": device,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "versions": describe_versions(),
         "rows": [asdict(row) for row in rows],
     }

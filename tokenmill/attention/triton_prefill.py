@@ -344,7 +344,7 @@ def _describe(heads: torch.Tensor, block_n: int) -> TensorDescriptor | None:
         is_hopper_or_newer(heads.device)
         and aligned
         and head_dim == triton.next_power_of_2(head_dim)
-        and head_dim <= 256
+        and 16 <= head_dim <= 256  # what a tile is wide: block_d
     ):
         return None
     width = (num_heads - 1) * head_stride + head_dim
