@@ -1,6 +1,6 @@
 """Times every op of `tokenmill.ops` at the shapes of Llama 3.1 8B, beside torch's way and the device's limit.
 
-    python -m benchmarks.gpu.ops [--rows 1 2 4 8 16 64 256 2048] [--out benchmarks/results/gpu_ops.json]
+    python -m benchmarks.gpu.ops [--rows 1 16 256] [--out benchmarks/results/gpu_ops.json]
 
 Prints a table and writes the file. The last lines time all of a model's layers but their attention, as a decode step
 runs them: one CUDA graph, in which kernels may begin while the one before them ends.
@@ -31,7 +31,7 @@ from tokenmill.ops.fp8 import Fp8Weight, per_token_quantize_fp8, scaled_linear, 
 from tokenmill.ops.kv_cache import copy_blocks, copy_blocks_torch
 from tokenmill.ops.linear import StreamedWeight, linear, new_arrivals
 from tokenmill.ops.rms_norm import add_rms_norm, add_rms_norm_fp8, add_rms_norm_torch, rms_norm, rms_norm_torch
-from tokenmill.ops.rope import apply_rope, apply_rope_in_place, apply_rope_torch
+from tokenmill.ops.rope import apply_rope, apply_rope_torch
 
 HIDDEN, INTERMEDIATE, HEAD_DIM = 4096, 14336, 128
 NUM_HEADS, NUM_KV_HEADS, NUM_LAYERS = 32, 8, 32
@@ -119,12 +119,6 @@ def _ropes(num_rows: int, wide: int) -> Iterator[Row]:
         f"apply_rope rows {num_rows}",
         [lambda x=x: apply_rope(x[:, :rotated], cos, sin) for x in qkvs],
         [lambda x=x: apply_rope_torch(x[:, :rotated], cos, sin) for x in qkvs],
-        limit,
-    )
-    yield timed(
-        f"apply_rope_in_place rows {num_rows}",
-        [lambda x=x: apply_rope_in_place(x[:, :rotated], cos, sin) for x in qkvs],
-        None,
         limit,
     )
 
@@ -231,8 +225,8 @@ def _step(
     for layer in layers:
         hidden, residual = add_rms_norm(x, residual, norm, 1e-5)
         qkv = product(hidden, layer["qkv"])
-        apply_rope_in_place(qkv.view(x.shape[0], -1, HEAD_DIM)[:, : NUM_HEADS + NUM_KV_HEADS], cos, sin)
-        x = product(qkv[:, :HIDDEN], layer["o"])
+        rotated = apply_rope(qkv.view(x.shape[0], -1, HEAD_DIM)[:, : NUM_HEADS + NUM_KV_HEADS], cos, sin)
+        x = product(rotated.flatten(1)[:, :HIDDEN], layer["o"])
         hidden, residual = add_rms_norm(x, residual, norm, 1e-5)
         x = product(silu_and_mul_triton(product(hidden, layer["gate_up"])), layer["down"])
     return x
@@ -245,8 +239,8 @@ def _fp8_step(
     for layer in layers:
         rows, residual = add_rms_norm_fp8(x, residual, norm, 1e-5)
         qkv = scaled_linear(rows, layer["qkv"], None, BF16)
-        apply_rope_in_place(qkv.view(x.shape[0], -1, HEAD_DIM)[:, : NUM_HEADS + NUM_KV_HEADS], cos, sin)
-        x = scaled_linear(per_token_quantize_fp8(qkv[:, :HIDDEN]), layer["o"], None, BF16)
+        rotated = apply_rope(qkv.view(x.shape[0], -1, HEAD_DIM)[:, : NUM_HEADS + NUM_KV_HEADS], cos, sin)
+        x = scaled_linear(per_token_quantize_fp8(rotated.flatten(1)[:, :HIDDEN]), layer["o"], None, BF16)
         rows, residual = add_rms_norm_fp8(x, residual, norm, 1e-5)
         rows = silu_and_mul_fp8(scaled_linear(rows, layer["gate_up"], None, BF16))
         x = scaled_linear(rows, layer["down"], None, BF16)
@@ -264,7 +258,7 @@ def show(row: Row) -> None:
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 4, 8, 16, 64, 256, 2048])
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 4, 8, 16, 64, 128, 256, 512, 2048])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu_ops.json"))
     options = parser.parse_args()
     rows: list[Row] = []
@@ -281,7 +275,7 @@ def main() -> None:
         collect(linears(name, options.rows))
     collect(other())
     for fp8 in (False, True):
-        for num_rows in (1, 16, 64, 256):
+        for num_rows in (1, 16, 64, 128, 256, 512):
             collect(iter([decoder_layers(num_rows, fp8)]))
     write_results("ops", rows, options.out)
 

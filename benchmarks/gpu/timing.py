@@ -20,6 +20,7 @@ import triton
 ROTATED_BYTES = 200 * 2**20
 """Inputs of all calls together, several times the 50 MB of L2."""
 MAX_SETS = 512
+MAX_GRAPH_SECONDS = 4e-3
 READ_BANDWIDTH = 3.06e12
 """Bytes a second that an H100 80GB (SXM) was seen to read."""
 BF16_FLOPS = 798e12
@@ -46,11 +47,13 @@ def num_sets(bytes_per_call: float) -> int:
 
 def graph_time(calls: Sequence[Callable[[], object]], *, launches: int = 20, replays: int = 7) -> float:
     """Seconds of one call: the median over replays of a graph of all `calls`, repeated to `launches` or more."""
-    repeats = -(-launches // len(calls))
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         calls[0]()  # compiles, and lets libraries make their workspaces
     stream.synchronize()
+    # Long calls are repeated less: minutes of full power would lower the clocks for those that come after.
+    launches = min(launches, int(MAX_GRAPH_SECONDS / event_time(calls[0])) + 1)
+    repeats = -(-launches // len(calls))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         for _ in range(repeats):
@@ -92,7 +95,7 @@ def write_results(benchmark: str, rows: Sequence[Row], path: Path) -> None:
         "benchmark": benchmark,
         "device": torch.cuda.get_device_name(),
         "date": datetime.now(UTC).date().isoformat(),
-        "commit": head.stdout.strip() or None,
+        "commit": head.stdout.strip() if head.returncode == 0 else None,
         "command": f"python -m benchmarks.gpu.{benchmark} {' '.join(sys.argv[1:])}".strip(),
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "triton": triton.__version__},
         "rows": [asdict(row) for row in rows],

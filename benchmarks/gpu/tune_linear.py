@@ -9,6 +9,7 @@ processes first, because one search needs some hundreds.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -23,7 +24,7 @@ from torch.nn import functional
 from triton.runtime.errors import OutOfResources
 
 from benchmarks.gpu.timing import graph_time, num_sets
-from tokenmill.ops.linear_plan import StreamPlan
+from tokenmill.ops.linear_plan import MIN_BLOCK_ROWS, StreamPlan, num_splits_for
 from tokenmill.ops.triton.fp8 import per_token_quantize_fp8
 from tokenmill.ops.triton.linear import matvec, small_batch
 
@@ -36,7 +37,6 @@ SHAPES = {
 }
 """(output, input features) of Llama 3.1 8B's linear layers."""
 SHARED_MEMORY = 227 * 1024
-NUM_SMS = 132
 
 
 class Case(NamedTuple):
@@ -58,11 +58,6 @@ class Case(NamedTuple):
         return out_features * in_features * self.weight_bytes
 
 
-def block_rows_of(case: Case) -> int:
-    """What the small-batch kernel pads the rows to."""
-    return max(16, 1 << (case.num_rows - 1).bit_length())
-
-
 def plans(case: Case) -> Iterator[StreamPlan]:
     """Plans worth trying."""
     out_features, in_features = SHAPES[case.shape]
@@ -70,20 +65,17 @@ def plans(case: Case) -> Iterator[StreamPlan]:
         yield from _matvec_plans(case, in_features)
     if case.format == "w8a16":
         return
-    x_bytes = 1 if case.format == "w8a8" else 2
-    block_rows = block_rows_of(case)
-    for block_out in (64, 128):
-        for block_in in (64, 128, 256):
-            for num_stages in (3, 4, 6):
-                stage = block_in * (block_out * case.weight_bytes + block_rows * x_bytes)
-                if num_stages * stage > SHARED_MEMORY or num_stages * stage < 24 * 1024:
-                    continue
-                for num_splits in (1, 2, 4, 8):
-                    programs = -(-out_features // block_out) * num_splits
-                    if (num_splits > 1 and programs > 8 * NUM_SMS) or programs < NUM_SMS // 2:
-                        continue
-                    for num_warps in (4, 8) if block_out == 128 else (4,):
-                        yield StreamPlan("small_batch", block_out, block_in, num_warps, num_stages, num_splits)
+    padded = max(MIN_BLOCK_ROWS, 1 << (case.num_rows - 1).bit_length())
+    for block_out, block_in, num_stages in itertools.product((64, 128), (64, 128, 256), (3, 4, 6)):
+        for block_rows in (64, 128, 256) if padded > 64 else (padded,):
+            stage = block_in * (block_out + block_rows) * case.weight_bytes
+            if block_rows > padded or not 24 * 1024 <= num_stages * stage <= SHARED_MEMORY:
+                continue
+            blocks = -(-out_features // block_out) * -(-case.num_rows // block_rows)
+            num_splits = num_splits_for(blocks, in_features // block_in)
+            for splits in sorted({1, num_splits, 2 * num_splits}):
+                for num_warps in (4, 8) if block_out * block_rows > 4096 else (4,):
+                    yield StreamPlan("small_batch", block_out, block_in, num_warps, num_stages, splits, block_rows)
 
 
 def _matvec_plans(case: Case, in_features: int) -> Iterator[StreamPlan]:
@@ -116,7 +108,7 @@ def operands(case: Case, out_features: int, in_features: int) -> Operands:
         weight, weight_scale = per_token_quantize_fp8(weight)
     if case.format == "w8a8":
         x, x_scale = per_token_quantize_fp8(x)
-    return Operands(x, x_scale, weight, weight_scale, torch.zeros(out_features, device="cuda", dtype=torch.int32))
+    return Operands(x, x_scale, weight, weight_scale, torch.zeros(8 * out_features, device="cuda", dtype=torch.int32))
 
 
 def run(given: Operands, plan: StreamPlan) -> torch.Tensor:
@@ -157,7 +149,7 @@ def compile_all(cases: list[Case]) -> None:
             is_even = SHAPES[case.shape][1] % plan.block_in == 0
             split = min(plan.num_splits, 2)
             plan = plan._replace(num_splits=split)
-            kernels[case.format, block_rows_of(case), is_even, plan] = (case, plan)
+            kernels[case.format, is_even, plan] = (case, plan)
     work = list(kernels.values())
     num_workers = max(1, (os.cpu_count() or 2) - 1)
     with ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn")) as pool:

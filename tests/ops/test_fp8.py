@@ -47,7 +47,7 @@ def test_products_on_the_cpu(num_rows: int, with_bias: bool, dtype: torch.dtype)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_rows", [0, 1, 2, 16, 17, 64, 65, 128, 129, 300])
+@pytest.mark.parametrize("num_rows", [0, 1, 2, 16, 17, 64, 65, 128, 129, 300, 512, 600])
 @pytest.mark.parametrize("shape", [(6144, 4096), (4096, 14336), (1000, 4104), (28672, 4096)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_products_on_a_gpu(num_rows: int, shape: tuple[int, int], dtype: torch.dtype) -> None:

@@ -8,7 +8,7 @@ import torch
 from tests.support.triton_kernels import TOLERANCES, relative_error
 from tokenmill.ops.fp8 import Fp8Weight, QuantizedRows, per_token_quantize_reference
 from tokenmill.ops.linear import StreamedWeight, linear, linear_streamed, new_arrivals, pack_linear_weight
-from tokenmill.ops.linear_plan import StreamPlan, matvec_plan, small_batch_plan
+from tokenmill.ops.linear_plan import StreamPlan, matvec_plan, num_arrivals, small_batch_plan
 
 pytest.importorskip("triton")
 from tokenmill.ops.triton.linear import matvec, small_batch
@@ -55,14 +55,14 @@ def test_matvec_with_float8_weights(shape: tuple[int, int], dtype: torch.dtype, 
     assert relative_error(actual, product(x, quantized.dequantized(torch.float32), bias)) <= TOLERANCES[dtype]
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 16, 17])
+@pytest.mark.parametrize("num_rows", [1, 2, 16, 17, 40])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("num_splits", [1, 2, 3])
 def test_small_batch(num_rows: int, shape: tuple[int, int], num_splits: int, device: str) -> None:
     """Splits add up in a fixed order, leave the counters at zero, and give the same result again."""
     x, weight, bias = inputs(num_rows, shape, torch.bfloat16, device)
     arrivals = new_arrivals(weight)
-    plan = StreamPlan("small_batch", 64, 16, 4, 2, num_splits)
+    plan = StreamPlan("small_batch", 64, 16, 4, 2, num_splits, block_rows=16)
     used_bias = bias if num_rows != 2 else None
     actual = small_batch(x, None, weight, None, used_bias, arrivals, plan, x.dtype)
     assert relative_error(actual, product(x, weight, used_bias)) <= TOLERANCES[torch.bfloat16]
@@ -76,7 +76,7 @@ def test_small_batch(num_rows: int, shape: tuple[int, int], num_splits: int, dev
 def test_small_batch_in_float8(num_rows: int, shape: tuple[int, int], num_splits: int, device: str) -> None:
     x, weight, bias = inputs(num_rows, shape, torch.bfloat16, device)
     rows, quantized = per_token_quantize_reference(x), Fp8Weight.of(per_token_quantize_reference(weight))
-    plan = StreamPlan("small_batch", 64, 32, 4, 2, num_splits)
+    plan = StreamPlan("small_batch", 64, 32, 4, 2, num_splits, block_rows=16)
     actual = small_batch(
         rows.values, rows.scales, quantized.values, quantized.scales, bias, quantized.arrivals, plan, torch.bfloat16
     )
@@ -104,7 +104,7 @@ def test_linear_of_no_rows_and_of_many(device: str) -> None:
 
 
 @real
-@pytest.mark.parametrize("num_rows", [1, 2, 16, 17, 32, 33, 64, 65, 128, 129])
+@pytest.mark.parametrize("num_rows", [1, 2, 16, 17, 32, 33, 64, 65, 128, 129, 256, 500, 513])
 @pytest.mark.parametrize("shape", REAL_SHAPES)
 def test_real_shapes(num_rows: int, shape: tuple[int, int]) -> None:
     x, weight, bias = inputs(num_rows, shape, torch.bfloat16, "cuda")
@@ -161,11 +161,15 @@ def test_plans_cover_every_shape() -> None:
                 assert plan.block_out & (plan.block_out - 1) == 0 < plan.block_out
                 assert plan.block_in & (plan.block_in - 1) == 0 < plan.block_in
                 assert 1 <= plan.num_warps <= 4
-                for num_rows in (2, 16, 33, 64, 100, 128):
+                for num_rows in (2, 16, 33, 64, 100, 128, 256, 500, 512):
                     plan = small_batch_plan(num_rows, out_features, in_features, weight_bytes)
                     if plan.kernel == "small_batch":
-                        assert plan.num_splits == 1 or in_features >= plan.num_splits * 4 * plan.block_in
-                assert small_batch_plan(129, out_features, in_features, weight_bytes).kernel == "library"
+                        row_blocks = -(-num_rows // plan.block_rows)
+                        assert row_blocks * -(-out_features // plan.block_out) <= num_arrivals(out_features)
+                        assert (
+                            plan.num_splits == 1 or in_features >= plan.num_splits * 4 * plan.block_in - plan.block_in
+                        )
+                assert small_batch_plan(4096, out_features, in_features, weight_bytes).kernel == "library"
                 assert small_batch_plan(0, out_features, in_features, weight_bytes).kernel == "library"
 
 
@@ -173,7 +177,18 @@ def test_narrow_outputs_are_split() -> None:
     assert small_batch_plan(16, 4096, 4096, 2).num_splits == 2
     assert small_batch_plan(16, 6144, 4096, 2).num_splits == 1
     assert small_batch_plan(16, 1024, 4096, 2).num_splits == 8
+    assert small_batch_plan(16, 4096, 4096, 2).block_rows == 16
+    assert small_batch_plan(33, 4096, 4096, 2).block_rows == 64
+    assert small_batch_plan(100, 4096, 14336, 1).block_rows == 64
+    assert small_batch_plan(100, 6144, 4096, 1).block_rows == 128
+    assert small_batch_plan(200, 6144, 4096, 1).kernel == "library"
+
+
+def test_one_row_fills_the_device_in_whole_waves() -> None:
     assert matvec_plan(4096, 4096, 2) == StreamPlan("matvec", 4, 2048, 4)
+    assert matvec_plan(4096, 4096, 1) == StreamPlan("matvec", 4, 1024, 2)
+    assert matvec_plan(6144, 4096, 1) == StreamPlan("matvec", 4, 2048, 4)  # 1.45 waves of the narrower blocks
+    assert matvec_plan(512, 3072, 2) == StreamPlan("matvec", 1, 1024, 1)
 
 
 def test_quantized_rows_are_a_pair() -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from tokenmill.ops.linear_plan import BLOCK_OUT, matvec_plan, small_batch_plan
+from tokenmill.ops.linear_plan import matvec_plan, num_arrivals, small_batch_plan
 from tokenmill.ops.platform import computes_bfloat16
 
 PACKING_NUM_ROWS = 16
@@ -116,4 +116,4 @@ def pack_linear_weight(weight: torch.Tensor) -> torch.Tensor | PackedWeight | St
 
 def new_arrivals(weight: torch.Tensor) -> torch.Tensor:
     """The counters that a weight [O, I] needs when several programs share its input features."""
-    return torch.zeros(-(-weight.shape[0] // BLOCK_OUT), dtype=torch.int32, device=weight.device)
+    return torch.zeros(num_arrivals(weight.shape[0]), dtype=torch.int32, device=weight.device)

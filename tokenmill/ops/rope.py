@@ -29,16 +29,6 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> 
     return IMPLEMENTATIONS[choose(x.device, x.dtype)](x, cos, signed_sin)
 
 
-def apply_rope_in_place(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> None:
-    """`apply_rope` into x itself: the query and key heads inside the merged projection [T, H + 2 G, D], for example."""
-    if choose(x.device, x.dtype) == "triton":
-        from tokenmill.ops.triton import rope as kernels
-
-        kernels.apply_rope_in_place(x, cos, signed_sin)
-    else:
-        x.copy_(apply_rope(x, cos, signed_sin))
-
-
 def apply_rope_reference(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
     """The definition of `apply_rope`: each pair (x1, x2) becomes (x1 cos - x2 sin, x2 cos + x1 sin)."""
     half = x.shape[-1] // 2

@@ -16,7 +16,7 @@ import triton
 from tokenmill.ops.platform import is_hopper_or_newer
 
 ELEMENTS_PER_THREAD = 16
-MAX_WARPS = 16
+MAX_WARPS = 32
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:

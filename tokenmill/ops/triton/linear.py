@@ -18,8 +18,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from tokenmill.ops.linear_plan import StreamPlan
 from tokenmill.ops.triton.launch import can_overlap, is_interpreted
 
-MIN_BLOCK_ROWS = 16
-"""`small_batch` pads its rows to a power of two, from here on."""
 VECTOR = tl.constexpr(8)
 """Columns of a thread that lie side by side in `matvec`: 16 bytes of x. So its x and its weights meet in registers."""
 PREFETCHED_LINES = tl.constexpr(4)
@@ -131,6 +129,15 @@ def _arrive(
     return is_last
 
 
+@triton.jit
+def _sum_of_parts(parts: tl.tensor, mask: tl.tensor, num_splits: tl.tensor, part_size: tl.tensor) -> tl.tensor:
+    """All parts, in the order of the splits."""
+    total = tl.load(parts, mask=mask, other=0.0, cache_modifier=".cg")
+    for part in range(1, num_splits):
+        total += tl.load(parts + part * part_size, mask=mask, other=0.0, cache_modifier=".cg")
+    return total
+
+
 @triton.jit(do_not_specialize=["num_rows", "num_splits", "blocks_per_split"])
 def _small_batch_kernel(
     x: tl.tensor,
@@ -155,13 +162,13 @@ def _small_batch_kernel(
     is_interpreted: tl.constexpr,
     overlaps: tl.constexpr,
 ) -> None:
-    """One program: `block_out` output features of all rows, over one split of the input features."""
+    """One program: a block of features of a block of rows, over one split of the input features."""
     if overlaps:
         gdc_launch_dependents()
-    tile, split = tl.program_id(0), tl.program_id(1)
+    tile, split = tl.program_id(1), tl.program_id(2)
     features = tile * block_out + tl.arange(0, block_out)
     is_feature = features < out_features
-    rows = tl.arange(0, block_rows)
+    rows = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
     is_row = rows < num_rows
     columns = tl.arange(0, block_in)
     starts = tl.minimum(features, out_features - 1).to(tl.int64) * in_features
@@ -183,11 +190,10 @@ def _small_batch_kernel(
     mask = is_feature[:, None] & is_row[None, :]
     if partials is not None:
         parts = partials + offsets
-        if not _arrive(parts, total, mask, arrivals + tile, split, num_splits, num_rows * out_features):
+        counter = arrivals + tile * tl.num_programs(0) + tl.program_id(0)
+        if not _arrive(parts, total, mask, counter, split, num_splits, num_rows * out_features):
             return
-        total = tl.zeros([block_out, block_rows], tl.float32)
-        for part in range(num_splits):
-            total += tl.load(parts + part * num_rows * out_features, mask=mask, other=0.0, cache_modifier=".cg")
+        total = _sum_of_parts(parts, mask, num_splits, num_rows * out_features)
     if x_scale is not None:
         total *= tl.load(x_scale + rows, mask=is_row, other=0.0)[None, :]
     total = _scaled(total, features, is_feature, weight_scale, bias)
@@ -253,8 +259,8 @@ def small_batch(
         weight: [O, I] contiguous, of x's type.
         weight_scale: [O] float32; None: ones.
         bias: [O].
-        arrivals: int32 zeros, one for each block of output features; zeros again afterwards. Not for two products at
-            the same time.
+        arrivals: int32 zeros, one for each block of the result; zeros again afterwards. Not for two products at the
+            same time.
         plan: block sizes and splits.
         dtype: of the result.
 
@@ -262,13 +268,13 @@ def small_batch(
         [T, O].
     """
     (num_rows, in_features), out_features = x.shape, weight.shape[0]
-    num_tiles = triton.cdiv(out_features, plan.block_out)
+    num_tiles, num_row_blocks = triton.cdiv(out_features, plan.block_out), triton.cdiv(num_rows, plan.block_rows)
     assert x.stride(1) == 1 and weight.is_contiguous() and weight.dtype == x.dtype
-    assert arrivals.numel() >= num_tiles, "too few arrival counters"
+    assert arrivals.numel() >= num_tiles * num_row_blocks, "too few arrival counters"
     out = torch.empty(num_rows, out_features, dtype=dtype, device=x.device)
     partials = None if plan.num_splits == 1 else out.new_empty(plan.num_splits, *out.shape, dtype=torch.float32)
     overlaps = can_overlap(x.device)
-    _small_batch_kernel[(num_tiles, plan.num_splits)](
+    _small_batch_kernel[(num_row_blocks, num_tiles, plan.num_splits)](
         x,
         x_scale,
         weight,
@@ -283,7 +289,7 @@ def small_batch(
         x.stride(0),
         plan.num_splits,
         triton.cdiv(triton.cdiv(in_features, plan.block_in), plan.num_splits),
-        block_rows=max(MIN_BLOCK_ROWS, triton.next_power_of_2(num_rows)),
+        block_rows=plan.block_rows,
         block_out=plan.block_out,
         block_in=plan.block_in,
         num_stages=plan.num_stages,

@@ -1,4 +1,4 @@
-"""Rotary embedding of all heads in one launch, into a new tensor or in place. Called by `ops.rope`."""
+"""Rotary embedding of all heads in one launch. Called by `ops.rope`."""
 
 from __future__ import annotations
 
@@ -21,15 +21,13 @@ def _rope_kernel(
     num_heads: int,
     token_stride: int,
     head_stride: int,
-    out_token_stride: int,
-    out_head_stride: int,
     angle_stride: int,
     half: tl.constexpr,
     block_heads: tl.constexpr,
     block_half: tl.constexpr,
     overlaps: tl.constexpr,
 ) -> None:
-    """One program: `block_heads` heads of one token. Both halves are read before either is written."""
+    """One program: `block_heads` heads of one token."""
     if overlaps:
         gdc_launch_dependents()
         gdc_wait()
@@ -43,32 +41,23 @@ def _rope_kernel(
     first = x + token * token_stride + heads[:, None] * head_stride + pairs[None, :]
     x1 = tl.load(first, mask=mask, other=0.0).to(tl.float32)
     x2 = tl.load(first + half, mask=mask, other=0.0).to(tl.float32)
-    out_first = out + token * out_token_stride + heads[:, None] * out_head_stride + pairs[None, :]
+    out_first = out + (token * num_heads + heads[:, None]) * (2 * half) + pairs[None, :]
     tl.store(out_first, (x1 * cosines - x2 * sines).to(out.dtype.element_ty), mask=mask)
     tl.store(out_first + half, (x2 * cosines + x1 * sines).to(out.dtype.element_ty), mask=mask)
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
     """x [T, heads, D] turned, contiguous."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch(x, cos, signed_sin, out)
-    return out
-
-
-def apply_rope_in_place(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> None:
-    """Turn x [T, heads, D] where it lies."""
-    _launch(x, cos, signed_sin, x)
-
-
-def _launch(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor, out: torch.Tensor) -> None:
     num_tokens, num_heads, head_dim = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
-        return
+        return out
     assert x.stride(-1) == 1 and cos.stride(-1) == 1, "heads and angles must be contiguous along the head dimension"
     assert cos.stride(0) == signed_sin.stride(0), "cosines and sines must be laid out alike"
     half = head_dim // 2
     block_half = triton.next_power_of_2(half)
     block_heads = min(triton.next_power_of_2(num_heads), max(1, ELEMENTS_PER_PROGRAM // (2 * block_half)))
+    overlaps = can_overlap(x.device)
     _rope_kernel[(num_tokens, triton.cdiv(num_heads, block_heads))](
         x,
         cos,
@@ -77,13 +66,12 @@ def _launch(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor, out: t
         num_heads,
         x.stride(0),
         x.stride(1),
-        out.stride(0),
-        out.stride(1),
         cos.stride(0),
         half=half,
         block_heads=block_heads,
         block_half=block_half,
-        overlaps=can_overlap(x.device),
+        overlaps=overlaps,
         num_warps=warps_for(2 * block_heads * block_half),
-        launch_pdl=can_overlap(x.device),
+        launch_pdl=overlaps,
     )
+    return out
