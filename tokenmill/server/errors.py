@@ -16,21 +16,12 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from tokenmill.errors import TokenmillError
-from tokenmill.server.responses import ErrorResponse
 
 logger = logging.getLogger(__name__)
 
 _MAX_MESSAGE_LEN = 2000
 _STATUS_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 _STATUS_CODES = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
-
-ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorResponse, "description": "The request is wrong; `param` names the field."},
-    404: {"model": ErrorResponse, "description": "No such model."},
-    429: {"model": ErrorResponse, "description": "Too many requests wait; try again later."},
-    503: {"model": ErrorResponse, "description": "The engine does not run."},
-}
-"""For the API's documentation."""
 
 
 def error_body(message: str, status: int, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 
 from tokenmill.errors import TokenmillError
-from tokenmill.server.errors import ERROR_RESPONSES, error_body
+from tokenmill.server.documentation import ANY_ROUTE_ERRORS, UNAVAILABLE
+from tokenmill.server.errors import error_body
 from tokenmill.server.state import State
 from tokenmill.version import __version__
 
@@ -30,7 +31,7 @@ async def describe(request: Request, state: State) -> JSONResponse:
     )
 
 
-@router.get("/health", responses={503: ERROR_RESPONSES[503]})
+@router.get("/health", responses=UNAVAILABLE)
 async def check_health(state: State) -> JSONResponse:
     """200 while the engine runs; else 503 with the reason."""
     try:
@@ -46,7 +47,7 @@ async def show_version() -> JSONResponse:
     return JSONResponse({"version": __version__})
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse, responses=ANY_ROUTE_ERRORS)
 async def show_metrics(request: Request, state: State) -> Response:
     """Metrics in Prometheus' text format."""
     content, content_type = state.metrics.render(request.headers.get("accept", ""))

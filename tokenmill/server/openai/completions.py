@@ -13,7 +13,7 @@ from fastapi.concurrency import run_in_threadpool
 from tokenmill.errors import InvalidParameterError
 from tokenmill.outputs import CompletionOutput, RequestOutput, TokenLogprobs
 from tokenmill.sampling_params import SamplingParams
-from tokenmill.server.errors import ERROR_RESPONSES
+from tokenmill.server.documentation import GENERATION_ERRORS, event_stream
 from tokenmill.server.openai.generation import (
     EventStreamResponse,
     collect,
@@ -40,7 +40,9 @@ router = APIRouter(tags=["OpenAI"], route_class=StrictJsonRoute)
 _DEFAULT_MAX_TOKENS = 16
 
 
-@router.post("/v1/completions", response_model=None, responses={200: {"model": Completion}, **ERROR_RESPONSES})
+@router.post(
+    "/v1/completions", response_model=None, responses={**event_stream(Completion, "Completion"), **GENERATION_ERRORS}
+)
 async def create_completion(body: CompletionRequest, request: Request, state: State) -> Response:
     """Continue prompts. With `stream`, events of `Completion`, then `[DONE]`."""
     state.check_model(body.model)
