@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -139,8 +140,8 @@ def _fetch_in_a_process(cache: Path) -> bytes:
 
 
 def test_processes_that_fetch_at_once_do_not_collide(wheels: Path, tmp_path: Path) -> None:
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        assert pool.map(_fetch_in_a_process, [tmp_path / "cache"] * 3, chunksize=1) == [CONTENT] * 3
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        assert list(pool.map(_fetch_in_a_process, [tmp_path / "cache"] * 3)) == [CONTENT] * 3
     assert files_in(tmp_path / "cache" / "models") == ["demo.gguf"]
 
 

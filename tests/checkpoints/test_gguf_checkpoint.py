@@ -12,11 +12,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.checkpoints.gguf_files import add_tensor, finish, tiny_model, write_model
 from tokenmill.checkpoints.base import Checkpoint, open_checkpoint
 from tokenmill.checkpoints.resolve import resolve_model
 from tokenmill.errors import CheckpointError, ModelNotFoundError
-
-from .gguf_files import add_tensor, finish, tiny_model, write_model
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"tie_word_embeddings": False}),

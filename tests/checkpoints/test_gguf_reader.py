@@ -15,11 +15,10 @@ from gguf.quants import dequantize
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.checkpoints.gguf_files import QUANTIZABLE, add_tensor, finish
 from tokenmill.checkpoints.gguf_reader import GgufFile
 from tokenmill.checkpoints.resolve import resolve_model
 from tokenmill.errors import CheckpointError, ModelNotFoundError
-
-from .gguf_files import QUANTIZABLE, add_tensor, finish
 
 RANDOM = np.random.default_rng(7)
 

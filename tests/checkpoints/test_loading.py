@@ -10,12 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.checkpoints.gguf_files import tiny_model, write_model
 from tokenmill.checkpoints.base import Checkpoint, open_checkpoint
 from tokenmill.checkpoints.loading import fill_dummy, load_weights
 from tokenmill.errors import CheckpointError
 from tokenmill.layers.weights import WeightTarget
-
-from .gguf_files import tiny_model, write_model
 
 
 def checkpoint_of(directory: Path, **tensors: torch.Tensor) -> Checkpoint:

@@ -14,10 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from tests.checkpoints.gguf_files import tiny_model
 from tokenmill.checkpoints.base import open_checkpoint
 from tokenmill.errors import CheckpointError
-
-from .gguf_files import tiny_model
 
 INDEX = "model.safetensors.index.json"
 

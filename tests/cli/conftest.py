@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tests.cli.tiny_model import write_tiny_model
+from tests.support.tiny_checkpoint import write_tiny_model
 from tokenmill.cli.main import build_app
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,13 +22,15 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that can chat."""
-    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny-chat")
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny-chat", max_positions=8192, weight_scale=0.02)
 
 
 @pytest.fixture(scope="session")
 def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model without chat template, with a context of 64 tokens."""
-    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny-base", chat_template=False, max_positions=64)
+    return write_tiny_model(
+        tmp_path_factory.mktemp("models") / "tiny-base", chat_template=False, max_positions=64, weight_scale=0.02
+    )
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
-_PROGRESS = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|[⠀-⣿] *|Loading \S+|\s")
+_PROGRESS = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|[⠀-⣿] *|Starting|Loading [^\r]*|\s")
 DEADLINE = 60.0
 
 
@@ -44,6 +44,11 @@ class Terminal:
     def type(self, text: str) -> None:
         """As if typed."""
         os.write(self._master, text.encode())
+
+    def interrupt(self) -> None:
+        """Type Ctrl-C, a moment after what was last shown: Python can miss one while it sets up line editing."""
+        time.sleep(0.3)
+        self.type("\x03")
 
     def wait_for(self, text: str) -> str:
         """Wait until `text` is shown, after what was waited for before; what was shown up to its end."""
@@ -95,8 +100,11 @@ class Terminal:
 
 
 def _take_terminal() -> None:
-    """Make standard input the controlling terminal, so that a typed Ctrl-C becomes a signal."""
+    """Make standard input the controlling terminal, so that a typed Ctrl-C becomes a signal, which is not ignored."""
     import fcntl
+    import signal
     import termios
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # background jobs, and so some CI runners, start with it ignored
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)

@@ -12,7 +12,7 @@ from tests.cli.terminal import Terminal
 
 ENGINE = ("--dtype", "float32", "--num-threads", "1", "--kv-cache-tokens", "16384")
 GREEDY = ("--temperature", "0", "--max-tokens", "10", *ENGINE)
-CTRL_C, CTRL_D = "\x03", "\x04"
+CTRL_D = "\x04"
 
 
 @pytest.mark.spec("A3")
@@ -130,7 +130,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(
         terminal.type("a long one\r")
         terminal.wait_for("a long one")
         terminal.wait_for_answer(200)
-        terminal.type(CTRL_C)
+        terminal.interrupt()
         terminal.wait_for("Stopped.")
         terminal.wait_for("> ")
         terminal.type("/stats\r")
@@ -159,13 +159,13 @@ def test_ctrl_c_throws_a_typed_line_away_and_leaves_on_an_empty_one(
         terminal.wait_for("> ")
         terminal.type("half a ques")
         terminal.wait_for("half a ques")
-        terminal.type(CTRL_C)
+        terminal.interrupt()
         terminal.wait_for("> ")
         terminal.type("two\\\rlines")
         terminal.wait_for("lines")
-        terminal.type(CTRL_C)
+        terminal.interrupt()
         terminal.wait_for("> ")
-        terminal.type(CTRL_C)
+        terminal.interrupt()
         assert terminal.exit_code() == 0
         assert "Traceback" not in terminal.shown
 
@@ -190,7 +190,7 @@ def test_typed_lines_are_remembered_for_the_next_time(
 def test_ctrl_c_ends_run_quietly(tiny_model: Path, program_environment: dict[str, str]) -> None:
     with Terminal(["run", str(tiny_model), "go on", "--max-tokens", "6000", *ENGINE], program_environment) as terminal:
         terminal.wait_for_answer(100)
-        terminal.type(CTRL_C)
+        terminal.interrupt()
         assert terminal.exit_code() == 130
         assert "Traceback" not in terminal.shown
         assert "interrupted" in terminal.shown

@@ -118,7 +118,7 @@ def test_defaults_in_the_help_are_those_of_llm() -> None:
     for name, text in shown.items():
         if name in LlmArgs.model_fields and isinstance(text, str) and (text.isdigit() or text == "auto"):
             assert str(LlmArgs.model_fields[name].default) == text, name
-    assert shown["max_batch_size"] == "64"
+    assert shown["max_batch_size"] == f"{LlmArgs.model_fields['max_batch_size'].default}; run, chat: 1"
 
 
 def test_sampling_options_become_parameters() -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Program
+from tokenmill.checkpoints.resolve import resolve_model
 from tokenmill.cli.run import _model_and_prompt
-from tokenmill.errors import UserError
+from tokenmill.env import read_environment
+from tokenmill.errors import ModelNotFoundError, UserError
 
 GREEDY = ("--temperature", "0", "--max-tokens", "12", "--dtype", "float32", "--kv-cache-tokens", "1024")
 
@@ -85,6 +87,23 @@ def test_a_configuration_file_is_used(program: Program, tiny_model: Path, tmp_pa
     done = program("run", "much too long for eight", "--config", str(config))
     assert done.returncode == 2
     assert "has room for 8" in done.stderr
+
+
+@pytest.mark.real_model
+@pytest.mark.spec("H1")
+def test_the_demo_model_answers_after_one_command(process: Program, program_environment: dict[str, str]) -> None:
+    try:
+        model = resolve_model("smollm2:135m")
+    except ModelNotFoundError as error:
+        pytest.skip(f"the demo model cannot be fetched: {error}")
+    cache = Path(program_environment["TOKENMILL_CACHE"]) / "models"
+    if not cache.exists():
+        cache.symlink_to(read_environment().cache_dir / "models")
+    done = process("run", "What is the capital of France? Answer in one word.", "--max-tokens", "8")
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout
+    named = process("run", str(model), "What is the capital of France? Answer in one word.", "--max-tokens", "8")
+    assert named.stdout == done.stdout
 
 
 def test_arguments_are_split_into_model_and_prompt(tiny_model: Path) -> None:

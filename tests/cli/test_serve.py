@@ -58,3 +58,9 @@ def test_a_port_in_use_is_one_line(program: Program, tiny_model: Path) -> None:
     assert done.returncode == 2
     assert "Cannot listen" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_unknown_log_level_is_refused(program: Program, tiny_model: Path) -> None:
+    done = program("serve", str(tiny_model), "--log-level", "loud")
+    assert done.returncode == 2
+    assert "loud" in done.stderr

@@ -120,11 +120,6 @@ class EngineMachine(RuleBasedStateMachine):
         self.bad_row = parity
         self.harness.step()
 
-    @rule()
-    def clear_cached(self) -> None:
-        self.harness.kv.clear_cached()
-        self.harness.core.check_integrity()
-
     def teardown(self) -> None:
         if not hasattr(self, "harness"):
             return
@@ -134,8 +129,6 @@ class EngineMachine(RuleBasedStateMachine):
         self.harness.check_finished(failed)
         if self.harness.settings.capacity_policy is not MAX_UTILIZATION:
             assert self.harness.core.stats().num_preemptions == 0
-        self.harness.kv.clear_cached()
-        assert self.harness.core.stats().kv_cache.num_cached_blocks == 0
 
 
 TestEngine = EngineMachine.TestCase

@@ -3,8 +3,7 @@
 import pytest
 
 from tests.support.engine_harness import MAX_UTILIZATION, NO_EVICT, STATIC_BATCH, Harness
-from tests.support.mock_runner import expected_answer
-from tokenmill.config import CapacitySchedulerPolicy
+from tests.support.mock_runner import Pending, expected_answer
 from tokenmill.engine.events import Finished, TokenDelta
 from tokenmill.engine.plan import BatchPlan
 
@@ -21,16 +20,6 @@ def spans(plan: BatchPlan) -> list[tuple[int, int]]:
 
 def prompt(length: int, first: int = 0) -> list[int]:
     return [(first + 7 * i) % 50 for i in range(length)]
-
-
-def end_token_at(harness: Harness, request_tokens: list[int], position: int) -> int:
-    """The token that request 0 generates at a position of its answer, not seen before in it."""
-    probe = Harness(max_seq_len=harness.settings.max_seq_len)
-    probe.add(request_tokens, max_tokens=position + 1)
-    probe.run()
-    token_id = probe.tokens(0)[position]
-    assert token_id not in probe.tokens(0)[:position]
-    return token_id
 
 
 # Budgets and order
@@ -290,241 +279,32 @@ def test_static_batch_fills_over_several_steps_when_tokens_are_short() -> None:
     harness.check_finished()
 
 
-# Several sequences of one request
-
-
-@overlap_on_and_off
-@pytest.mark.parametrize("block_reuse", [True, False])
-@pytest.mark.parametrize("length", [1, 4, 9])
-def test_siblings_compute_only_the_last_prompt_token(overlap: bool, block_reuse: bool, length: int) -> None:
-    harness = Harness(overlap=overlap, block_reuse=block_reuse)
-    harness.add(prompt(length), max_tokens=5, n=3)
-    harness.run()
-    first_rows = {}
-    for plan in harness.runner.plans:
-        index_of = {init.slot: init.sequence_index for init in plan.new_slots}
-        first_rows.update(
-            {index_of[row.slot]: (row.start, row.num_tokens) for row in plan.rows if row.slot in index_of}
-        )
-    assert first_rows == {0: (0, length), 1: (length - 1, 1), 2: (length - 1, 1)}
-    assert len({tuple(harness.tokens(0, index)) for index in range(3)}) == 3
-    harness.check_finished()
-
-
-@overlap_on_and_off
-def test_siblings_run_after_the_first_has_ended(overlap: bool) -> None:
-    harness = Harness(max_batch_size=3, overlap=overlap)
-    harness.add(prompt(3, 5), max_tokens=12)
-    harness.add(prompt(3, 6), max_tokens=12)
-    harness.add(prompt(9), max_tokens=1, n=3)
-    harness.run()
-    starts = [init.sequence_index for plan in harness.runner.plans for init in plan.new_slots if init.seed == 2]
-    assert starts == [0, 1, 2]
-    assert harness.core.stats().num_prompt_tokens == 3 + 3 + 9 + 2
-    harness.check_finished()
-
-
-def test_held_prompt_is_given_up_when_blocks_are_short() -> None:
-    harness = Harness(num_blocks=9, capacity_policy=MAX_UTILIZATION, max_batch_size=2, block_reuse=False)
-    harness.add(prompt(3, 5), max_tokens=30)
-    harness.add(prompt(8), max_tokens=1, n=2)
-    harness.step()
-    harness.scheduler.finish_sequence(1, 0, "stop")
-    harness.ended_early.add((1, 0))
-    harness.run()
-    harness.check_finished()
-
-
-@pytest.mark.parametrize("capacity_policy", [NO_EVICT, MAX_UTILIZATION, STATIC_BATCH])
-def test_more_siblings_than_the_cache_holds_at_once(capacity_policy: CapacitySchedulerPolicy) -> None:
-    harness = Harness(num_blocks=6, capacity_policy=capacity_policy)
-    harness.add(prompt(9), max_tokens=12, n=6)
-    harness.add(prompt(9, 1), max_tokens=12, n=6)
-    harness.run()
-    harness.check_finished()
-
-
-def test_first_sequence_ended_before_the_prompt_was_computed() -> None:
-    harness = Harness(max_num_tokens=4)
-    harness.add(prompt(12), max_tokens=3, n=3)
-    harness.step()
-    assert harness.finish_sequence(0, 0)
-    harness.run()
-    harness.check_finished()
-
-
-def test_best_of_gives_all_sequences() -> None:
-    harness = Harness()
-    harness.add(prompt(5), max_tokens=3, n=1, best_of=4)
-    harness.run()
-    assert all(len(harness.tokens(0, index)) == 3 for index in range(4))
-    harness.check_finished()
-
-
-# Endings
-
-
-@overlap_on_and_off
-def test_end_token_ends_and_is_not_part_of_the_answer(overlap: bool) -> None:
-    harness = Harness(overlap=overlap)
-    token_id = end_token_at(harness, prompt(5), 3)
-    harness.add(prompt(5), max_tokens=20, end_ids=(token_id,))
-    harness.run()
-    answer = harness.answers[0][0]
-    assert len(answer.token_ids) == 3 and (answer.finish_reason, answer.stop_reason) == ("stop", None)
-    harness.check_finished()
-
-
-@pytest.mark.parametrize("is_included", [False, True])
-def test_stop_token_is_named_and_kept_if_asked(is_included: bool) -> None:
-    harness = Harness()
-    token_id = end_token_at(harness, prompt(5), 3)
-    harness.add(prompt(5), 20, stop_token_ids=(token_id,), end_ids=(token_id,), include_stop_str_in_output=is_included)
-    harness.run()
-    answer = harness.answers[0][0]
-    assert len(answer.token_ids) == 3 + is_included
-    assert (answer.finish_reason, answer.stop_reason) == ("stop", token_id)
-    harness.check_finished()
-
-
-def test_end_tokens_do_not_end_before_min_tokens() -> None:
-    harness = Harness()
-    token_id = end_token_at(harness, prompt(5), 3)
-    harness.add(prompt(5), max_tokens=20, end_ids=(token_id,), min_tokens=10)
-    harness.run()
-    assert len(harness.tokens(0)) >= 10
-    assert last_plan(harness) and harness.runner.plans[0].new_slots[0].end_ids == (token_id,)
-    harness.check_finished()
-
-
-def test_length_is_clipped_to_the_context() -> None:
-    harness = Harness(max_seq_len=12)
-    harness.add(prompt(9), max_tokens=500)
-    harness.add(prompt(11), max_tokens=1)
-    harness.run()
-    assert [len(harness.tokens(i)) for i in range(2)] == [3, 1]
-    assert {harness.answers[i][0].finish_reason for i in range(2)} == {"length"}
-    harness.check_finished()
-
-
-def test_stop_on_the_last_possible_token_is_a_stop() -> None:
-    harness = Harness()
-    token_id = end_token_at(harness, prompt(5), 3)
-    harness.add(prompt(5), max_tokens=4, end_ids=(token_id,))
-    harness.run()
-    assert harness.answers[0][0].finish_reason == "stop"
-    harness.check_finished()
-
-
-@overlap_on_and_off
-def test_never_computes_beyond_the_last_token(overlap: bool) -> None:
-    harness = Harness(overlap=overlap)
-    harness.add(prompt(5), max_tokens=6)
-    harness.run()
-    assert sum(plan.num_tokens for plan in harness.runner.plans) == 5 + 6 - 1
-    harness.check_finished()
-
-
-# Cancellation
-
-
-@overlap_on_and_off
-@pytest.mark.parametrize("num_steps", range(7))
-@pytest.mark.parametrize("n", [1, 3])
-def test_cancel_at_any_time_gives_one_terminal_event(overlap: bool, num_steps: int, n: int) -> None:
-    harness = Harness(max_num_tokens=4, overlap=overlap)
-    request_id = harness.add(prompt(10), max_tokens=9, n=n)
-    other = harness.add(prompt(10), max_tokens=9)
-    for _ in range(num_steps):
-        harness.step()
-    assert harness.cancel(request_id)
-    assert not harness.cancel(request_id)
-    events = harness.step()
-    assert next(e for e in events if isinstance(e, Finished)).request_id == request_id
-    reasons = {e.sequence_index: e.finish_reason for e in events if isinstance(e, TokenDelta) and e.request_id == 0}
-    assert reasons == dict.fromkeys(range(n), "cancelled")
-    harness.run()
-    assert harness.answers[other][0].finish_reason == "length"
-    assert harness.core.stats().num_finished == {"cancelled": 1, "length": 1}
-    harness.check_finished()
-
-
-def test_cancel_while_preempted_and_in_flight() -> None:
-    harness = Harness(num_blocks=9, capacity_policy=MAX_UTILIZATION, overlap=True)
-    for first in range(2):
-        harness.add(prompt(4, first), max_tokens=25)
-    while harness.core.stats().num_preemptions == 0:
-        harness.step()
-    assert harness.core.stats().num_waiting == 1
-    harness.cancel(1)
-    harness.run()
-    harness.check_finished()
-
-
-def test_events_of_a_cancellation_are_work() -> None:
-    harness = Harness()
-    harness.add(prompt(3))
-    harness.cancel(0)
-    assert harness.core.has_work
-    assert [type(event) for event in harness.step()] == [TokenDelta, Finished]
-    assert not harness.core.has_work
-    harness.check_finished()
-
-
-def test_cancelling_the_unknown_is_harmless() -> None:
-    harness = Harness()
-    assert not harness.core.cancel(17)
-    assert not harness.core.finish_sequence(17, 0, "stop")
-    assert not harness.core.has_work
-
-
-def test_deadline_is_a_cancellation_with_its_own_reason() -> None:
-    harness = Harness()
-    harness.add(prompt(3))
-    harness.ended_early.add((0, 0))
-    assert harness.core.cancel(0, "timeout")
-    harness.step()
-    assert harness.answers[0][0].finish_reason == "timeout"
-    harness.check_finished()
-
-
-@overlap_on_and_off
-def test_one_sequence_ended_from_outside(overlap: bool) -> None:
-    harness = Harness(overlap=overlap)
-    harness.add(prompt(5), max_tokens=9, n=2)
-    for _ in range(4):
-        harness.step()
-    assert harness.finish_sequence(0, 1)
-    assert not harness.finish_sequence(0, 1)
-    harness.run()
-    assert harness.answers[0][1].finish_reason == "stop" and len(harness.tokens(0, 1)) < 9
-    assert len(harness.tokens(0, 0)) == 9
-    harness.check_finished()
-
-
 # Overlap
 
 
-def test_plans_may_run_ahead_of_commits() -> None:
-    """Four plans are under way at any time; nothing is planned past the end, and the answer is the same."""
-    harness = Harness(max_num_tokens=8)
-    for first in range(5):
-        harness.add(prompt(6, first), max_tokens=7, end_ids=(11,))
-    under_way: list[tuple[BatchPlan, object]] = []
-    answers: dict[int, list[int]] = {request_id: [] for request_id in range(5)}
+@pytest.mark.parametrize("num_under_way", [1, 2, 4])
+@pytest.mark.parametrize("num_blocks", [9, 12, 64])
+def test_plans_may_run_ahead_of_commits(num_under_way: int, num_blocks: int) -> None:
+    """Several plans are under way at any time; nothing is planned past the end, and the answers are the same."""
+    harness = Harness(num_blocks=num_blocks, max_num_tokens=8, capacity_policy=MAX_UTILIZATION, max_batch_size=4)
+    for first in range(8):
+        harness.add(prompt(6 + first % 3, first), max_tokens=4 + 3 * (first % 4), end_ids=(11,))
+    under_way: list[tuple[BatchPlan, Pending]] = []
+    answers: dict[int, list[int]] = {request_id: [] for request_id in range(8)}
     num_finished = 0
     while harness.scheduler.has_work:
         plan = harness.scheduler.schedule()
         if plan.rows:
             under_way.append((plan, harness.runner.launch(plan)))
-        if len(under_way) == 4 or not plan.rows:
+        if len(under_way) == num_under_way or not plan.rows:
             oldest, pending = under_way.pop(0)
             for event in harness.scheduler.commit(oldest, harness.runner.collect(pending)):
                 if isinstance(event, TokenDelta):
                     answers[event.request_id] += event.token_ids
                 num_finished += isinstance(event, Finished)
         harness.scheduler.check_integrity()
-    assert num_finished == 5
+    assert num_finished == 8
+    assert (harness.core.stats().num_preemptions > 0) == (num_blocks < 64)
     for request_id, inputs in harness.requests.items():
         assert tuple(answers[request_id]) == expected_answer(inputs, 0, max_seq_len=64).token_ids
 

@@ -14,6 +14,8 @@ from tokenmill.executor.result import GenerationResult
 from tokenmill.outputs import Logprob, RequestMetrics
 from tokenmill.sampling_params import SamplingParams
 
+pytestmark = pytest.mark.spec("B1")
+
 
 def make_result(sampling: SamplingParams | None = None, *, streaming: bool = True) -> GenerationResult:
     return GenerationResult(

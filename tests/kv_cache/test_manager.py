@@ -290,19 +290,6 @@ def test_discard_forgets_what_only_this_sequence_used() -> None:
     assert kv.stats().num_cached_blocks == 0
 
 
-def test_clear_cached_keeps_what_is_used() -> None:
-    kv = manager()
-    compute(kv, 0, PROMPT)
-    start(kv, 1, PROMPT[:5])
-    assert kv.clear_cached() == 2
-    assert kv.stats().num_cached_blocks == 1
-    kv.check_integrity()
-    finish(kv, 1, PROMPT[:5])
-    assert kv.clear_cached() == 2
-    assert kv.stats().num_cached_blocks == 0 and kv.num_free_blocks == 20
-    assert kv.stats().num_evicted_blocks == 0, "nothing was given up for new work"
-
-
 def test_hit_statistics() -> None:
     kv = manager()
     compute(kv, 0, PROMPT)

@@ -41,7 +41,7 @@ def stored(params: SlotSamplingParams, name: str, slot: int = 2) -> float:
         (SamplingParams(temperature=0.7), 0.7, Need.RANDOM),
         (SamplingParams(temperature=0.7, top_k=0, top_p=1.0, min_p=0.0), 0.7, Need.RANDOM),
         (SamplingParams(temperature=0.7, top_k=VOCAB_SIZE), 0.7, Need.RANDOM),
-        (SamplingParams(temperature=0.7, top_k=2**70), 0.7, Need.RANDOM),
+        (SamplingParams(temperature=0.7, top_k=2**31 - 1), 0.7, Need.RANDOM),
         (SamplingParams(temperature=0.7, min_p=0.1), 0.7, Need.RANDOM | Need.MIN_P),
         (SamplingParams(repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0), 0.0, Need(0)),
         (SamplingParams(repetition_penalty=1.2), 0.0, Need.REPETITION),
@@ -49,7 +49,7 @@ def stored(params: SlotSamplingParams, name: str, slot: int = 2) -> float:
         (SamplingParams(frequency_penalty=0.5), 0.0, Need.COUNTS),
         (SamplingParams(logit_bias={}), 0.0, Need(0)),
         (SamplingParams(logit_bias={3: 1.0}), 0.0, Need.BIAS),
-        (SamplingParams(logit_bias={VOCAB_SIZE: 1.0, -1: 2.0}), 0.0, Need(0)),
+        (SamplingParams(logit_bias={VOCAB_SIZE: 1.0, VOCAB_SIZE + 5: 2.0}), 0.0, Need(0)),
         (SamplingParams(bad_token_ids=[4]), 0.0, Need.BAD_WORDS),
         (SamplingParams(bad_token_ids=[VOCAB_SIZE]), 0.0, Need(0)),
         (SamplingParams(min_tokens=3, stop_token_ids=[5]), 0.0, Need.MIN_TOKENS),
@@ -93,7 +93,7 @@ def test_seed_and_counts_are_stored(seed: int) -> None:
 
 def test_lists() -> None:
     sampling = SamplingParams(
-        logit_bias={3: 1.5, 500: 1.0, 4: 1e300}, bad_token_ids=[8, 9], min_tokens=2, stop_token_ids=[6, 7, 200]
+        logit_bias={3: 1.5, 500: 1.0, 4: 1e30}, bad_token_ids=[8, 9], min_tokens=2, stop_token_ids=[6, 7, 200]
     )
     params = assigned(sampling, end_ids=(7, 5), bad_words=((1, 2, 3), (9,), (), (4, 200), (200, 4)))
     slots = torch.tensor([2])

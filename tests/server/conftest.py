@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from tests.server.live_server import LiveServer, live_server
-from tests.server.tiny_model import write_tiny_model
+from tests.support.tiny_checkpoint import write_tiny_model
 from tokenmill import KvCacheConfig
 from tokenmill.llm import LLM
 

@@ -10,7 +10,8 @@ from tokenmill.engine.core import EngineCore
 from tokenmill.engine.events import EngineEvent, Failed, Finished, TokenDelta
 from tokenmill.engine.policies import QueuePolicy
 from tokenmill.engine.request import GenerationRequest
-from tokenmill.engine.scheduler import Scheduler, SchedulerSettings
+from tokenmill.engine.scheduler import Scheduler
+from tokenmill.engine.settings import SchedulerSettings
 from tokenmill.kv_cache.manager import KvCacheManager
 from tokenmill.outputs import TokenLogprobs
 from tokenmill.sampling_params import SamplingParams

@@ -19,8 +19,13 @@ VOCAB_SIZE = 320
 """More than the tokenizer has, as in real models: a few ids have no text."""
 
 
-def write_tiny_model(folder: Path, *, chat_template: bool = True, max_positions: int = 4096) -> Path:
-    """Write config, weights (always the same) and tokenizer into `folder`, which is made."""
+def write_tiny_model(
+    folder: Path, *, chat_template: bool = True, max_positions: int = 4096, weight_scale: float = 0.3
+) -> Path:
+    """Write config, weights (always the same) and tokenizer into `folder`, which is made.
+
+    With weights of 0.02 a greedy answer repeats one token for ever; with 0.3 it varies and may end.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -35,7 +40,7 @@ def write_tiny_model(folder: Path, *, chat_template: bool = True, max_positions:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=max_positions,
-        initializer_range=0.3,
+        initializer_range=weight_scale,
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=2,

@@ -15,7 +15,7 @@ from tokenmill.cli.console import print_error, print_note, print_warning, write_
 from tokenmill.cli.conversation import Conversation
 from tokenmill.cli.line_input import LineReader
 from tokenmill.cli.loading import loaded_llm
-from tokenmill.cli.options import DEFAULT_MODEL, ModelOptions, SamplingOptions
+from tokenmill.cli.options import DEFAULT_MODEL, ONE_SEQUENCE, ModelOptions, SamplingOptions
 from tokenmill.cli.prompting import chat_token_ids, require_chat_template, sampling_for_room
 from tokenmill.env import read_environment
 from tokenmill.errors import ExecutorShutdownError, TokenmillError
@@ -66,7 +66,7 @@ def chat(
     values = sampling.sampling_parameters()
     if not values.keys() & {"temperature", "top_k", "top_p", "min_p"}:
         values |= _DEFAULT_SAMPLING
-    arguments = model_options.llm_arguments(model)
+    arguments = model_options.llm_arguments(model, **ONE_SEQUENCE)
     with loaded_llm(arguments) as llm:
         ChatSession(llm, conversation, values).run()
 
@@ -107,6 +107,10 @@ class ChatSession:
                 run_slash_command(self, entry.strip())
             else:
                 self.ask(entry[1:] if entry.startswith("//") else entry)
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            print_note("Interrupted.")  # just before or after an answer
         except TokenmillError as error:
             if not interactive or isinstance(error, ExecutorShutdownError):
                 raise
@@ -128,7 +132,11 @@ class ChatSession:
         sampling = sampling_for_room(self.llm, self.sampling, num_prompt_tokens)
         prompt = chat_token_ids(self.llm, self.conversation.messages(question))
         result = self.llm.generate_async(prompt, sampling, streaming=True)
-        answer = stream_answer(result, write_answer)
+        try:
+            answer = stream_answer(result, write_answer)
+        except BaseException:
+            result.abort()  # whatever went wrong: the engine must not go on talking to nobody
+            raise
         write_answer("\n\n" if sys.stdout.isatty() else "\n")
         self.last_answer = answer
         if answer.finish_reason == "length":

@@ -42,7 +42,7 @@ def inspect(
     The memory plan is the one that the engine makes at start, for the free memory of this machine.
     """
     arguments = model_options.llm_arguments(model)
-    with progress(f"Reading {model}"):
+    with progress("Starting"):
         from tokenmill.inspection import inspect_model
     report = inspect_model(**arguments)
     if as_json:

@@ -1,4 +1,4 @@
-"""Loading a model for a command: resolve the name, show progress, shut down at the end whatever happens."""
+"""Loading a model for a command: imports late, shows progress, shuts down at the end whatever happens."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def loaded_llm(arguments: dict[str, Any]) -> Iterator[LLM]:
         UserError: the model or an argument cannot be used.
         OutOfMemoryError: the model does not fit.
     """
-    with progress(f"Loading {arguments['model']}"):
+    with progress("Starting"):
         from tokenmill.llm import LLM  # imports torch, which takes a second or more: after the arguments were checked
 
-        llm = LLM(**arguments)
+    llm = LLM(**arguments)  # shows its own progress
     try:
         yield llm
     finally:

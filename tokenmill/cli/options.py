@@ -6,8 +6,10 @@ command line and the Python API refuse the same things with the same words.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,6 +25,9 @@ DEFAULT_MODEL = "smollm2:135m"
 
 DEFAULT_MAX_TOKENS = 1024
 """Longest answer of `run` and `chat` when no option says it: small models may never end theirs."""
+
+ONE_SEQUENCE: Mapping[str, Any] = MappingProxyType({"max_batch_size": 1})
+"""Defaults of `run` and `chat`: a cache for one sequence is small, and allocated at once."""
 
 _MODEL_PANEL = "Model and engine"
 _SAMPLING_PANEL = "Sampling"
@@ -53,7 +58,7 @@ class ModelOptions:
             metavar="N",
             min=1,
             help="Most sequences that run at the same time.",
-            show_default="64",
+            show_default="64; run, chat: 1",
             rich_help_panel=_MODEL_PANEL,
         ),
     ] = None

@@ -13,7 +13,7 @@ from tokenmill.cli.command import EXIT_INTERRUPTED, command, examples
 from tokenmill.cli.console import print_note, write_answer
 from tokenmill.cli.conversation import Message
 from tokenmill.cli.loading import loaded_llm
-from tokenmill.cli.options import DEFAULT_MODEL, ModelOptions, SamplingOptions
+from tokenmill.cli.options import DEFAULT_MODEL, ONE_SEQUENCE, ModelOptions, SamplingOptions
 from tokenmill.cli.prompting import chat_token_ids, has_chat_template, sampling_for_room
 from tokenmill.errors import InvalidParameterError, UserError
 
@@ -64,7 +64,7 @@ def run(
     if raw and system is not None:
         raise InvalidParameterError("--system needs the chat template, which --raw leaves out.", field="system")
     values = sampling.sampling_parameters()
-    arguments = model_options.llm_arguments(model)
+    arguments = model_options.llm_arguments(model, **ONE_SEQUENCE)
     prompt = _read_stdin() if prompt == "-" else prompt
     with loaded_llm(arguments) as llm:
         interrupted = _answer(llm, prompt, system, values, raw=raw)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -21,6 +22,15 @@ _EPILOG = examples(
         '-d \'{"model": "smollm2:135m", "messages": [{"role": "user", "content": "Hello!"}]}\'',
     ),
 )
+
+
+class LogLevel(StrEnum):
+    """What `--log-level` takes."""
+
+    ERROR = "error"
+    WARNING = "warning"
+    INFO = "info"
+    DEBUG = "debug"
 
 
 def register(app: typer.Typer) -> None:
@@ -42,8 +52,8 @@ def serve(
         str | None, typer.Option(metavar="NAME", help="Name of the model in the API.", show_default="MODEL")
     ] = None,
     log_level: Annotated[
-        str, typer.Option(metavar="LEVEL", help="critical, error, warning, info (every request) or debug.")
-    ] = "warning",
+        LogLevel, typer.Option(help="How much the server says on stderr; info is a line for each request.")
+    ] = LogLevel.WARNING,
     model_options: ModelOptions,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API: chat and text completions, health, Prometheus metrics.
@@ -51,9 +61,11 @@ def serve(
     Any OpenAI client works with base_url="http://HOST:PORT/v1".
     """
     arguments = model_options.llm_arguments(model)
-    with loaded_llm(arguments) as llm:
-        from tokenmill.server.run import serve as serve_llm
+    from tokenmill.server.run import open_listener
+    from tokenmill.server.run import serve as serve_llm
 
+    open_listener(host, port).close()  # an address that cannot be had is better known before the model is loaded
+    with loaded_llm(arguments) as llm:
         name = served_model_name or llm.model_name
         serve_llm(
             llm,
@@ -61,7 +73,7 @@ def serve(
             port,
             api_key=api_key,
             served_model_name=served_model_name,
-            log_level=log_level,
+            log_level=log_level.value,
             on_start=lambda url: _announce(name, url, needs_key=api_key is not None),
         )
 

@@ -16,13 +16,11 @@ class PlanDraft:
 
     Attributes:
         num_tokens_left: what the rows leave of the budget.
-        is_short_of_blocks: a running sequence was preempted while the plan was made; nobody new is admitted to it.
     """
 
     def __init__(self, step: int, max_num_tokens: int) -> None:
         self.step = step
         self.num_tokens_left = max_num_tokens
-        self.is_short_of_blocks = False
         self._one_token_rows: list[Row] = []
         self._one_token_sequences: list[Sequence] = []
         self._longer_rows: list[Row] = []

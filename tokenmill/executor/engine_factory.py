@@ -12,7 +12,8 @@ from tokenmill.attention.select import select_backend
 from tokenmill.checkpoints.base import open_checkpoint
 from tokenmill.config import LlmArgs
 from tokenmill.engine.core import EngineCore
-from tokenmill.engine.scheduler import Scheduler, SchedulerSettings
+from tokenmill.engine.scheduler import Scheduler
+from tokenmill.engine.settings import SchedulerSettings
 from tokenmill.errors import UnsupportedFeatureError
 from tokenmill.kv_cache.manager import KvCacheManager
 from tokenmill.kv_cache.tensors import allocate_caches

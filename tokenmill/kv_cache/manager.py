@@ -143,7 +143,8 @@ class KvCacheManager:
             return None
 
         if source is not None:
-            self._pin([*path, source], priority)
+            self._pinned_paths.append([*path, source])
+            self._tree.lock(self._pinned_paths[-1], priority)
         table = _Table([node.block for node in path], priority, path)
         for block in table.block_ids:
             self._pool.acquire(block)
@@ -211,7 +212,8 @@ class KvCacheManager:
             return None
         copy = None
         if len(table.path) > len(table.block_ids):
-            self._pin(list(table.path), table.priority)
+            self._pinned_paths.append(list(table.path))
+            self._tree.lock(self._pinned_paths[-1], table.priority)
             self._tree.unlock([table.path.pop()])
         table.block_ids.append(self._take_block())
         if table.shared_tail is not None:
@@ -241,7 +243,8 @@ class KvCacheManager:
             self._cache_tail(table, token_ids, num_computed_tokens)
         self._tree.unlock(table.path)
         if discard:
-            self._drop_unused(table.path)
+            for block in self._tree.prune(table.path):
+                self._pool.release(block)
         for block in table.block_ids:
             self._pool.release(block)
         if table.shared_tail is not None:
@@ -256,13 +259,6 @@ class KvCacheManager:
             self._pool.release(block)
         self._pinned_paths.clear()
         self._pinned_blocks.clear()
-
-    def clear_cached(self) -> int:
-        """Forget all cached blocks that no sequence uses; returns how many."""
-        num_cleared = self._tree.num_unlocked
-        for _ in range(num_cleared):
-            self._pool.release(self._tree.evict())
-        return num_cleared
 
     # What is known about it
 
@@ -332,10 +328,6 @@ class KvCacheManager:
             return None, 0
         return match
 
-    def _pin(self, path: list[PrefixNode], priority: float) -> None:
-        self._tree.lock(path, priority)
-        self._pinned_paths.append(path)
-
     def _take_block(self) -> int:
         if self._pool.num_free == 0:
             self._pool.release(self._tree.evict())
@@ -378,10 +370,3 @@ class KvCacheManager:
             self._pool.release(shorter.block)
         self._pool.acquire(block)
         return self._tree.insert(parent, tokens, block, priority)
-
-    def _drop_unused(self, path: list[PrefixNode]) -> None:
-        for node in reversed(path):
-            if node.num_locks or node.children:
-                return
-            self._tree.remove(node)
-            self._pool.release(node.block)

@@ -158,6 +158,16 @@ class PrefixTree:
         if parent is not self.root and parent.num_locks == 0 and not parent.children:
             self._push(parent)
 
+    def prune(self, path: list[PrefixNode]) -> list[int]:
+        """Remove the end of `path` as far as it is unlocked and without children; the removed nodes' blocks."""
+        blocks: list[int] = []
+        for node in reversed(path):
+            if node.num_locks or node.children:
+                break
+            self.remove(node)
+            blocks.append(node.block)
+        return blocks
+
     def nodes(self) -> Iterator[PrefixNode]:
         """All nodes but the root, parents first."""
         pending = list(self.root.children.values())

@@ -16,12 +16,12 @@ def allocate_caches(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[LayerCache, ...]:
-    """Keys and values of all layers, each [num_blocks, tokens_per_block, num_kv_heads, head_dim], zero.
+    """Keys and values of all layers, each [num_blocks, tokens_per_block, num_kv_heads, head_dim], not initialized.
 
-    On a CPU the pages of a zeroed allocation take memory only when they are first written.
+    Attention never looks at what a sequence has not written. On a CPU the pages take memory only when first written.
     """
     shape = (num_blocks, tokens_per_block, num_kv_heads, head_dim)
     return tuple(
-        (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+        (torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
         for _ in range(num_layers)
     )
