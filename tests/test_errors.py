@@ -29,8 +29,12 @@ HTTP_STATUS = {
     "request_timeout": 504,
     "request_cancelled": 499,
     "executor_shutdown": 503,
+    "worker_start_failed": 503,
+    "worker_died": 503,
+    "protocol_error": 500,
     "engine_error": 500,
     "invalid_logits": 500,
+    "engine_stalled": 503,
     "system_fault": 500,
     "out_of_memory": 503,
 }

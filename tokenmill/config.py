@@ -12,7 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tokenmill.errors import InvalidParameterError, UnknownParameterError, UserError, did_you_mean
 
@@ -111,6 +111,34 @@ class KvCacheConfig(StrictModel):
     """Type of cached keys and values; auto: the model's."""
 
 
+class WorkerConfig(StrictModel):
+    """How worker processes are started, watched, restarted and ended. Only used with `num_replicas` of 1 or more,
+    except `grace_period`. Times are in seconds."""
+
+    start_timeout: float = Field(default=600.0, gt=0.0)
+    """Longest time that a worker may take to load its model."""
+    stall_timeout: float = Field(default=120.0, gt=0.0)
+    """A worker that has work and finishes no step, or says nothing at all, for this long is killed and restarted. Must
+    be longer than the longest step."""
+    heartbeat_interval: float = Field(default=0.5, gt=0.0, le=10.0)
+    """How often a worker reports that it is alive."""
+    grace_period: float = Field(default=5.0, ge=0.0)
+    """At shutdown running requests may finish for this long; the rest end with `ExecutorShutdownError`."""
+    max_attempts: int = Field(default=3, ge=1, le=100)
+    """How often a request is tried when workers die under it and nothing of its answer has been handed out. The last
+    attempt runs alone, so that a request that kills workers cannot take others with it."""
+    max_restarts: int = Field(default=5, ge=0)
+    """A worker that dies more often than this within `restart_window` is given up."""
+    restart_window: float = Field(default=120.0, gt=0.0)
+    """See `max_restarts`."""
+    restart_backoff: float = Field(default=0.5, gt=0.0)
+    """Wait before the second restart in a row; doubled for each further one. The first is immediate."""
+    restart_backoff_cap: float = Field(default=30.0, gt=0.0)
+    """Longest wait before a restart."""
+    log_dir: Path | None = None
+    """Where worker processes write their logs; None: a private folder that is removed at shutdown."""
+
+
 class LlmArgs(StrictModel):
     """All arguments of `LLM`, checked."""
 
@@ -156,3 +184,19 @@ class LlmArgs(StrictModel):
     """Most requests that may wait; one more is refused with `QueueFullError`."""
     num_threads: int | None = Field(default=None, ge=1)
     """CPU threads for tensor work; None: torch's default."""
+    num_replicas: int = Field(default=0, ge=0, le=64)
+    """Worker processes, each with a copy of the model; 0: the engine runs in the caller's process."""
+    num_postprocess_workers: int = Field(default=0, ge=0, le=64)
+    """Processes that turn tokens into text; 0: the process that owns the engine does. Needs `num_replicas`."""
+    worker_config: WorkerConfig = Field(default_factory=WorkerConfig)
+    """Start, watch and end of worker processes."""
+
+    @model_validator(mode="after")
+    def _check_together(self) -> LlmArgs:
+        if self.num_postprocess_workers and not self.num_replicas:
+            raise InvalidParameterError(
+                f"num_postprocess_workers is {self.num_postprocess_workers}, but num_replicas is 0.",
+                field="num_postprocess_workers",
+                remedy="Set num_replicas to 1 or more: postprocessing workers serve worker processes.",
+            )
+        return self

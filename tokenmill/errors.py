@@ -14,8 +14,12 @@
         RequestTimeoutError          the request's deadline passed
         RequestCancelledError        the request was cancelled
         ExecutorShutdownError        the executor is shut down
+        WorkerStartError             a worker process could not be started
+        WorkerDiedError              the process that ran the request died, or none is left to run it
+        ProtocolError                a message between processes is malformed or of another version
       EngineError                    the engine failed while it ran the request
         InvalidLogitsError           the model produced NaN or infinite logits
+        EngineStalledError           the engine made no progress and was restarted
       SystemFault                    the machine under us
         OutOfMemoryError             not enough memory on the device
 
@@ -146,6 +150,25 @@ class ExecutorShutdownError(ExecutorError):
     code = "executor_shutdown"
 
 
+class WorkerStartError(ExecutorError):
+    """A worker process could not be started."""
+
+    code = "worker_start_failed"
+
+
+class WorkerDiedError(ExecutorError):
+    """The process that ran the request died when part of the answer had been handed out, or no process is left."""
+
+    code = "worker_died"
+
+
+class ProtocolError(ExecutorError):
+    """A message between processes is malformed, partial or of another version of the protocol."""
+
+    code = "protocol_error"
+    http_status = 500
+
+
 class EngineError(TokenmillError):
     """The engine failed while it ran the request."""
 
@@ -156,6 +179,13 @@ class InvalidLogitsError(EngineError):
     """The model produced NaN or infinite logits for the request."""
 
     code = "invalid_logits"
+
+
+class EngineStalledError(EngineError):
+    """The engine made no progress for too long and was restarted."""
+
+    code = "engine_stalled"
+    http_status = 503
 
 
 class SystemFault(TokenmillError):

@@ -17,12 +17,13 @@ from typing import Any, Self, overload
 from tokenmill.checkpoints.resolve import resolve_model
 from tokenmill.config import LlmArgs
 from tokenmill.errors import InvalidParameterError, QueueFullError
-from tokenmill.executor.engine_factory import EngineDescription
+from tokenmill.executor.description import EngineDescription
 from tokenmill.executor.executor import GenerationExecutor
+from tokenmill.executor.health import ExecutorHealth
 from tokenmill.executor.result import GenerationResult
+from tokenmill.executor.tokenizer_source import TokenizerSource
 from tokenmill.inputs import (
     ChatMessages,
-    InputProcessor,
     PreparedRequest,
     PromptInput,
     is_conversation,
@@ -31,8 +32,8 @@ from tokenmill.inputs import (
 from tokenmill.outputs import RequestOutput
 from tokenmill.progress import generation_progress, loading_progress
 from tokenmill.sampling_params import SamplingParams
-from tokenmill.telemetry.stats import EngineStats
-from tokenmill.tokenization import Tokenizer, load_tokenizer, wrap_tokenizer
+from tokenmill.telemetry.stats import EngineStats, IterationStats
+from tokenmill.tokenization import Tokenizer
 
 
 class LLM:
@@ -52,21 +53,22 @@ class LLM:
         self.args = LlmArgs(model=model, tokenizer=tokenizer, **kwargs)
         self.model_name = str(model)
         path = resolve_model(model, revision=self.args.revision)
-        self.tokenizer: Tokenizer | None = self._load_tokenizer(path)
+        source = self._tokenizer_source(path)
         local_args = self.args.model_copy(update={"model": path})
         with loading_progress(self.model_name) as on_progress:
-            self._executor = GenerationExecutor.create(local_args, self.tokenizer, on_progress)
-        self._inputs = InputProcessor(self.tokenizer, self._executor.description.model)
+            self._executor = GenerationExecutor.create(local_args, source, on_progress)
+        self.tokenizer: Tokenizer | None = None if source is None else source.load()
+        self._inputs = self._executor.inputs
 
-    def _load_tokenizer(self, model_path: Path) -> Tokenizer | None:
+    def _tokenizer_source(self, model_path: Path) -> TokenizerSource | None:
         if self.args.skip_tokenizer_init:
             return None
         if self.args.tokenizer is None:
-            return load_tokenizer(model_path, mode=self.args.tokenizer_mode)
+            return TokenizerSource(model_path, self.args.tokenizer_mode)
         if isinstance(self.args.tokenizer, (str, Path)):
             path = resolve_model(self.args.tokenizer, revision=self.args.tokenizer_revision)
-            return load_tokenizer(path, mode=self.args.tokenizer_mode)
-        return wrap_tokenizer(self.args.tokenizer)
+            return TokenizerSource(path, self.args.tokenizer_mode)
+        return TokenizerSource(tokenizer=self.args.tokenizer)
 
     # ---- generate --------------------------------------------------------------------------------------------
 
@@ -78,6 +80,7 @@ class LLM:
         use_tqdm: bool = True,
         *,
         priority: float = 0.5,
+        timeout: float | None = None,
     ) -> RequestOutput: ...
 
     @overload
@@ -88,6 +91,7 @@ class LLM:
         use_tqdm: bool = True,
         *,
         priority: float = 0.5,
+        timeout: float | None = None,
     ) -> Any: ...
 
     def generate(
@@ -97,6 +101,7 @@ class LLM:
         use_tqdm: bool = True,
         *,
         priority: float = 0.5,
+        timeout: float | None = None,
     ) -> RequestOutput | list[RequestOutput]:
         """Generate for one prompt or many, and wait.
 
@@ -105,6 +110,7 @@ class LLM:
             sampling_params: one for all, or one for each prompt.
             use_tqdm: show a progress bar on a terminal.
             priority: for the priority queue; higher runs first.
+            timeout: seconds that each request may take from when it is queued; None: any time.
 
         Returns:
             One output for one prompt, a list in the prompts' order for many.
@@ -118,7 +124,7 @@ class LLM:
         params = _params_for_each(sampling_params, len(prompts))
         pairs = zip(prompts, params, strict=True)
         requests = [self._inputs.make_request(self._executor.next_request_id(), *pair, priority) for pair in pairs]
-        outputs = self._run_all(requests, use_tqdm and not single)
+        outputs = self._run_all(requests, use_tqdm and not single, timeout)
         return outputs[0] if single else outputs
 
     def generate_async(
@@ -128,6 +134,7 @@ class LLM:
         *,
         streaming: bool = False,
         priority: float = 0.5,
+        timeout: float | None = None,
     ) -> GenerationResult:
         """Queue one prompt and return at once.
 
@@ -136,6 +143,7 @@ class LLM:
             sampling_params: None: greedy, 32 tokens.
             streaming: iterate over the result for one output a step.
             priority: for the priority queue; higher runs first.
+            timeout: seconds from now, after which it ends with `RequestTimeoutError`; None: any time.
 
         Returns:
             A result to await, to iterate over, or to wait for with `result()`.
@@ -145,9 +153,9 @@ class LLM:
             QueueFullError: too many requests wait.
             ExecutorShutdownError: after `shutdown`.
         """
-        sampling = SamplingParams() if sampling_params is None else sampling_params
-        request, text = self._inputs.make_request(self._executor.next_request_id(), inputs, sampling, priority)
-        return self._executor.submit(request, prompt=text, streaming=streaming)
+        return self._executor.generate_async(
+            inputs, sampling_params, streaming=streaming, priority=priority, timeout=timeout
+        )
 
     def chat(
         self,
@@ -184,11 +192,12 @@ class LLM:
         *,
         streaming: bool = False,
         priority: float = 0.5,
+        timeout: float | None = None,
         **template: Any,
     ) -> GenerationResult:
         """Queue one conversation and return at once. See `chat` and `generate_async`."""
         prompt = {"prompt_token_ids": self._inputs.apply_chat_template(messages, template)}
-        return self.generate_async(prompt, sampling_params, streaming=streaming, priority=priority)
+        return self.generate_async(prompt, sampling_params, streaming=streaming, priority=priority, timeout=timeout)
 
     def abort(self, request: GenerationResult | int) -> bool:
         """Cancel a request; False when it had ended already. Never an error, however often."""
@@ -211,17 +220,29 @@ class LLM:
         """Counters and gauges of the engine; reading them changes nothing."""
         return self._executor.stats()
 
+    def get_stats(self, timeout: float = 0.0) -> list[IterationStats]:
+        """Records of the engine's steps since the last call, oldest first; waits up to `timeout` seconds for one."""
+        return self._executor.get_iteration_stats(timeout)
+
     def check_health(self) -> None:
-        """Raise the error that ended the engine, if one did."""
+        """Raise why no request can be run, if none can."""
         self._executor.check_health()
+
+    def health(self) -> ExecutorHealth:
+        """What is known about the engine, or the worker processes, at this moment."""
+        return self._executor.health()
 
     def check_integrity(self) -> None:
         """Assert that no cache block or slot is lost. Cheap; meant for tests and for support."""
         self._executor.check_integrity()
 
-    def shutdown(self) -> None:
-        """End every request and free the model. Twice is harmless."""
-        self._executor.shutdown()
+    def shutdown(self, grace_period: float | None = None) -> None:
+        """Let running requests finish, end the rest with `ExecutorShutdownError`, free the model. Twice is harmless.
+
+        Args:
+            grace_period: seconds for running requests; None: `worker_config.grace_period`.
+        """
+        self._executor.shutdown(grace_period)
 
     def __enter__(self) -> Self:
         return self
@@ -229,11 +250,13 @@ class LLM:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.shutdown()
+        self._executor.__exit__(exc_type, exc, traceback)
 
     # ---- many requests ---------------------------------------------------------------------------------------
 
-    def _run_all(self, requests: list[PreparedRequest], show_progress: bool) -> list[RequestOutput]:
+    def _run_all(
+        self, requests: list[PreparedRequest], show_progress: bool, timeout: float | None
+    ) -> list[RequestOutput]:
         """Submit all, as fast as the queue takes them, and wait. An error or Ctrl-C cancels the rest."""
         outputs: list[RequestOutput] = []
         waiting: deque[GenerationResult] = deque()
@@ -248,7 +271,7 @@ class LLM:
                 for request, text in requests:
                     while True:
                         try:
-                            waiting.append(self._executor.submit(request, prompt=text))
+                            waiting.append(self._executor.submit(request, prompt=text, timeout=timeout))
                             break
                         except QueueFullError:
                             if not waiting:

@@ -26,7 +26,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "llm": (
         "checkpoints",
         "executor",
-        "executor.engine_factory",
+        "executor.description",
         "inputs",
         "progress",
         "tokenization",
@@ -35,11 +35,21 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "inspection": ("attention", "attention.base", "checkpoints", "models", "ops.platform", "runtime", "tokenization"),
     "progress": (),
     # requests
-    "executor": ("engine", "engine.request", "executor.engine_factory", "telemetry", "tokenization"),
+    "executor": (
+        "engine",
+        "engine.request",
+        "executor.description",
+        "executor.engine_factory",
+        "inputs",
+        "telemetry",
+        "tokenization",
+    ),
+    "executor.description": ("models", "runtime"),  # the numbers of a model and its memory plan; no torch in either
     "executor.engine_factory": (  # where an engine is put together from its parts; nothing else sees both halves
         "attention",
         "checkpoints",
         "engine",
+        "executor.description",
         "kv_cache",
         "kv_cache.tensors",
         "models",
@@ -107,6 +117,8 @@ WITHOUT_COMMON: dict[str, tuple[str, ...]] = {
 LATE_OWN_IMPORTS: dict[str, str] = {
     "tokenmill.cli": "`--help` must not load torch: a command loads what it needs when it runs",
     "tokenmill.executor.executor": "`create` picks among classes that are derived from this module's",
+    "tokenmill.executor.worker": "torch loads while a thread loads the tokenizer",
+    "tokenmill.executor.__main__": "a process loads what its kind needs; postprocessing needs no engine",
     "tokenmill.checkpoints.base": "`open_checkpoint` picks among readers that are derived from this module's",
     "tokenmill.tokenization.chat_template": "the environment derives from jinja2's, which completions never need",
     "tokenmill.tokenization.loading": "the reader of GGUF files loads torch, which a tokenizer does not need",

@@ -8,7 +8,18 @@ from typing import Protocol
 
 from tokenmill.engine.request import GenerationRequest
 from tokenmill.errors import InvalidParameterError, PromptTooLongError, RequestTooLargeError
-from tokenmill.kv_cache.manager import KvCacheManager
+
+
+class CacheLimits(Protocol):
+    """The KV cache, as far as it limits a request."""
+
+    @property
+    def num_blocks(self) -> int: ...
+
+    @property
+    def tokens_per_block(self) -> int: ...
+
+    def blocks_for(self, num_tokens: int) -> int: ...
 
 
 class RequestLimits(Protocol):
@@ -27,9 +38,7 @@ class RequestLimits(Protocol):
     def enable_chunked_prefill(self) -> bool: ...
 
 
-def check_request(
-    inputs: GenerationRequest, limits: RequestLimits, kv: KvCacheManager, known_ids: Container[int]
-) -> None:
+def check_request(inputs: GenerationRequest, limits: RequestLimits, kv: CacheLimits, known_ids: Container[int]) -> None:
     """Check a request against the engine's limits.
 
     Args:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,49 +14,28 @@ from tokenmill.engine.core import EngineCore
 from tokenmill.engine.scheduler import Scheduler
 from tokenmill.engine.settings import SchedulerSettings
 from tokenmill.errors import UnsupportedFeatureError
+from tokenmill.executor.description import EngineDescription
 from tokenmill.kv_cache.manager import KvCacheManager
 from tokenmill.kv_cache.tensors import allocate_caches
 from tokenmill.models.base import CausalLM
 from tokenmill.models.config import ModelConfig
 from tokenmill.ops.platform import free_memory
-from tokenmill.runtime.memory_planner import MemoryPlan, MemoryRequest, plan_memory
+from tokenmill.runtime.memory_planner import MemoryRequest, plan_memory
 from tokenmill.runtime.model_loader import load_model, resolve_device, resolve_dtype, resolve_max_seq_len
 from tokenmill.runtime.model_runner import ModelRunner
 from tokenmill.runtime.slot_state import SlotState
 from tokenmill.sampling.slot_params import SlotSamplingParams
 
 
-@dataclass(frozen=True, slots=True)
-class EngineDescription:
-    """What an engine runs.
-
-    Args:
-        model: the architecture's numbers.
-        device, dtype, cache_dtype: where and in which types, as text.
-        attn_backend: the attention backend's name.
-        max_batch_size, max_num_tokens, max_seq_len: limits.
-        memory: the plan that the cache was sized by.
-    """
-
-    model: ModelConfig
-    device: str
-    dtype: str
-    cache_dtype: str
-    attn_backend: str
-    max_batch_size: int
-    max_num_tokens: int
-    max_seq_len: int
-    memory: MemoryPlan
-
-
 def build_engine(
-    args: LlmArgs, on_progress: Callable[[str, int, int], None] | None = None
+    args: LlmArgs, on_progress: Callable[[str, int, int], None] | None = None, *, num_sharing: int = 1
 ) -> tuple[EngineCore, EngineDescription]:
     """Load the model, size and allocate its cache, and put scheduler and runner together.
 
     Args:
         args: `args.model` is a local path.
         on_progress: called while weights load.
+        num_sharing: engines that are started now and share the device's free memory evenly.
 
     Raises:
         UserError: the model or a parameter cannot be used.
@@ -81,7 +59,7 @@ def build_engine(
         max_seq_len=max_seq_len,
         is_cpu=device.type == "cpu",
     )
-    memory = plan_memory(config, request, args.kv_cache_config, free_memory(device))
+    memory = plan_memory(config, request, args.kv_cache_config, free_memory(device) // num_sharing)
     description = EngineDescription(
         model=config,
         device=str(device),
@@ -91,6 +69,7 @@ def build_engine(
         max_batch_size=args.max_batch_size,
         max_num_tokens=args.max_num_tokens,
         max_seq_len=max_seq_len,
+        enable_chunked_prefill=args.enable_chunked_prefill,
         memory=memory,
     )
     model = load_model(args, config, checkpoint, device, dtype, backend, on_progress)

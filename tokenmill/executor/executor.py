@@ -1,64 +1,123 @@
 """`GenerationExecutor`: what takes requests, whatever runs them. In-process and multi-process executors are siblings.
 
     submit(GenerationRequest) -> GenerationResult         one terminal event for each, whatever happens
+    generate_async(prompt, sampling_params)               the same from text or token ids
     abort_request(id)                                     at any time
-    shutdown()                                            ends every request, then returns
+    shutdown(grace_period)                                lets running requests finish, ends the rest, then returns
+
+What executors have in common is here: checks at the door, the table of open requests, deadlines, the order of a
+shutdown. What differs is in the methods that start with an underscore and are abstract.
 
 Sources: the names follow TensorRT-LLM's `GenerationExecutor`.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from copy import copy
+from dataclasses import replace
+from functools import cached_property
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from tokenmill.config import LlmArgs
 from tokenmill.engine.request import GenerationRequest
+from tokenmill.engine.validation import check_request
+from tokenmill.errors import EngineError, ExecutorShutdownError, InvalidParameterError, RequestTimeoutError
+from tokenmill.executor.deadlines import DeadlineTimer
+from tokenmill.executor.description import EngineDescription
+from tokenmill.executor.health import ExecutorHealth
+from tokenmill.executor.iteration_queue import IterationResultQueue
+from tokenmill.executor.request_table import RequestTable
 from tokenmill.executor.result import GenerationResult
-from tokenmill.telemetry.stats import EngineStats
-from tokenmill.tokenization import Tokenizer
-
-if TYPE_CHECKING:
-    from tokenmill.executor.engine_factory import EngineDescription
+from tokenmill.executor.tokenizer_source import TokenizerSource
+from tokenmill.inputs import InputProcessor, PromptInput
+from tokenmill.outputs import FinishReason
+from tokenmill.sampling_params import SamplingParams
+from tokenmill.telemetry.stats import EngineStats, IterationStats
 
 ProgressCallback = Callable[[str, int, int], None]
 """Called while an engine starts: (what, done, total), in bytes for weights."""
 
 
 class GenerationExecutor(ABC):
-    """Takes requests and gives results back. Thread-safe."""
+    """Takes requests and gives results back. Thread-safe.
+
+    Args:
+        tokenizer: for text prompts and text output; None: token ids in, token ids out.
+        max_requests: most requests that may be under way or wait.
+        grace_period: seconds that running requests get at shutdown, if the caller of `shutdown` does not say.
+    """
+
+    def __init__(self, tokenizer: TokenizerSource | None, *, max_requests: int, grace_period: float) -> None:
+        self._tokenizer = tokenizer
+        self._grace_period = grace_period
+        self._table = RequestTable(max_requests)
+        self._deadlines = DeadlineTimer(self._expire, self._fail)
+        self._request_ids = itertools.count(1)
+        self._iterations = IterationResultQueue()
 
     @staticmethod
     def create(
-        args: LlmArgs, tokenizer: Tokenizer | None, on_progress: ProgressCallback | None = None
+        args: LlmArgs, tokenizer: TokenizerSource | None = None, on_progress: ProgressCallback | None = None
     ) -> GenerationExecutor:
         """Start an executor for `args`; returns when it can take requests.
 
         Args:
-            args: `args.model` must be a local path.
-            tokenizer: for text output; None gives token ids only.
+            args: `args.model` must be a local path. `args.num_replicas` chooses: 0 runs the engine in this process,
+                more in as many worker processes.
+            tokenizer: for text; None gives token ids only.
             on_progress: called while weights are loaded.
 
         Raises:
             UserError: the model or a parameter cannot be used.
             OutOfMemoryError: the model or its cache does not fit.
+            WorkerStartError: a worker process died while it started, or took too long.
         """
+        if args.num_replicas:
+            from tokenmill.executor.proxy import GenerationExecutorProxy
+
+            return GenerationExecutorProxy(args, tokenizer, on_progress)
         from tokenmill.executor.engine_factory import build_engine
         from tokenmill.executor.in_process import InProcessExecutor
 
         engine, description = build_engine(args, on_progress)
-        return InProcessExecutor(engine, description, tokenizer, max_queue_size=args.max_queue_size)
+        return InProcessExecutor(
+            engine,
+            description,
+            tokenizer,
+            max_queue_size=args.max_queue_size,
+            grace_period=args.worker_config.grace_period,
+        )
+
+    # ---- requests --------------------------------------------------------------------------------------------
 
     @property
     @abstractmethod
     def description(self) -> EngineDescription:
         """What runs: model, limits, memory plan."""
 
-    @abstractmethod
+    @cached_property
+    def inputs(self) -> InputProcessor:
+        """Makes requests from prompts."""
+        tokenizer = None if self._tokenizer is None else self._tokenizer.load()
+        return InputProcessor(tokenizer, self.description.model)
+
+    def next_request_id(self) -> int:
+        """A number that no request has had."""
+        return next(self._request_ids)
+
     def submit(
-        self, request: GenerationRequest, *, prompt: str | None = None, streaming: bool = False
+        self,
+        request: GenerationRequest,
+        *,
+        prompt: str | None = None,
+        streaming: bool = False,
+        timeout: float | None = None,
     ) -> GenerationResult:
         """Queue a request.
 
@@ -66,36 +125,104 @@ class GenerationExecutor(ABC):
             request: `request.request_id` must be fresh: take it from `next_request_id()`.
             prompt: its text, handed through to the output.
             streaming: one output for each step.
+            timeout: seconds from now, after which it ends with `RequestTimeoutError`; None: none.
 
         Raises:
             UserError: the request can never run; `field` names why.
             QueueFullError: too many requests wait.
-            ExecutorShutdownError: after `shutdown`, or when the engine is dead.
+            ExecutorShutdownError: after `shutdown`.
+            EngineError, WorkerDiedError: nothing is left that could run it.
         """
+        _check_timeout(timeout)
+        check_request(request, self.description, self.description, self._table)
+        enqueue = self._prepare(request)
+        result = self._table.open(request, prompt, streaming=streaming, abort=self.abort_request)
+        if timeout is not None:
+            self._deadlines.add(request.request_id, time.monotonic() + timeout)
+        enqueue()
+        return result
 
-    @abstractmethod
-    def next_request_id(self) -> int:
-        """A number that no request has had."""
+    def generate_async(
+        self,
+        prompt: PromptInput,
+        sampling_params: SamplingParams | None = None,
+        *,
+        streaming: bool = False,
+        priority: float = 0.5,
+        timeout: float | None = None,
+    ) -> GenerationResult:
+        """Make a request of a prompt and queue it.
 
-    @abstractmethod
+        Args:
+            prompt: text, token ids, a dictionary or a conversation.
+            sampling_params: None: greedy, 32 tokens.
+            streaming, timeout: as in `submit`.
+            priority: for the priority queue; higher runs first.
+
+        Raises:
+            As `submit`.
+        """
+        sampling = SamplingParams() if sampling_params is None else sampling_params
+        request, text = self.inputs.make_request(self.next_request_id(), prompt, sampling, priority)
+        return self.submit(request, prompt=text, streaming=streaming, timeout=timeout)
+
     def abort_request(self, request_id: int) -> bool:
         """Cancel; False when no such request is under way (never an error)."""
+        if request_id not in self._table:
+            return False
+        self._cancel(request_id, "cancelled")
+        return True
+
+    # ---- state -----------------------------------------------------------------------------------------------
 
     @abstractmethod
     def stats(self) -> EngineStats:
-        """A snapshot; reading it changes nothing."""
+        """A snapshot of all engines together; reading it changes nothing and never waits."""
 
     @abstractmethod
+    def health(self) -> ExecutorHealth:
+        """What is known about the engines at this moment; never waits."""
+
+    def get_iteration_stats(self, timeout: float = 0.0) -> list[IterationStats]:
+        """Records of the engines' steps since the last call, oldest first; the oldest of too many are dropped.
+
+        Args:
+            timeout: seconds to wait for the first.
+        """
+        return self._iterations.get_all(timeout)
+
     def check_health(self) -> None:
-        """Raise the error that ended the engine, if one did."""
+        """Do nothing while requests can be run.
+
+        Raises:
+            ExecutorShutdownError: after `shutdown`.
+            EngineError, WorkerDiedError: why none can, now or for good.
+        """
+        if self._table.closed_by is not None:
+            raise copy(self._table.closed_by)
+        self._check_engines()
 
     @abstractmethod
     def check_integrity(self) -> None:
         """Assert that no cache block or slot is lost (between two steps)."""
 
-    @abstractmethod
-    def shutdown(self) -> None:
-        """End every request with `ExecutorShutdownError` and free everything. Twice is harmless."""
+    def shutdown(self, grace_period: float | None = None) -> None:
+        """End: no more requests are taken, running ones may finish, the rest end with `ExecutorShutdownError`.
+
+        Args:
+            grace_period: seconds that running requests get; None: what the configuration says. A second call, from any
+                thread, waits for the end too; with 0 it cuts the first one's grace short.
+        """
+        error = ExecutorShutdownError("The executor is shut down.")
+        self._table.close(error)
+        self._begin_drain()
+        grace = self._grace_period if grace_period is None else grace_period
+        if grace > 0.0:
+            self._table.wait_until_idle(grace)
+        for request_id in self._table.finish_all(error):
+            self._cancel(request_id, "cancelled")
+        self._stop()
+        self._deadlines.close()
 
     def __enter__(self) -> Self:
         return self
@@ -103,4 +230,55 @@ class GenerationExecutor(ABC):
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.shutdown()
+        self.shutdown(None if exc_type is None else 0.0)
+
+    # ---- what differs ----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _prepare(self, request: GenerationRequest) -> Callable[[], None]:
+        """Do what can fail before the request is taken; returns what hands it to the engines, which cannot."""
+
+    @abstractmethod
+    def _cancel(self, request_id: int, reason: FinishReason) -> None:
+        """End a request in its engine, if it is there; if it is still open, its terminal event comes soon."""
+
+    @abstractmethod
+    def _check_engines(self) -> None:
+        """Raise why no request can be run at this moment, if none can."""
+
+    @abstractmethod
+    def _begin_drain(self) -> None:
+        """No new requests will come; what no engine has yet need not begin."""
+
+    @abstractmethod
+    def _stop(self) -> None:
+        """End threads and processes, and wait for their end. All requests have ended. Twice is harmless."""
+
+    def _as_callers_see(self, stats: EngineStats) -> EngineStats:
+        """With the outcomes that callers got, which an engine does not know of all."""
+        return replace(stats, num_finished=self._table.num_finished, num_rejected=self._table.num_rejected)
+
+    # ---- events ----------------------------------------------------------------------------------------------
+
+    def _expire(self, request_id: int) -> None:
+        """A deadline has passed; the request may have ended before."""
+        if self._table.finish(request_id, RequestTimeoutError("The request's deadline passed.")):
+            self._cancel(request_id, "timeout")
+
+    def _fail(self, cause: Exception) -> None:
+        """One of the executor's own threads ended with an error: no caller may wait for it."""
+        error = EngineError(f"The engine ended with {type(cause).__name__}: {cause}.", remedy="Create the LLM anew.")
+        error.__cause__ = cause
+        self._table.close(error)
+        self._table.finish_all(error)
+
+
+def _check_timeout(timeout: float | None) -> None:
+    if timeout is None:
+        return
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not math.isfinite(timeout) or timeout <= 0:
+        raise InvalidParameterError(
+            f"timeout is {timeout!r}, not a number of seconds above 0.",
+            field="timeout",
+            remedy="Leave it out for none.",
+        )

@@ -1,40 +1,41 @@
-"""`InProcessExecutor`: the engine on a thread of the caller's process.
-
-Callers put commands into an inbox; the engine thread takes them between steps, so the engine has one owner and needs no
-lock. Events of a step go through postprocessing to the results on the same thread.
-"""
+"""`InProcessExecutor`: the engine on a thread of the caller's process."""
 
 from __future__ import annotations
 
-import itertools
-import logging
+import os
 import queue
-import threading
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from tokenmill.engine.core import EngineCore
-from tokenmill.engine.events import EngineEvent, Failed, TokenDelta
 from tokenmill.engine.request import GenerationRequest
-from tokenmill.errors import EngineError, ExecutorShutdownError, QueueFullError, TokenmillError
-from tokenmill.executor.engine_factory import EngineDescription
+from tokenmill.errors import EngineError
+from tokenmill.executor.base_worker import BaseWorker
+from tokenmill.executor.description import EngineDescription
 from tokenmill.executor.executor import GenerationExecutor
-from tokenmill.executor.postproc import RequestPostprocessor
-from tokenmill.executor.result import GenerationResult
-from tokenmill.outputs import RequestMetrics
-from tokenmill.telemetry.stats import EngineStats
-from tokenmill.tokenization import Tokenizer
+from tokenmill.executor.health import ExecutorHealth, ProcessHealth
+from tokenmill.executor.managed_thread import ManagedThread
+from tokenmill.executor.postproc import Postprocessed, Postprocessor
+from tokenmill.executor.request_table import RequestTable
+from tokenmill.executor.tokenizer_source import TokenizerSource
+from tokenmill.outputs import FinishReason
+from tokenmill.telemetry.stats import EngineStats, IterationStats
 
-logger = logging.getLogger(__name__)
+_INTEGRITY_TIMEOUT = 60.0
 
 
-@dataclass(slots=True)
-class _Entry:
-    """One request under way."""
+class _LocalWorker(BaseWorker):
+    """Hands results straight to the table of requests."""
 
-    result: GenerationResult
-    postprocessor: RequestPostprocessor
-    arrival_time: float
+    def __init__(self, engine: EngineCore, postprocessor: Postprocessor, table: RequestTable) -> None:
+        super().__init__(engine, postprocessor)
+        self._table = table
+
+    def deliver(self, result: Postprocessed) -> None:
+        for request_id, output in result.outputs:
+            self._table.push(request_id, output)
+        for ended in result.ended:
+            self._table.finish(ended.request_id, ended.error, ended.metrics)
 
 
 class InProcessExecutor(GenerationExecutor):
@@ -43,166 +44,84 @@ class InProcessExecutor(GenerationExecutor):
     Args:
         engine: owned from now on.
         description: what the engine runs.
-        tokenizer: for text output.
+        tokenizer: for text.
         max_queue_size: requests that may wait beside those that run.
+        grace_period: see `GenerationExecutor`.
     """
 
     def __init__(
-        self, engine: EngineCore, description: EngineDescription, tokenizer: Tokenizer | None, *, max_queue_size: int
+        self,
+        engine: EngineCore,
+        description: EngineDescription,
+        tokenizer: TokenizerSource | None,
+        *,
+        max_queue_size: int,
+        grace_period: float = 0.0,
     ) -> None:
+        super().__init__(tokenizer, max_requests=max_queue_size + description.max_batch_size, grace_period=grace_period)
         self._engine = engine
         self._description = description
-        self._tokenizer = tokenizer
-        self._max_requests = max_queue_size + description.max_batch_size
-        self._request_ids = itertools.count(1)
-        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._entries: dict[int, _Entry] = {}
-        self._lock = threading.Lock()  # guards _entries and _closed_by against submit and abort from other threads
-        self._closed_by: TokenmillError | None = None
-        self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="tokenmill-engine", daemon=True)
+        postprocessor = Postprocessor(None if tokenizer is None else tokenizer.load())
+        self._worker = _LocalWorker(engine, postprocessor, self._table)
+        self._thread = ManagedThread(self._worker.run, name="tokenmill-engine", on_error=self._fail)
         self._thread.start()
-
-    # ---- callers' threads ------------------------------------------------------------------------------------
 
     @property
     def description(self) -> EngineDescription:
         return self._description
 
-    def next_request_id(self) -> int:
-        return next(self._request_ids)
-
-    def submit(
-        self, request: GenerationRequest, *, prompt: str | None = None, streaming: bool = False
-    ) -> GenerationResult:
-        self._engine.validate(request)
-        result = GenerationResult(
-            request.request_id,
-            prompt,
-            request.prompt_token_ids,
-            request.sampling,
-            streaming=streaming,
-            arrival_time=request.arrival_time,
-            abort=self.abort_request,
-        )
-        postprocessor = RequestPostprocessor(self._tokenizer, request.sampling, request.prompt_token_ids)
-        with self._lock:
-            if self._closed_by is not None:
-                raise self._closed_by
-            if len(self._entries) >= self._max_requests:
-                raise QueueFullError(
-                    f"{len(self._entries)} requests are under way, which is the limit.",
-                    remedy="Try again later, or raise max_queue_size.",
-                )
-            assert request.request_id not in self._entries, f"request id {request.request_id} is in use"
-            self._entries[request.request_id] = _Entry(result, postprocessor, request.arrival_time)
-            self._inbox.put(lambda: self._engine.add(request))
-        return result
-
-    def abort_request(self, request_id: int) -> bool:
-        with self._lock:
-            if request_id not in self._entries:
-                return False
-            self._inbox.put(lambda: self._cancel(request_id))
-            return True
-
     def stats(self) -> EngineStats:
-        return self._engine.stats()
+        return self._as_callers_see(self._engine.stats())
 
-    def check_health(self) -> None:
-        if self._closed_by is not None:
-            raise self._closed_by
-        if not self._thread.is_alive():
-            raise EngineError("The engine's thread has ended.", remedy="Create the LLM anew.")
+    def get_iteration_stats(self, timeout: float = 0.0) -> list[IterationStats]:
+        return self._worker.iterations.get_all(timeout)
+
+    def health(self) -> ExecutorHealth:
+        error = self._table.closed_by
+        is_alive = self._thread.is_alive and error is None
+        last_step_time = self._engine.stats().last_step_time
+        process = ProcessHealth(
+            name="engine",
+            state="ready" if is_alive else "stopped",
+            pid=os.getpid(),
+            heartbeat_age=0.0,
+            last_step_age=None if last_step_time is None else time.monotonic() - last_step_time,
+            has_work=self._worker.has_work,
+        )
+        return ExecutorHealth("healthy" if is_alive else "unhealthy", "" if error is None else str(error), (process,))
 
     def check_integrity(self) -> None:
-        if not self._thread.is_alive():
-            self._engine.check_integrity()
+        if not self._thread.is_alive:
+            self._worker.check_integrity()
             return
-        outcome: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        outcome: queue.SimpleQueue[AssertionError | None] = queue.SimpleQueue()
 
         def check() -> None:
             try:
-                self._engine.check_integrity()
+                self._worker.check_integrity()
             except AssertionError as error:
                 outcome.put(error)
             else:
                 outcome.put(None)
 
-        self._inbox.put(check)
-        error = outcome.get(timeout=60)
+        self._worker.call(check)
+        error = outcome.get(timeout=_INTEGRITY_TIMEOUT)
         if error is not None:
             raise error
 
-    def shutdown(self) -> None:
-        self._close(ExecutorShutdownError("The executor is shut down."))
-        self._inbox.put(self._stop)
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+    def _prepare(self, request: GenerationRequest) -> Callable[[], None]:
+        return lambda: self._worker.submit(request)
 
-    # ---- the engine's thread ---------------------------------------------------------------------------------
+    def _cancel(self, request_id: int, reason: FinishReason) -> None:
+        self._worker.abort(request_id, reason)
 
-    def _run(self) -> None:
-        try:
-            while not self._stopping:
-                self._take_commands()
-                if self._engine.has_work and not self._stopping:
-                    self._deliver(self._engine.step())
-        except Exception as error:  # the last line of defence: no caller may wait for a dead engine
-            logger.exception("The engine ended with an error.")
-            cause = EngineError(f"The engine ended with {type(error).__name__}: {error}.")
-            cause.__cause__ = error
-            self._close(cause)
-        finally:
-            self._end_all()
+    def _check_engines(self) -> None:
+        if not self._thread.is_alive:
+            raise EngineError("The engine's thread has ended.", remedy="Create the LLM anew.")
 
-    def _take_commands(self) -> None:
-        """Run what callers asked for; wait for something to do when the engine has nothing."""
-        command: Callable[[], None] | None
-        try:
-            command = self._inbox.get(block=not self._engine.has_work)
-            while command is not None:
-                command()
-                command = self._inbox.get_nowait()
-        except queue.Empty:
-            return
-
-    def _cancel(self, request_id: int) -> None:
-        self._engine.cancel(request_id)
+    def _begin_drain(self) -> None:
+        return  # the engine has all requests
 
     def _stop(self) -> None:
-        self._stopping = True
-
-    def _deliver(self, events: list[EngineEvent]) -> None:
-        for event in events:
-            entry = self._entries.get(event.request_id)
-            if entry is None:
-                continue
-            if isinstance(event, TokenDelta):
-                self._deliver_delta(entry, event)
-                continue
-            with self._lock:
-                del self._entries[event.request_id]
-            entry.result.finish(event.metrics, event.error if isinstance(event, Failed) else None)
-
-    def _deliver_delta(self, entry: _Entry, event: TokenDelta) -> None:
-        output, hit_stop_string = entry.postprocessor.process(event)
-        if output is not None:
-            entry.result.push(output)
-        if hit_stop_string:
-            self._engine.finish_sequence(event.request_id, event.sequence_index, "stop")
-
-    def _close(self, cause: TokenmillError) -> None:
-        with self._lock:
-            if self._closed_by is None:
-                self._closed_by = cause
-
-    def _end_all(self) -> None:
-        """Give every open request its terminal event and the engine its rest."""
-        assert self._closed_by is not None or self._stopping
-        with self._lock:
-            entries, self._entries = list(self._entries.items()), {}
-        for request_id, entry in entries:
-            self._engine.cancel(request_id)
-            error = self._closed_by or ExecutorShutdownError("The executor is shut down.")
-            entry.result.finish(RequestMetrics(arrival_time=entry.arrival_time), error)
+        self._worker.stop()
+        self._thread.join()

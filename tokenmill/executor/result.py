@@ -46,6 +46,7 @@ class GenerationResult:
         self._changed = threading.Condition()
         self._async_waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
         self._has_news = False
+        self._was_seen = False
         self._sequences = [CompletionOutput(index=index) for index in range(sampling.num_sequences)]
         self._read_marks = [(0, 0)] * sampling.num_sequences
         self._keeps_logprobs = sampling.logprobs is not None
@@ -57,8 +58,10 @@ class GenerationResult:
     # ---- the executor's side ---------------------------------------------------------------------------------
 
     def push(self, delta: OutputDelta) -> None:
-        """Add what is new. Called by the executor."""
+        """Add what is new; after the terminal event it is ignored. Called by the executor."""
         with self._changed:
+            if self._done:
+                return
             _apply(self._sequences[delta.sequence_index], delta)
             self._has_news = True
             if self.streaming:
@@ -72,6 +75,16 @@ class GenerationResult:
             self._error = error
             self._done = True
             self._wake()
+
+    def restart(self) -> bool:
+        """Forget what has come, because the request is run again. False, and nothing is changed, if somebody has seen
+        some of it: a second answer could differ. Called by the executor."""
+        with self._changed:
+            if self._was_seen or self._done:
+                return False
+            self._sequences = [CompletionOutput(index=sequence.index) for sequence in self._sequences]
+            self._has_news = False
+            return True
 
     def _wake(self) -> None:
         self._changed.notify_all()
@@ -186,6 +199,7 @@ class GenerationResult:
 
     def _snapshot(self) -> RequestOutput:
         """A copy of the state, so that later deltas do not change what a caller holds."""
+        self._was_seen = self._was_seen or any(sequence.token_ids or sequence.text for sequence in self._sequences)
         finished = self._done and self._error is None
         outputs = [
             CompletionOutput(

@@ -1,7 +1,11 @@
-"""`EngineStats`: a snapshot of an engine's counters and gauges. Reading one never changes or drains anything."""
+"""`EngineStats`: a snapshot of an engine's counters and gauges. Reading one never changes or drains anything.
+
+`IterationStats` is the record of one step; those are handed out once, by `IterationResultQueue`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 
@@ -39,8 +43,58 @@ class KvCacheStats:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerStats:
+    """The worker processes of an executor; all 0 when the engine runs in the caller's process.
+
+    Args:
+        num_replicas: worker processes that there should be.
+        num_ready: those that can take requests now. Fewer than `num_replicas`: the executor is degraded.
+        num_deaths: times a process (worker or postprocessing worker) ended unasked, since start.
+        num_restarts: times one was started again, since start.
+        num_stalls: times one was killed because it made no progress, since start.
+        num_retries: times a request was tried again because its process died, since start.
+    """
+
+    num_replicas: int = 0
+    num_ready: int = 0
+    num_deaths: int = 0
+    num_restarts: int = 0
+    num_stalls: int = 0
+    num_retries: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class IterationStats:
+    """One step of one engine.
+
+    Args:
+        replica: the worker's number; 0 in the caller's process.
+        step: number of the step, from 1 on; starts anew with a restarted worker.
+        end_time: `time.monotonic()` when it ended, seconds.
+        duration: seconds.
+        num_running: sequences that held a slot at its end.
+        num_waiting: sequences in the waiting queue at its end.
+        num_prompt_tokens: prompt tokens that it computed.
+        num_generated_tokens: tokens that it sampled.
+        num_preemptions: sequences that it put back to the queue.
+        num_free_blocks: cache blocks that could be given out at its end.
+    """
+
+    replica: int
+    step: int
+    end_time: float
+    duration: float
+    num_running: int
+    num_waiting: int
+    num_prompt_tokens: int
+    num_generated_tokens: int
+    num_preemptions: int
+    num_free_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
-    """One engine at one moment. Counters run since the engine's start.
+    """One engine, or all replicas of an executor together, at one moment. Counters run since the start.
 
     Args:
         num_running: sequences that hold a slot.
@@ -52,6 +106,8 @@ class EngineStats:
         num_finished: requests that ended, by outcome (`stop`, `length`, `cancelled`, or an error's code).
         last_step_time: `time.monotonic()` at the end of the last step, seconds; None before the first.
         kv_cache: the paged cache.
+        num_rejected: requests refused because the queue was full.
+        workers: the worker processes.
     """
 
     num_running: int = 0
@@ -63,3 +119,35 @@ class EngineStats:
     num_finished: dict[str, int] = field(default_factory=dict)
     last_step_time: float | None = None
     kv_cache: KvCacheStats = field(default_factory=KvCacheStats)
+    num_rejected: int = 0
+    workers: WorkerStats = field(default_factory=WorkerStats)
+
+
+def merge_stats(parts: Iterable[EngineStats]) -> EngineStats:
+    """Several engines as one: sums, and the latest step."""
+    parts = list(parts)
+    num_finished: dict[str, int] = {}
+    for part in parts:
+        for outcome, count in part.num_finished.items():
+            num_finished[outcome] = num_finished.get(outcome, 0) + count
+    caches = [part.kv_cache for part in parts]
+    return EngineStats(
+        num_running=sum(part.num_running for part in parts),
+        num_waiting=sum(part.num_waiting for part in parts),
+        num_steps=sum(part.num_steps for part in parts),
+        num_prompt_tokens=sum(part.num_prompt_tokens for part in parts),
+        num_generated_tokens=sum(part.num_generated_tokens for part in parts),
+        num_preemptions=sum(part.num_preemptions for part in parts),
+        num_finished=num_finished,
+        last_step_time=max((part.last_step_time for part in parts if part.last_step_time is not None), default=None),
+        kv_cache=KvCacheStats(
+            num_blocks=sum(cache.num_blocks for cache in caches),
+            num_free_blocks=sum(cache.num_free_blocks for cache in caches),
+            num_cached_blocks=sum(cache.num_cached_blocks for cache in caches),
+            tokens_per_block=max((cache.tokens_per_block for cache in caches), default=0),
+            num_queried_tokens=sum(cache.num_queried_tokens for cache in caches),
+            num_hit_tokens=sum(cache.num_hit_tokens for cache in caches),
+            num_evicted_blocks=sum(cache.num_evicted_blocks for cache in caches),
+        ),
+        num_rejected=sum(part.num_rejected for part in parts),
+    )

@@ -7,7 +7,8 @@ exist only as Python code or as a sentencepiece model, and objects that a caller
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import tokenizers
 
@@ -40,6 +41,14 @@ class TokenizerBackend(Protocol):
 
     def id_to_token(self, token_id: int) -> str | None:
         """The token as written in the vocabulary."""
+        ...
+
+    def save(self, folder: Path) -> Literal["auto", "slow"]:
+        """Write it to an empty folder; returns the mode in which `load_tokenizer` reads it back.
+
+        Raises:
+            InvalidParameterError: the tokenizer cannot be saved.
+        """
         ...
 
 
@@ -80,6 +89,11 @@ class TokenizersBackend:
         """The token as written in the vocabulary."""
         token: str | None = self._tokenizer.id_to_token(token_id)
         return token
+
+    def save(self, folder: Path) -> Literal["auto", "slow"]:
+        """Write `tokenizer.json`."""
+        self._tokenizer.save(str(folder / "tokenizer.json"))
+        return "auto"
 
 
 class TransformersBackend:
@@ -127,6 +141,17 @@ class TransformersBackend:
             return None
         token = self._tokenizer.convert_ids_to_tokens(token_id)
         return None if token is None else str(token)
+
+    def save(self, folder: Path) -> Literal["auto", "slow"]:
+        """Write what the object's own `save_pretrained` writes."""
+        if not hasattr(self._tokenizer, "save_pretrained"):
+            raise InvalidParameterError(
+                f"A {type(self._tokenizer).__name__} cannot be saved, and worker processes load it from a folder.",
+                field="tokenizer",
+                remedy="Pass the path of a tokenizer, or set num_replicas to 0.",
+            )
+        self._tokenizer.save_pretrained(str(folder))
+        return "slow"
 
 
 def check_text(text: object, field: str) -> str:

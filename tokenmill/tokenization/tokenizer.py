@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, overload
 
 from tokenmill.errors import InvalidParameterError
@@ -141,6 +142,15 @@ class Tokenizer:
             **template_kwargs,
         )
         return self._backend.encode(check_text(text, "messages"), False) if tokenize else text
+
+    def save(self, folder: Path) -> Literal["auto", "slow"]:
+        """Write what text and ids need, no chat templates, to an empty folder; `load_tokenizer` reads it in the mode
+        that is returned.
+
+        Raises:
+            InvalidParameterError: it is an object that cannot be saved.
+        """
+        return self._backend.save(folder)
 
     def token_to_id(self, token: str) -> int | None:
         """Id of a token as the vocabulary writes it; None if there is none."""

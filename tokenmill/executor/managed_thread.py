@@ -1,0 +1,66 @@
+"""`ManagedThread`: a thread whose exceptions are never lost. Executors and workers run all their tasks on these.
+
+A plain thread that raises prints a traceback and is gone, and whoever waits for its work waits for ever. Here the
+exception reaches the owner, who ends or restarts what depends on the thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
+
+
+class ManagedThread:
+    """Runs `task` once on a thread of its own.
+
+    Args:
+        task: what to do; it ends when its owner tells it to.
+        name: of the thread, for stack dumps.
+        on_error: called on the thread with the exception that ended `task`. It must not raise.
+    """
+
+    def __init__(self, task: Callable[[], None], *, name: str, on_error: Callable[[Exception], None]) -> None:
+        self._task = task
+        self._on_error = on_error
+        self._error: Exception | None = None
+        # A daemon: an executor that nobody shut down must not keep the interpreter from ending.
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    @property
+    def error(self) -> Exception | None:
+        """What ended the task, if it did not end by itself."""
+        return self._error
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the task is under way."""
+        return self._thread.is_alive()
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the caller runs on this thread."""
+        return threading.current_thread() is self._thread
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait for the end; False if it has not come in `timeout` seconds. On the thread itself: returns at once."""
+        if not self.is_current and self._thread.ident is not None:
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            self._task()
+        except Exception as error:  # the thread's boundary: the owner decides
+            self._error = error
+            logger.exception("The thread %s ended with an error.", self._thread.name)
+            try:
+                self._on_error(error)
+            except Exception:
+                logger.critical("The error of thread %s could not be handled.", self._thread.name, exc_info=True)
