@@ -17,7 +17,7 @@ Outcome: TypeAlias = Literal["answer", "error", "disconnected", "broken"]
 """A whole answer; one error object, as the response or as the last event; our own departure; anything else."""
 
 REQUEST_TIMEOUT = 120.0
-WORDS = "the quick brown fox jumps over a lazy dog while rain in spain stays mainly plain and time saves nine".split()
+WORDS = "the quick brown fox jumps over a lazy dog while rain in spain stays in the plain".split()  # noqa: SIM905
 MALFORMED: tuple[Any, ...] = (
     b"",
     b"{",
@@ -90,8 +90,8 @@ async def run_clients(url: str, load: Load, stop: asyncio.Event, records: list[R
     """Run all clients until `stop`; requests under way then are finished. Records are added as requests end."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=url, timeout=REQUEST_TIMEOUT, limits=limits) as http:
-        clients = [_run_client(http, load, stop, records, random.Random(f"{seed}-{i}")) for i in range(load.num_clients)]
-        await asyncio.gather(*clients)
+        choosers = [random.Random(f"{seed}-{index}") for index in range(load.num_clients)]
+        await asyncio.gather(*(_run_client(http, load, stop, records, choose) for choose in choosers))
 
 
 async def _run_client(

@@ -27,7 +27,13 @@ from typing import Self
 from tokenmill.config import LlmArgs
 from tokenmill.engine.request import GenerationRequest
 from tokenmill.engine.validation import check_request
-from tokenmill.errors import EngineError, ExecutorShutdownError, InvalidParameterError, RequestTimeoutError
+from tokenmill.errors import (
+    EngineError,
+    ExecutorShutdownError,
+    InvalidParameterError,
+    QueueFullError,
+    RequestTimeoutError,
+)
 from tokenmill.executor.deadlines import DeadlineTimer
 from tokenmill.executor.description import EngineDescription
 from tokenmill.executor.health import ExecutorHealth
@@ -201,6 +207,17 @@ class GenerationExecutor(ABC):
         if self._table.closed_by is not None:
             raise copy(self._table.closed_by)
         self._check_engines()
+
+    def check_ready(self) -> None:
+        """Do nothing while requests are taken.
+
+        Raises:
+            QueueFullError: too many requests wait.
+            TokenmillError: as `check_health`.
+        """
+        self.check_health()
+        if self._table.is_full:
+            raise QueueFullError("Too many requests are under way.", remedy="Try again later.")
 
     @abstractmethod
     def check_integrity(self) -> None:

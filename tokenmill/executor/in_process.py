@@ -9,11 +9,11 @@ from collections.abc import Callable
 
 from tokenmill.engine.core import EngineCore
 from tokenmill.engine.request import GenerationRequest
-from tokenmill.errors import EngineError
+from tokenmill.errors import EngineError, EngineStalledError, TokenmillError
 from tokenmill.executor.base_worker import BaseWorker
 from tokenmill.executor.description import EngineDescription
 from tokenmill.executor.executor import GenerationExecutor
-from tokenmill.executor.health import ExecutorHealth, ProcessHealth
+from tokenmill.executor.health import ExecutorHealth, ProcessHealth, ProcessState
 from tokenmill.executor.managed_thread import ManagedThread
 from tokenmill.executor.postproc import Postprocessed, Postprocessor
 from tokenmill.executor.request_table import RequestTable
@@ -77,18 +77,22 @@ class InProcessExecutor(GenerationExecutor):
         return self._worker.iterations.get_all(timeout)
 
     def health(self) -> ExecutorHealth:
-        error = self._table.closed_by
-        is_alive = self._thread.is_alive and error is None
-        last_step_time = self._engine.stats().last_step_time
+        error = self._table.closed_by or self._engine_error()
+        state: ProcessState = "stalled" if isinstance(error, EngineStalledError) else "stopped"
+        stats = self._engine.stats()
         process = ProcessHealth(
             name="engine",
-            state="ready" if is_alive else "stopped",
+            state="ready" if error is None else state,
             pid=os.getpid(),
             heartbeat_age=0.0,
-            last_step_age=None if last_step_time is None else time.monotonic() - last_step_time,
+            last_step_age=None if stats.last_step_time is None else time.monotonic() - stats.last_step_time,
             has_work=self._worker.has_work,
+            progress_age=self._worker.progress_age,
+            stats=stats,
         )
-        return ExecutorHealth("healthy" if is_alive else "unhealthy", "" if error is None else str(error), (process,))
+        return ExecutorHealth(
+            "healthy" if error is None else "unhealthy", "" if error is None else str(error), (process,)
+        )
 
     def check_integrity(self) -> None:
         if not self._thread.is_alive:
@@ -116,8 +120,17 @@ class InProcessExecutor(GenerationExecutor):
         self._worker.abort(request_id, reason)
 
     def _check_engines(self) -> None:
+        error = self._engine_error()
+        if error is not None:
+            raise error
+
+    def _engine_error(self) -> TokenmillError | None:
         if not self._thread.is_alive:
-            raise EngineError("The engine's thread has ended.", remedy="Create the LLM anew.")
+            return EngineError("The engine's thread has ended.", remedy="Create the LLM anew.")
+        age = self._worker.progress_age
+        if age is not None and age > self._worker.steps.limit:
+            return EngineStalledError(f"The engine has work and has made no progress for {age:.1f} s.")
+        return None
 
     def _begin_drain(self) -> None:
         return  # the engine has all requests

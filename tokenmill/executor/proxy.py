@@ -21,7 +21,7 @@ import zmq
 
 from tokenmill.config import LlmArgs
 from tokenmill.engine.request import GenerationRequest
-from tokenmill.errors import InvalidParameterError, ProtocolError, TokenmillError, WorkerDiedError
+from tokenmill.errors import EngineStalledError, InvalidParameterError, ProtocolError, TokenmillError, WorkerDiedError
 from tokenmill.executor.coordinator import Coordinator
 from tokenmill.executor.description import EngineDescription
 from tokenmill.executor.dispatch import prefix_keys
@@ -170,8 +170,8 @@ class GenerationExecutorProxy(GenerationExecutor):
         workers = []
         for replica in self._replicas:
             last = replica.last_step_time
-            workers.append(replica.process.health(clock, None if last is None else now - last))
-        postprocs = [process.health(clock, None) for process in self._postprocs]
+            workers.append(replica.process.health(clock, None if last is None else now - last, replica.stats()))
+        postprocs = [process.health(clock, None, None) for process in self._postprocs]
         state, message = self._judge()
         return ExecutorHealth(state, message, (*workers, *postprocs))
 
@@ -223,7 +223,9 @@ class GenerationExecutorProxy(GenerationExecutor):
     def _check_engines(self) -> None:
         state, message = self._judge()
         if state == "unhealthy":
-            raise WorkerDiedError(f"No worker can run requests now: {message}.", remedy="Try again later.")
+            hangs = any(replica.process.state in ("silent", "stalled") for replica in self._replicas)
+            error_class = EngineStalledError if hangs else WorkerDiedError
+            raise error_class(f"No worker can run requests now: {message}.", remedy="Try again later.")
 
     def _begin_drain(self) -> None:
         error = self._table.closed_by

@@ -54,6 +54,11 @@ class RequestTable:
         return self._closed_by
 
     @property
+    def is_full(self) -> bool:
+        """Whether one more request would be refused."""
+        return len(self._entries) >= self._max_requests
+
+    @property
     def num_finished(self) -> dict[str, int]:
         """Requests that ended, by outcome: a finish reason or the code of an error. A copy."""
         with self._changed:
@@ -85,7 +90,7 @@ class RequestTable:
         with self._changed:
             if self._closed_by is not None:
                 raise copy(self._closed_by) from self._closed_by.__cause__  # a traceback of its own
-            if len(self._entries) >= self._max_requests:
+            if self.is_full:
                 self._num_rejected += 1
                 raise QueueFullError(
                     f"{len(self._entries)} requests are under way, which is the limit.",

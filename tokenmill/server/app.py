@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 
-from tokenmill.errors import TokenmillError
 from tokenmill.server import monitoring
+from tokenmill.server.backpressure import Backpressure
 from tokenmill.server.documentation import Schema, describe_api
 from tokenmill.server.errors import install_error_handlers
-from tokenmill.server.middleware import ApiKeyMiddleware, BodyLimitMiddleware
+from tokenmill.server.middleware import ApiKeyMiddleware, BodyLimitMiddleware, CountingMiddleware
 from tokenmill.server.openai import chat, completions, models
+from tokenmill.server.probe import GenerationProbe
 from tokenmill.server.state import ServerState
+from tokenmill.telemetry.process_metrics import ProcessSample
 from tokenmill.telemetry.prometheus import ServerMetrics
 from tokenmill.version import __version__
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 MAX_BODY_BYTES = 16 * 2**20
 """Larger request bodies are refused: room for a batch of two million token ids, none for filling the memory."""
+
+_COUNTED_METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH"})
 
 
 class _Application(FastAPI):
@@ -51,22 +55,39 @@ def create_app(llm: LLM, *, served_model_name: str | None = None, api_key: str |
     app = _Application(needs_key=api_key is not None, by_model=_model_schemas(llm))
     model_name = served_model_name or llm.model_name
 
-    def is_healthy() -> bool:
-        try:
-            llm.check_health()
-        except TokenmillError:
-            return False
-        return True
-
-    metrics = ServerMetrics(llm.stats, is_healthy, model_name=model_name)
-    app.state.server = ServerState(llm, model_name, int(time.time()), metrics)
-    install_error_handlers(app)
+    metrics = ServerMetrics(
+        llm.stats, lambda: llm.health().state == "healthy", lambda: _process_samples(llm), model_name=model_name
+    )
+    backpressure = Backpressure(lambda: sum(llm.stats().num_finished.values()))
+    app.state.server = ServerState(llm, model_name, int(time.time()), metrics, GenerationProbe(llm))
+    install_error_handlers(app, backpressure)
     app.add_middleware(BodyLimitMiddleware, max_bytes=MAX_BODY_BYTES)
     if api_key is not None:
         app.add_middleware(ApiKeyMiddleware, api_key=api_key)
+    app.add_middleware(CountingMiddleware, outcomes=metrics.http, methods=_COUNTED_METHODS)
     for module in (chat, completions, models, monitoring):
         app.include_router(module.router)
     return app
+
+
+def _process_samples(llm: LLM) -> list[ProcessSample]:
+    samples = []
+    for process in llm.health().processes:
+        stats = process.stats
+        samples.append(
+            ProcessSample(
+                name=process.name,
+                is_ready=process.state == "ready",
+                heartbeat_age=process.heartbeat_age,
+                last_step_age=process.last_step_age,
+                progress_age=process.progress_age,
+                num_restarts=process.num_restarts,
+                num_running=None if stats is None else stats.num_running,
+                num_waiting=None if stats is None else stats.num_waiting,
+                cache_usage=None if stats is None else stats.kv_cache.usage,
+            )
+        )
+    return samples
 
 
 def _model_schemas(llm: LLM) -> dict[str, Schema]:

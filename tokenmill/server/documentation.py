@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from tokenmill.sampling_params import SamplingParams
+from tokenmill.server.health_report import UnhealthyReport
 from tokenmill.server.responses import ErrorResponse
 
 Schema = dict[str, Any]
@@ -46,6 +47,15 @@ GENERATION_ERRORS: dict[int | str, Schema] = {
     504: _error("The request's `timeout` passed before its answer was complete."),
 }
 """For endpoints that generate. An error after the first piece of a stream is an event with the same object."""
+
+BAD_QUERY: dict[int | str, Schema] = {400: _error("A query parameter is wrong; `param` names it.")}
+"""For endpoints with query parameters."""
+
+UNHEALTHY: dict[int | str, Schema] = {
+    **ANY_ROUTE_ERRORS,
+    503: {"model": UnhealthyReport, "description": "It is not well; the error has the reason."},
+}
+"""For `/health`."""
 
 UNAVAILABLE: dict[int | str, Schema] = {**ANY_ROUTE_ERRORS, 503: _error("It is not so; the error has the reason.")}
 """For endpoints that say whether something is so."""

@@ -74,6 +74,7 @@ def _submit(body: ChatCompletionRequest, state: ServerState) -> GenerationResult
             _sampling_params(body, state, len(prompt_token_ids)),
             streaming=bool(body.stream),
             priority=0.5 if body.priority is None else body.priority,
+            timeout=body.timeout,
         )
 
 

@@ -72,6 +72,7 @@ def _submit(body: CompletionRequest, prompts: list[str | list[int]], state: Serv
                 sampling,
                 streaming=bool(body.stream),
                 priority=0.5 if body.priority is None else body.priority,
+                timeout=body.timeout,
             )
             for prompt in prompts
         )
