@@ -230,7 +230,7 @@ def test_nan_logits_end_that_request_alone(model_dir: Path) -> None:
 def test_after_shutdown_every_request_has_ended(model_dir: Path) -> None:
     llm = make_llm(model_dir)
     result = llm.generate_async("the rain", SamplingParams(max_tokens=200, ignore_eos=True))
-    llm.shutdown()
+    llm.shutdown(grace_period=0.0)
     llm.shutdown()
     with pytest.raises(ExecutorShutdownError):
         result.result(10)

@@ -7,22 +7,25 @@ do not help: the library works on groups of 16 rows and spends much of its time 
 from __future__ import annotations
 
 import math
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 _CHUNK_VALUES: Final = 1 << 20
 _PLAIN_TYPES: Final = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F64": torch.float64,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F64": "float64",
+    "I8": "int8",
+    "I16": "int16",
+    "I32": "int32",
+    "I64": "int64",
 }
+"""Block types of one value each, and torch's name for them."""
 
 
 def ggml_block_sizes() -> dict[int, tuple[str, int, int]]:
@@ -59,9 +62,13 @@ def dequantize(raw: np.ndarray[Any, np.dtype[np.uint8]], ggml_type: str, shape: 
     Raises:
         NotImplementedError: the gguf library cannot dequantize this type.
     """
+    import torch  # late: who reads metadata alone, such as a tokenizer, needs none
+
     if ggml_type in _PLAIN_TYPES:
         # torch views bytes as bfloat16, which numpy does not know; the copy also makes the bytes writable and aligned
-        return torch.from_numpy(raw.copy()).view(_PLAIN_TYPES[ggml_type]).reshape(shape).to(torch.float32)
+        return (
+            torch.from_numpy(raw.copy()).view(getattr(torch, _PLAIN_TYPES[ggml_type])).reshape(shape).to(torch.float32)
+        )
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import dequantize as dequantize_blocks
 

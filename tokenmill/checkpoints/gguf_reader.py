@@ -14,13 +14,15 @@ import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-import torch
 
 from tokenmill.checkpoints.gguf_dequantize import dequantize, ggml_block_sizes
 from tokenmill.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
 
 _MAGIC: Final = b"GGUF"
 _DEFAULT_ALIGNMENT: Final = 32

@@ -11,6 +11,7 @@ from tokenmill.executor.child import Child
 
 
 def main() -> None:
+    """Run the process that the command line describes."""
     kind, name, parent_pid, send_address, receive_address = sys.argv[1:]
     child = Child(name, int(parent_pid), send_address, receive_address)
     if kind == "worker":

@@ -142,6 +142,8 @@ class Coordinator:
             self._receive(process)
         for process in self._processes:
             self._watch(process)
+        if self._table.closed_by is not None:
+            self._flow.drain(self._table.closed_by)
         self._flow.give_up_on_cancelled(self.clock)
         self._flow.dispatch()
 

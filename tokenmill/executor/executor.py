@@ -19,7 +19,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from copy import copy
-from dataclasses import replace
 from functools import cached_property
 from types import TracebackType
 from typing import Self
@@ -28,11 +27,12 @@ from tokenmill.config import LlmArgs
 from tokenmill.engine.request import GenerationRequest
 from tokenmill.engine.validation import check_request
 from tokenmill.errors import (
-    EngineError,
+    EngineStalledError,
     ExecutorShutdownError,
     InvalidParameterError,
     QueueFullError,
     RequestTimeoutError,
+    WorkerDiedError,
 )
 from tokenmill.executor.deadlines import DeadlineTimer
 from tokenmill.executor.description import EngineDescription
@@ -63,7 +63,7 @@ class GenerationExecutor(ABC):
         self._tokenizer = tokenizer
         self._grace_period = grace_period
         self._table = RequestTable(max_requests)
-        self._deadlines = DeadlineTimer(self._expire, self._fail)
+        self._deadlines = DeadlineTimer(self._expire, self._table.fail)
         self._request_ids = itertools.count(1)
         self._iterations = IterationResultQueue()
 
@@ -202,11 +202,17 @@ class GenerationExecutor(ABC):
 
         Raises:
             ExecutorShutdownError: after `shutdown`.
-            EngineError, WorkerDiedError: why none can, now or for good.
+            EngineError, WorkerDiedError: why none can, for now or for good.
         """
         if self._table.closed_by is not None:
             raise copy(self._table.closed_by)
-        self._check_engines()
+        health = self.health()
+        if health.state == "unhealthy":
+            hangs = any(process.state in ("silent", "stalled") for process in health.processes)
+            error_class = EngineStalledError if hangs else WorkerDiedError
+            raise error_class(
+                f"No request can be run now: {health.message.removesuffix('.')}.", remedy="Try again later."
+            )
 
     def check_ready(self) -> None:
         """Do nothing while requests are taken.
@@ -232,7 +238,6 @@ class GenerationExecutor(ABC):
         """
         error = ExecutorShutdownError("The executor is shut down.")
         self._table.close(error)
-        self._begin_drain()
         grace = self._grace_period if grace_period is None else grace_period
         if grace > 0.0:
             self._table.wait_until_idle(grace)
@@ -260,34 +265,13 @@ class GenerationExecutor(ABC):
         """End a request in its engine, if it is there; if it is still open, its terminal event comes soon."""
 
     @abstractmethod
-    def _check_engines(self) -> None:
-        """Raise why no request can be run at this moment, if none can."""
-
-    @abstractmethod
-    def _begin_drain(self) -> None:
-        """No new requests will come; what no engine has yet need not begin."""
-
-    @abstractmethod
     def _stop(self) -> None:
         """End threads and processes, and wait for their end. All requests have ended. Twice is harmless."""
-
-    def _as_callers_see(self, stats: EngineStats) -> EngineStats:
-        """With the outcomes that callers got, which an engine does not know of all."""
-        return replace(stats, num_finished=self._table.num_finished, num_rejected=self._table.num_rejected)
-
-    # ---- events ----------------------------------------------------------------------------------------------
 
     def _expire(self, request_id: int) -> None:
         """A deadline has passed; the request may have ended before."""
         if self._table.finish(request_id, RequestTimeoutError("The request's deadline passed.")):
             self._cancel(request_id, "timeout")
-
-    def _fail(self, cause: Exception) -> None:
-        """One of the executor's own threads ended with an error: no caller may wait for it."""
-        error = EngineError(f"The engine ended with {type(cause).__name__}: {cause}.", remedy="Create the LLM anew.")
-        error.__cause__ = cause
-        self._table.close(error)
-        self._table.finish_all(error)
 
 
 def _check_timeout(timeout: float | None) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 from tokenmill.engine.core import EngineCore
 from tokenmill.engine.request import GenerationRequest
-from tokenmill.errors import EngineError, EngineStalledError, TokenmillError
 from tokenmill.executor.base_worker import BaseWorker
 from tokenmill.executor.description import EngineDescription
 from tokenmill.executor.executor import GenerationExecutor
@@ -63,7 +62,7 @@ class InProcessExecutor(GenerationExecutor):
         self._description = description
         postprocessor = Postprocessor(None if tokenizer is None else tokenizer.load())
         self._worker = _LocalWorker(engine, postprocessor, self._table)
-        self._thread = ManagedThread(self._worker.run, name="tokenmill-engine", on_error=self._fail)
+        self._thread = ManagedThread(self._worker.run, name="tokenmill-engine", on_error=self._table.fail)
         self._thread.start()
 
     @property
@@ -71,18 +70,17 @@ class InProcessExecutor(GenerationExecutor):
         return self._description
 
     def stats(self) -> EngineStats:
-        return self._as_callers_see(self._engine.stats())
+        return self._table.with_outcomes(self._engine.stats())
 
     def get_iteration_stats(self, timeout: float = 0.0) -> list[IterationStats]:
         return self._worker.iterations.get_all(timeout)
 
     def health(self) -> ExecutorHealth:
-        error = self._table.closed_by or self._engine_error()
-        state: ProcessState = "stalled" if isinstance(error, EngineStalledError) else "stopped"
+        state, message = self._judge()
         stats = self._engine.stats()
         process = ProcessHealth(
             name="engine",
-            state="ready" if error is None else state,
+            state=state,
             pid=os.getpid(),
             heartbeat_age=0.0,
             last_step_age=None if stats.last_step_time is None else time.monotonic() - stats.last_step_time,
@@ -90,9 +88,18 @@ class InProcessExecutor(GenerationExecutor):
             progress_age=self._worker.progress_age,
             stats=stats,
         )
-        return ExecutorHealth(
-            "healthy" if error is None else "unhealthy", "" if error is None else str(error), (process,)
-        )
+        return ExecutorHealth("healthy" if state == "ready" else "unhealthy", message, (process,))
+
+    def _judge(self) -> tuple[ProcessState, str]:
+        """The engine's state, and what is wrong."""
+        if self._table.closed_by is not None:
+            return "stopped", str(self._table.closed_by)
+        if not self._thread.is_alive:
+            return "stopped", "The engine's thread has ended."
+        age = self._worker.progress_age
+        if age is not None and age > self._worker.steps.limit:
+            return "stalled", f"The engine has work and has made no progress for {age:.1f} s."
+        return "ready", ""
 
     def check_integrity(self) -> None:
         if not self._thread.is_alive:
@@ -118,22 +125,6 @@ class InProcessExecutor(GenerationExecutor):
 
     def _cancel(self, request_id: int, reason: FinishReason) -> None:
         self._worker.abort(request_id, reason)
-
-    def _check_engines(self) -> None:
-        error = self._engine_error()
-        if error is not None:
-            raise error
-
-    def _engine_error(self) -> TokenmillError | None:
-        if not self._thread.is_alive:
-            return EngineError("The engine's thread has ended.", remedy="Create the LLM anew.")
-        age = self._worker.progress_age
-        if age is not None and age > self._worker.steps.limit:
-            return EngineStalledError(f"The engine has work and has made no progress for {age:.1f} s.")
-        return None
-
-    def _begin_drain(self) -> None:
-        return  # the engine has all requests
 
     def _stop(self) -> None:
         self._worker.stop()

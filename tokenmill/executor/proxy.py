@@ -21,7 +21,7 @@ import zmq
 
 from tokenmill.config import LlmArgs
 from tokenmill.engine.request import GenerationRequest
-from tokenmill.errors import EngineStalledError, InvalidParameterError, ProtocolError, TokenmillError, WorkerDiedError
+from tokenmill.errors import InvalidParameterError, ProtocolError, TokenmillError
 from tokenmill.executor.coordinator import Coordinator
 from tokenmill.executor.description import EngineDescription
 from tokenmill.executor.dispatch import prefix_keys
@@ -73,7 +73,7 @@ class GenerationExecutorProxy(GenerationExecutor):
         self._coordinator = Coordinator(
             self._table, self._flow, self._replicas, self._postprocs, self._iterations, self._progress.put
         )
-        self._thread = ManagedThread(self._coordinator.run, name="tokenmill-coordinator", on_error=self._fail)
+        self._thread = ManagedThread(self._coordinator.run, name="tokenmill-coordinator", on_error=self._on_error)
         atexit.register(self.shutdown, 0.0)
         self._thread.start()
         try:
@@ -163,7 +163,7 @@ class GenerationExecutorProxy(GenerationExecutor):
             num_retries=self._flow.num_retries,
         )
         num_waiting = total.num_waiting + self._flow.num_queued
-        return self._as_callers_see(replace(total, num_waiting=num_waiting, workers=workers))
+        return self._table.with_outcomes(replace(total, num_waiting=num_waiting, workers=workers))
 
     def health(self) -> ExecutorHealth:
         clock, now = self._coordinator.clock, time.monotonic()
@@ -220,18 +220,6 @@ class GenerationExecutorProxy(GenerationExecutor):
     def _cancel(self, request_id: int, reason: FinishReason) -> None:
         self._coordinator.call(lambda: self._flow.cancel(request_id, reason, self._coordinator.clock))
 
-    def _check_engines(self) -> None:
-        state, message = self._judge()
-        if state == "unhealthy":
-            hangs = any(replica.process.state in ("silent", "stalled") for replica in self._replicas)
-            error_class = EngineStalledError if hangs else WorkerDiedError
-            raise error_class(f"No worker can run requests now: {message}.", remedy="Try again later.")
-
-    def _begin_drain(self) -> None:
-        error = self._table.closed_by
-        assert error is not None
-        self._coordinator.call(lambda: self._flow.drain(error))
-
     def _stop(self) -> None:
         with self._stop_lock:
             if self._thread.is_alive:
@@ -244,8 +232,8 @@ class GenerationExecutorProxy(GenerationExecutor):
         self._context.term()
         self._folder.close()
 
-    def _fail(self, cause: Exception) -> None:
-        super()._fail(cause)
+    def _on_error(self, cause: Exception) -> None:
+        self._table.fail(cause)
         error = self._table.closed_by
         assert isinstance(error, TokenmillError)
         self._coordinator.started.put(error)

@@ -97,7 +97,7 @@ class RequestFlow:
             self._release(job)
 
     def drain(self, error: TokenmillError) -> None:
-        """What waits ends with `error`; what runs goes on, but gets no second attempt."""
+        """No more is taken: what waits ends with `error`; what runs goes on, but gets no second attempt."""
         self._drained_by = error
         self.fail_queued(error)
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tokenmill.engine.request import GenerationRequest
-from tokenmill.errors import QueueFullError, TokenmillError
+from tokenmill.errors import EngineError, QueueFullError, TokenmillError
 from tokenmill.executor.postproc import OutputDelta
 from tokenmill.executor.result import GenerationResult
 from tokenmill.outputs import RequestMetrics
+from tokenmill.telemetry.stats import EngineStats
 
 
 @dataclass(slots=True)
@@ -58,16 +59,11 @@ class RequestTable:
         """Whether one more request would be refused."""
         return len(self._entries) >= self._max_requests
 
-    @property
-    def num_finished(self) -> dict[str, int]:
-        """Requests that ended, by outcome: a finish reason or the code of an error. A copy."""
+    def with_outcomes(self, stats: EngineStats) -> EngineStats:
+        """`stats` with what callers got, which an engine does not know of all requests."""
         with self._changed:
-            return dict(self._num_finished)
-
-    @property
-    def num_rejected(self) -> int:
-        """Requests refused because there were too many."""
-        return self._num_rejected
+            num_finished = dict(self._num_finished)
+        return replace(stats, num_finished=num_finished, num_rejected=self._num_rejected)
 
     def open(
         self, request: GenerationRequest, prompt: str | None, *, streaming: bool, abort: Callable[[int], bool]
@@ -134,6 +130,13 @@ class RequestTable:
     def finish_all(self, error: TokenmillError) -> list[int]:
         """Every open request ends with `error`; returns their ids."""
         return [request_id for request_id in list(self._entries) if self.finish(request_id, error)]
+
+    def fail(self, cause: Exception) -> None:
+        """What runs the requests has ended with an error: no caller may wait for it."""
+        error = EngineError(f"The engine ended with {type(cause).__name__}: {cause}.", remedy="Create the LLM anew.")
+        error.__cause__ = cause
+        self.close(error)
+        self.finish_all(error)
 
     def wait_until_idle(self, timeout: float) -> bool:
         """Wait for the last request to end; False if it has not within `timeout` seconds."""

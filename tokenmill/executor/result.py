@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from contextlib import suppress
 from typing import Any
 
 from tokenmill.errors import TokenmillError
@@ -44,7 +45,7 @@ class GenerationResult:
         self._num_returned = sampling.n
         self._abort = abort
         self._changed = threading.Condition()
-        self._async_waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+        self._async_waiters = _AsyncWaiters()
         self._has_news = False
         self._was_seen = False
         self._sequences = [CompletionOutput(index=index) for index in range(sampling.num_sequences)]
@@ -88,10 +89,7 @@ class GenerationResult:
 
     def _wake(self) -> None:
         self._changed.notify_all()
-        waiters, self._async_waiters = self._async_waiters, []
-        for loop, future in waiters:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(_set_result, future)
+        self._async_waiters.wake_all()
 
     # ---- the caller's side -----------------------------------------------------------------------------------
 
@@ -136,7 +134,7 @@ class GenerationResult:
             with self._changed:
                 if self._done:
                     return self._final()
-                waiter = self._add_async_waiter()
+                waiter = self._async_waiters.add()
             await waiter
 
     def __await__(self) -> Generator[Any, None, RequestOutput]:
@@ -162,19 +160,13 @@ class GenerationResult:
                 if self._readable():
                     output = self._read()
                     break
-                waiter = self._add_async_waiter()
+                waiter = self._async_waiters.add()
             await waiter
         if output is None:
             raise StopAsyncIteration
         return output
 
     # ---- under the lock --------------------------------------------------------------------------------------
-
-    def _add_async_waiter(self) -> asyncio.Future[None]:
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[None] = loop.create_future()
-        self._async_waiters.append((loop, future))
-        return future
 
     def _readable(self) -> bool:
         return self._done or (self.streaming and self._has_news)
@@ -226,6 +218,27 @@ class GenerationResult:
             finished=finished,
             metrics=self._metrics,
         )
+
+
+class _AsyncWaiters:
+    """Tasks of event loops that wait for something to change. Used under the lock of a result."""
+
+    def __init__(self) -> None:
+        self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+
+    def add(self) -> asyncio.Future[None]:
+        """Something for a task of the running loop to await."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+        self._waiters.append((loop, future))
+        return future
+
+    def wake_all(self) -> None:
+        """All go on. On any thread."""
+        waiters, self._waiters = self._waiters, []
+        for loop, future in waiters:
+            with suppress(RuntimeError):  # a loop that was closed in the meantime waits for nothing
+                loop.call_soon_threadsafe(_set_result, future)
 
 
 def _apply(sequence: CompletionOutput, delta: OutputDelta) -> None:

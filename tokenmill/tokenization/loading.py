@@ -14,6 +14,7 @@ from typing import Any, Literal
 import tokenizers
 from tokenizers import AddedToken, processors
 
+from tokenmill.checkpoints.gguf_reader import GgufFile
 from tokenmill.errors import CheckpointError, InvalidParameterError, UnsupportedFeatureError
 from tokenmill.tokenization.backends import TokenizerBackend, TokenizersBackend, TransformersBackend
 from tokenmill.tokenization.end_of_turn import end_of_turn_candidates, end_of_turn_ids
@@ -90,9 +91,6 @@ def _load_gguf(path: Path, mode: str) -> Tokenizer:
             field="tokenizer_mode",
             remedy="Use 'auto', or pass a directory in `tokenizer`.",
         )
-    # Late: the reader of GGUF files brings torch along.
-    from tokenmill.checkpoints.gguf_reader import GgufFile
-
     return tokenizer_from_gguf_metadata(GgufFile(path).metadata)
 
 
