@@ -26,8 +26,8 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("fuzz") / "model", max_positions=256)
 
 
-@pytest.fixture(scope="session")
-def llm(model_dir: Path) -> Iterator[LLM]:
+@pytest.fixture(scope="session", params=[0, 1], ids=["in process", "worker process"])
+def llm(model_dir: Path, request: pytest.FixtureRequest) -> Iterator[LLM]:
     with LLM(
         model_dir,
         dtype="float32",
@@ -35,6 +35,7 @@ def llm(model_dir: Path) -> Iterator[LLM]:
         max_batch_size=8,
         max_num_tokens=64,
         num_threads=1,
+        num_replicas=request.param,
         kv_cache_config=KvCacheConfig(max_tokens=1024, tokens_per_block=16),
     ) as llm:
         yield llm

@@ -25,7 +25,7 @@ from typing import Self
 
 from tokenmill.config import LlmArgs
 from tokenmill.engine.request import GenerationRequest
-from tokenmill.engine.validation import check_request
+from tokenmill.engine.validation import check_request, check_token_ids
 from tokenmill.errors import (
     EngineStalledError,
     ExecutorShutdownError,
@@ -141,6 +141,7 @@ class GenerationExecutor(ABC):
         """
         _check_timeout(timeout)
         check_request(request, self.description, self.description, self._table)
+        check_token_ids(request, self.description.model.vocab_size)
         enqueue = self._prepare(request)
         result = self._table.open(request, prompt, streaming=streaming, abort=self.abort_request)
         if timeout is not None:

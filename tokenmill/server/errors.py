@@ -80,9 +80,9 @@ async def _answer_invalid_request(request: Request, error: Exception) -> JSONRes
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     if first["loc"][0] != "body":
-        param = str(first["loc"][-1])
-        text = f"Invalid {first['loc'][0]} parameter '{param}': {first['msg']}."
-        return JSONResponse(error_body(text, 400, param=param, code="invalid_parameter"), status_code=400)
+        name = str(first["loc"][-1])
+        text = f"Invalid {first['loc'][0]} parameter '{name}': {first['msg']}."
+        return JSONResponse(error_body(text, 400, param=name, code="invalid_parameter"), status_code=400)
     cause = first.get("ctx", {}).get("error")
     param = parameter_path(first["loc"], error.body)
     if isinstance(cause, TokenmillError):
