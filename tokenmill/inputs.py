@@ -54,6 +54,7 @@ class InputProcessor:
             token_ids = token_ids[-sampling.truncate_prompt_tokens :]
         self._check_token_ids(token_ids, "prompt_token_ids")
         self._check_token_ids(list(sampling.logit_bias or ()), "logit_bias")
+        _check_stop_strings(sampling)
         request = GenerationRequest(
             request_id=request_id,
             prompt_token_ids=tuple(token_ids),
@@ -180,3 +181,14 @@ def _as_token_ids(prompt: Any, field: str) -> list[int]:
         if not _is_integer(token):
             raise InvalidParameterError(f"Token ids must be integers, got {token!r}.", field="prompt_token_ids")
     return [int(token) for token in prompt]
+
+
+def _check_stop_strings(sampling: SamplingParams) -> None:
+    """Half of a surrogate pair is in no text, and cannot be sent to another process."""
+    for stop in sampling.stop_strings:
+        try:
+            stop.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidParameterError(
+                f"stop holds a string that is not valid Unicode ({error}).", field="stop"
+            ) from None

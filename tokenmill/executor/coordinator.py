@@ -269,11 +269,10 @@ class Coordinator:
 
         def ask() -> None:
             self._calls[call] = outcome
-            children = [replica.process.child for replica in self._replicas if replica.process.state == "ready"]
-            for child in children:
-                assert child is not None
-                child.send(CheckIntegrity(call))
-            asked.put(len(children))
+            ready = [replica.process for replica in self._replicas if replica.process.state == "ready"]
+            for process in ready:
+                process.send(CheckIntegrity(call))
+            asked.put(len(ready))
 
         self.call(ask)
         try:
@@ -289,8 +288,9 @@ class Coordinator:
         self._stopping = True
 
     def _end_processes(self) -> None:
-        """Ask them to end, wait a little, and leave the rest to `ChildProcess.close`."""
-        children = [process.child for process in self._processes if process.child is not None]
+        """Ask those that listen to end, wait a little, and leave the rest to `ChildProcess.close`."""
+        ready = [process for process in self._processes if process.state == "ready"]
+        children = [process.child for process in ready if process.child is not None]
         for child in children:
             child.send(Shutdown())
         deadline = time.monotonic() + _END_SECONDS

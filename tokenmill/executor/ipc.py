@@ -202,7 +202,7 @@ class IpcFolder:
 
     def __init__(self) -> None:
         root = Path(tempfile.gettempdir())
-        if len(str(root)) > _MAX_SOCKET_PATH - 60:
+        if len(str(root)) > _MAX_SOCKET_PATH - 55:
             root = Path("/tmp")  # the usual place is too deep for the address of a socket
         _remove_stale_folders(root)
         self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root))  # mode 0700

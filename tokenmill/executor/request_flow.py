@@ -92,7 +92,7 @@ class RequestFlow:
             job.cancel_reason = reason
             job.cancel_time = now
             self._cancelling.append(job)
-            _send(job.replica.process, Abort(job.attempt, reason))
+            job.replica.process.send(Abort(job.attempt, reason))
         if request_id not in self._table:
             self._release(job)
 
@@ -136,8 +136,8 @@ class RequestFlow:
         replica.add(job)
         if postproc is not None:
             self._num_at[postproc.index] += 1
-            _send(postproc, OpenRequest(job.attempt, job.request.sampling, job.request.prompt_token_ids))
-        _send(replica.process, Submit(job.attempt, job.encoded, 0 if postproc is None else postproc.index))
+            postproc.send(OpenRequest(job.attempt, job.request.sampling, job.request.prompt_token_ids))
+        replica.process.send(Submit(job.attempt, job.encoded, 0 if postproc is None else postproc.index))
 
     def _num_jobs_at(self, postproc: SupervisedProcess) -> int:
         return self._num_at[postproc.index]
@@ -147,9 +147,7 @@ class RequestFlow:
     def on_events(self, message: EngineEvents) -> None:
         """A worker's events go on to postprocessing workers as they are."""
         for index, batch in message.batches:
-            child = self._postprocs[index].child
-            if child is not None:
-                child.send_encoded(batch)
+            self._postprocs[index].send_encoded(batch)
 
     def on_outputs(self, message: StepOutputs, *, from_worker: bool) -> None:
         """Results for callers, from a worker or a postprocessing worker."""
@@ -161,7 +159,7 @@ class RequestFlow:
         for hit in message.stop_hits:
             job = self._attempts.get(hit.request_id)
             if job is not None and job.replica is not None:
-                _send(job.replica.process, FinishSequence(hit))
+                job.replica.process.send(FinishSequence(hit))
         for ended in message.ended:
             job = self._attempts.get(ended.request_id)
             if job is not None:
@@ -192,7 +190,7 @@ class RequestFlow:
         jobs = [job for job in self._attempts.values() if job.postproc is postproc]
         for job in sorted(jobs, key=_rank):
             assert job.replica is not None
-            _send(job.replica.process, Abort(job.attempt, "cancelled"))
+            job.replica.process.send(Abort(job.attempt, "cancelled"))
             self._release(job, is_known_to_postproc=False)
             self._retry(job, error)
 
@@ -236,7 +234,7 @@ class RequestFlow:
         if job.postproc is not None:
             self._num_at[job.postproc.index] -= 1
             if is_known_to_postproc:
-                _send(job.postproc, Forget(job.attempt))
+                job.postproc.send(Forget(job.attempt))
         job.replica = job.postproc = None
 
     def _end_cancelled(self, job: Job, reason: FinishReason) -> None:
@@ -250,9 +248,3 @@ class RequestFlow:
 
 def _rank(job: Job) -> tuple[float, int]:
     return job.rank
-
-
-def _send(process: SupervisedProcess, message: Submit | Abort | FinishSequence | Forget | OpenRequest) -> None:
-    """To a process, if it lives."""
-    if process.child is not None:
-        process.child.send(message)

@@ -133,6 +133,16 @@ class SupervisedProcess:
             case _:
                 pass
 
+    def send(self, message: ToProcess) -> None:
+        """Send to a process that is ready; whatever was meant for one before it is dropped."""
+        if self.child is not None and self.state in ("ready", "silent"):
+            self.child.send(message)
+
+    def send_encoded(self, data: bytes) -> None:
+        """The same for an encoded message."""
+        if self.child is not None and self.state in ("ready", "silent"):
+            self.child.send_encoded(data)
+
     def progressed(self, now: float) -> None:
         """The engine finished a step, or has nothing to do."""
         self._progressed = now

@@ -1,0 +1,230 @@
+"""Start and end: what cannot start says why, what ends leaves nothing behind, and no worker outlives its parent."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.executor.conftest import MODES, NAN_TOKEN, make_llm, wait_until
+from tests.support.source_tree import ROOT
+from tokenmill import SamplingParams
+from tokenmill.config import WorkerConfig
+from tokenmill.errors import (
+    CheckpointError,
+    ExecutorShutdownError,
+    InvalidParameterError,
+    TokenmillError,
+    WorkerStartError,
+)
+
+pytestmark = pytest.mark.spec("B2")
+
+SHORT = SamplingParams(max_tokens=100, ignore_eos=True, bad_token_ids=[NAN_TOKEN])
+ENDLESS = SamplingParams(max_tokens=16_000, ignore_eos=True, bad_token_ids=[NAN_TOKEN])
+
+
+def footprint() -> dict[str, Any]:
+    """What this process holds: descriptors, threads, children, folders."""
+    gc.collect()
+    process = psutil.Process()
+    return {
+        "descriptors": process.num_fds(),
+        "threads": sorted(thread.name for thread in threading.enumerate()),
+        "children": [child.pid for child in process.children(recursive=True)],
+        "folders": sorted(path.name for path in Path(tempfile.gettempdir()).glob("tokenmill-ipc-*")),
+    }
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that nobody has waited for does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.parametrize("mode", ["in-process", "1 replica", "1 replica, 2 postproc"])
+def test_shutdown_lets_running_requests_finish_and_leaves_nothing(model_dir: Path, mode: str) -> None:
+    with make_llm(model_dir):  # whatever libraries keep for the life of a process is there from now on
+        pass
+    before = footprint()
+    llm = make_llm(model_dir, **MODES[mode])
+    short = [
+        llm.generate_async("rain", SamplingParams(max_tokens=100, ignore_eos=True, bad_token_ids=[NAN_TOKEN]))
+        for _ in range(4)
+    ]
+    long = llm.generate_async("rain", ENDLESS, streaming=True)
+    next(long)
+    started = time.monotonic()
+    llm.shutdown(grace_period=1.5)
+    assert 1.0 < time.monotonic() - started < 8.0
+    assert [result.result(0).outputs[0].length for result in short] == [100] * 4
+    with pytest.raises(ExecutorShutdownError):
+        long.result(0)
+    with pytest.raises(ExecutorShutdownError):
+        llm.generate_async("rain")
+    with pytest.raises(ExecutorShutdownError):
+        llm.check_health()
+    assert not llm.abort(long)
+    assert llm.stats().num_finished == {"length": 4, "executor_shutdown": 1}
+    assert llm.health().state == "unhealthy"
+    llm.shutdown()
+    del llm, short, long
+    assert footprint() == before
+
+
+def test_what_no_worker_has_yet_ends_at_once(model_dir: Path) -> None:
+    with make_llm(model_dir, num_replicas=1) as llm:
+        results = [llm.generate_async("rain", ENDLESS) for _ in range(40)]
+        ending = threading.Thread(target=llm.shutdown, args=(20.0,))
+        ending.start()
+        # A worker has as many as it can run, and as many to go on with.
+        wait_until(lambda: sum(result.done for result in results) == 40 - 2 * 8, 3.0)
+        time.sleep(0.2)
+        assert sum(result.done for result in results) == 40 - 2 * 8
+        llm.shutdown(0.0)  # cuts the other's patience short
+        ending.join(5.0)
+        assert not ending.is_alive()
+        for result in results:
+            with pytest.raises(ExecutorShutdownError):
+                result.result(0)
+
+
+def test_leaving_the_block_with_an_error_does_not_wait(model_dir: Path) -> None:
+    started = 0.0
+    with pytest.raises(KeyboardInterrupt), make_llm(model_dir, worker_config=WorkerConfig(grace_period=60.0)) as llm:
+        result = llm.generate_async("rain", ENDLESS)
+        started = time.monotonic()
+        raise KeyboardInterrupt
+    assert time.monotonic() - started < 5.0
+    with pytest.raises(ExecutorShutdownError):
+        result.result(0)
+
+
+class TestStart:
+    """Errors of a start reach the caller as they are, quickly, and nothing stays."""
+
+    def test_the_users_error_comes_from_the_worker(self, model_dir: Path, tmp_path: Path) -> None:
+        for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+            (tmp_path / name).write_bytes((model_dir / name).read_bytes())
+        errors: list[TokenmillError] = []
+        for replicas in (0, 1):
+            before = footprint()
+            with pytest.raises(CheckpointError) as caught:
+                make_llm(tmp_path, num_replicas=replicas)
+            errors.append(caught.value)
+            assert footprint()["children"] == before["children"]
+            assert footprint()["folders"] == before["folders"]
+        assert errors[0].to_dict() == errors[1].to_dict()
+
+    def test_a_tokenizer_that_cannot_be_loaded(self, model_dir: Path, tmp_path: Path) -> None:
+        (tmp_path / "tokenizer.json").write_text("{")
+        with pytest.raises(CheckpointError, match="damaged"):
+            make_llm(model_dir, tokenizer=tmp_path, num_replicas=1)
+
+    def test_a_start_that_takes_too_long(self, model_dir: Path) -> None:
+        config = WorkerConfig(start_timeout=0.2)
+        with pytest.raises(WorkerStartError, match=r"worker-0 was not ready within 0\.2 s"):
+            make_llm(model_dir, num_replicas=1, worker_config=config)
+
+    def test_a_worker_that_ends_at_once(
+        self, model_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr(sys, "executable", "/bin/false")
+        with pytest.raises(WorkerStartError, match="ended with exit code 1 while it started"):
+            make_llm(model_dir, num_replicas=1)
+        monkeypatch.setattr(sys, "executable", "/no/such/python")
+        with pytest.raises(TokenmillError, match="cannot be started"):
+            make_llm(model_dir, num_replicas=1)
+
+    def test_postprocessing_workers_need_replicas(self, model_dir: Path) -> None:
+        with pytest.raises(InvalidParameterError) as caught:
+            make_llm(model_dir, num_postprocess_workers=1)
+        assert caught.value.field == "num_postprocess_workers"
+
+    def test_logs_are_kept_where_the_user_wants_them(self, model_dir: Path, tmp_path: Path) -> None:
+        config = WorkerConfig(log_dir=tmp_path / "logs")
+        with make_llm(model_dir, num_replicas=1, worker_config=config) as llm:
+            (process,) = llm.health().processes
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGUSR1)
+            log = tmp_path / "logs" / f"worker-0-{os.getpid()}.log"
+            wait_until(lambda: "Current thread" in log.read_text() or "Thread 0x" in log.read_text())
+            assert llm.generate("rain").finished, "showing stacks does not harm"
+
+
+# Not under `if __name__ == "__main__"`: a worker must not run the user's script again.
+SCRIPT = """
+    import json, os, sys, threading, time
+    from tokenmill import LLM, KvCacheConfig, SamplingParams
+    from tokenmill.config import WorkerConfig
+    llm = LLM({model!r}, dtype="float32", device="cpu", num_threads=1, num_replicas=1, num_postprocess_workers=1,
+              kv_cache_config=KvCacheConfig(max_tokens=17_000))
+    assert "torch" not in sys.modules
+    params = SamplingParams(max_tokens=16_000, ignore_eos=True, bad_token_ids=[319])
+    result = llm.generate_async("rain", params, streaming=True)
+    next(result)
+    folder = str(llm._executor._folder.path)
+    pids = [process.pid for process in llm.health().processes]
+    print(json.dumps({{"pids": pids, "folder": folder}}), flush=True)
+"""
+
+
+def run_script(model_dir: Path, ending: str) -> tuple[subprocess.Popen[str], dict[str, Any]]:
+    """A user's script that has begun to generate, and what it says of its workers."""
+    code = textwrap.dedent(SCRIPT).format(model=str(model_dir)) + textwrap.dedent(ending)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    facts = json.loads(process.stdout.readline())
+    assert len(facts["pids"]) == 2
+    return process, facts
+
+
+def close(process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None
+    process.stdout.close()
+
+
+def test_no_worker_outlives_a_killed_parent(model_dir: Path) -> None:
+    process, facts = run_script(model_dir, "time.sleep(1000)")
+    os.kill(facts["pids"][0], signal.SIGSTOP)  # not even a stopped one
+    process.kill()
+    process.wait()
+    wait_until(lambda: not any(is_alive(pid) for pid in facts["pids"]), 10.0)
+    assert Path(facts["folder"]).exists(), "nobody was left to remove it"
+    for path in Path(facts["folder"]).iterdir():
+        path.unlink()
+    Path(facts["folder"]).rmdir()
+    close(process)
+
+
+def test_ctrl_c_ends_everything(model_dir: Path) -> None:
+    process, facts = run_script(model_dir, "time.sleep(1000)")
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: parent and workers get it
+    assert process.wait(20.0) != 0
+    assert not any(is_alive(pid) for pid in facts["pids"])
+    assert not Path(facts["folder"]).exists()
+    close(process)
+
+
+def test_a_script_that_just_ends_leaves_nothing(model_dir: Path) -> None:
+    process, facts = run_script(model_dir, "")
+    assert process.wait(20.0) == 0
+    assert not any(is_alive(pid) for pid in facts["pids"])
+    assert not Path(facts["folder"]).exists()
+    close(process)
