@@ -122,6 +122,7 @@ def write_config(path: Path, options: argparse.Namespace) -> Path:
         "num_replicas": options.replicas,
         "num_postprocess_workers": options.postprocess_workers,
         "max_seq_len": 1024,
+        **({"num_threads": 1} if options.model == "tiny" else {}),
         "kv_cache_config": {"max_tokens": 32768},
         "worker_config": {"max_restarts": int(num_kills) + 5, "restart_backoff": 0.1, "restart_backoff_cap": 1.0},
     }

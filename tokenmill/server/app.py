@@ -16,6 +16,7 @@ from tokenmill.server.middleware import ApiKeyMiddleware, BodyLimitMiddleware, C
 from tokenmill.server.openai import chat, completions, models
 from tokenmill.server.probe import GenerationProbe
 from tokenmill.server.state import ServerState
+from tokenmill.server.tokenizing import TokenizingPool
 from tokenmill.telemetry.process_metrics import ProcessSample
 from tokenmill.telemetry.prometheus import ServerMetrics
 from tokenmill.version import __version__
@@ -59,7 +60,9 @@ def create_app(llm: LLM, *, served_model_name: str | None = None, api_key: str |
         llm.stats, lambda: llm.health().state == "healthy", lambda: _process_samples(llm), model_name=model_name
     )
     backpressure = Backpressure(lambda: sum(llm.stats().num_finished.values()))
-    app.state.server = ServerState(llm, model_name, int(time.time()), metrics, GenerationProbe(llm))
+    app.state.server = ServerState(
+        llm, model_name, int(time.time()), metrics, GenerationProbe(llm), TokenizingPool(llm)
+    )
     install_error_handlers(app, backpressure)
     app.add_middleware(BodyLimitMiddleware, max_bytes=MAX_BODY_BYTES)
     if api_key is not None:

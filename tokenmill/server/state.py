@@ -9,6 +9,7 @@ from fastapi import Depends, Request
 
 from tokenmill.errors import ModelNotFoundError
 from tokenmill.server.probe import GenerationProbe
+from tokenmill.server.tokenizing import TokenizingPool
 from tokenmill.telemetry.prometheus import ServerMetrics
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class ServerState:
         created: when the server was made, seconds since 1970.
         metrics: counts requests and renders `/metrics`.
         probe: sees whether tokens come out.
+        tokenizing: threads on which requests are tokenized and submitted.
     """
 
     llm: LLM
@@ -32,6 +34,7 @@ class ServerState:
     created: int
     metrics: ServerMetrics
     probe: GenerationProbe
+    tokenizing: TokenizingPool
 
     def check_model(self, name: str | None) -> None:
         """Refuse a request for another model.

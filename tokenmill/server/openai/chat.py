@@ -7,7 +7,6 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.concurrency import run_in_threadpool
 
 from tokenmill.errors import InvalidParameterError
 from tokenmill.outputs import CompletionOutput, RequestOutput, TokenLogprobs
@@ -52,7 +51,7 @@ router = APIRouter(tags=["OpenAI"], route_class=StrictJsonRoute)
 async def create_chat_completion(body: ChatCompletionRequest, request: Request, state: State) -> Response:
     """Answer a conversation. With `stream`, events of `ChatCompletionChunk`, then `[DONE]`."""
     state.check_model(body.model)
-    result = await run_in_threadpool(_submit, body, state)
+    result = await state.tokenizing.run(_submit, body, state)
     reply = _Reply(body, state)
     histograms = state.metrics.requests
     if body.stream:
@@ -91,8 +90,10 @@ def _render(body: ChatCompletionRequest, state: ServerState) -> list[int]:
             raise InvalidParameterError(
                 f"chat_template_kwargs cannot set '{name}'.", field="chat_template_kwargs", remedy="Leave it out."
             )
+    messages = [message.to_template() for message in body.messages]
+    state.tokenizing.check_length(sum(len(message["content"]) for message in messages), "messages")
     token_ids = tokenizer.apply_chat_template(
-        [message.to_template() for message in body.messages],
+        messages,
         tokenize=True,
         add_generation_prompt=body.add_generation_prompt is not False,
         **variables,

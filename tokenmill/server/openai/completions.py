@@ -8,7 +8,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.concurrency import run_in_threadpool
 
 from tokenmill.errors import InvalidParameterError
 from tokenmill.outputs import CompletionOutput, RequestOutput, TokenLogprobs
@@ -47,7 +46,7 @@ async def create_completion(body: CompletionRequest, request: Request, state: St
     """Continue prompts. With `stream`, events of `Completion`, then `[DONE]`."""
     state.check_model(body.model)
     prompts = _prompts(body)
-    results = await run_in_threadpool(_submit, body, prompts, state)
+    results = await state.tokenizing.run(_submit, body, prompts, state)
     reply = _Reply(body, prompts, state)
     if body.stream:
         return EventStreamResponse(server_sent_events(reply.chunks(results)), results)
@@ -63,6 +62,9 @@ def _prompts(body: CompletionRequest) -> list[str | list[int]]:
 
 
 def _submit(body: CompletionRequest, prompts: list[str | list[int]], state: ServerState) -> list[GenerationResult]:
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            state.tokenizing.check_length(len(prompt), "prompt")
     with client_names({"prompt_token_ids": "prompt", "bad": "bad_words"}):
         sampling = _sampling_params(body)
         return submit_all(
