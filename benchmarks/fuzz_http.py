@@ -68,17 +68,21 @@ class FuzzOutcome:
         """The outcome in numbers."""
         http, python = "requests made from the OpenAPI document", "values made by hypothesis"
         num_errors = sum(count for status, count in self.statuses.items() if status >= 500 or not status)
-        return [
+        rows = [
             Row(http, "requests", self.num_requests, "requests", num_wanted, is_upper_goal=False),
             Row(http, "answered 2xx", self.statuses[200], "requests"),
             Row(http, "refused 4xx", sum(self.statuses[status] for status in range(400, 500)), "requests"),
             Row(http, "answered 5xx or not at all", num_errors, "requests", 0),
             Row(http, "violations of the document", len(self.failures), "violations", 0),
             Row("the server afterwards", "problems", len(self.problems), "problems", 0),
-            Row(python, "properties", self.num_properties, "properties", 1, is_upper_goal=False),
-            Row(python, "values for each", self.num_examples, "values"),
-            Row(python, "properties that do not hold", len(self.failed_properties), "properties", 0),
         ]
+        if self.num_examples:
+            rows += [
+                Row(python, "properties", self.num_properties, "properties", 1, is_upper_goal=False),
+                Row(python, "values for each", self.num_examples, "values"),
+                Row(python, "properties that do not hold", len(self.failed_properties), "properties", 0),
+            ]
+        return rows
 
 
 def main() -> None:

@@ -28,6 +28,8 @@ TOTAL_SLOPE_LIMIT = 5.0
 """MiB a minute that resident memory may grow by, of the server's own process and of all its processes."""
 SPARE_FDS = 2
 """Files that an idle server may have open more than before: connections that are about to be closed."""
+SPARE_THREADS = 4
+"""Threads that an idle server may have more than before: those of its pool are started when they are needed."""
 DOCUMENTED_CODES = {
     404: {"model_not_found"},
     429: {"queue_full"},
@@ -124,7 +126,7 @@ def check_idle(before: Resources, after: Resources, *, blocks_before: float, blo
         Finding("cache blocks lost", abs(blocks_before - blocks_after), "blocks"),
         Finding("processes more than before", after.num_processes - before.num_processes, "processes"),
         Finding("open files more than before", after.num_fds - before.num_fds, "files", SPARE_FDS),
-        Finding("threads more than before", after.num_threads - before.num_threads, "threads"),
+        Finding("threads more than before", after.num_threads - before.num_threads, "threads", SPARE_THREADS),
         Finding("shared memory segments more than before", len(segments), "segments", details=_examples(segments)),
     ]
 
