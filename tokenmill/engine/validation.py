@@ -10,6 +10,9 @@ from tokenmill.engine.request import GenerationRequest
 from tokenmill.engine.stop_words import MAX_STOP_WORD_TOKENS
 from tokenmill.errors import InvalidParameterError, PromptTooLongError, RequestTooLargeError
 
+MAX_TOKEN_ID = 2**31 - 1
+"""Largest id that the tensors of a runner can hold."""
+
 
 class CacheLimits(Protocol):
     """The KV cache, as far as it limits a request."""
@@ -105,3 +108,28 @@ def _check_stop_words(inputs: GenerationRequest) -> None:
             field="stop_words",
             remedy="Give fewer or shorter ones.",
         )
+
+
+def check_token_ids(inputs: GenerationRequest, vocab_size: int) -> None:
+    """Check that all token ids of a request can be looked up, and that its seed fits 64 bits.
+
+    Raises:
+        InvalidParameterError: one is out of range; `field` names the parameter.
+    """
+    if not -(2**63) <= inputs.seed < 2**64:
+        raise InvalidParameterError(f"seed is {inputs.seed}.", field="seed", remedy="Use 64 bits.")
+    ids_by_field = {
+        "prompt": inputs.prompt_token_ids,
+        "end_id": inputs.end_ids,
+        "stop_token_ids": inputs.stop_token_ids,
+        "bad": tuple(token_id for word in inputs.bad_words for token_id in word),
+    }
+    for field, token_ids in ids_by_field.items():
+        limit = vocab_size if field == "prompt" else MAX_TOKEN_ID + 1  # others are only compared with what is sampled
+        if token_ids and not (min(token_ids) >= 0 and max(token_ids) < limit):
+            wrong = next(token_id for token_id in token_ids if not 0 <= token_id < limit)
+            raise InvalidParameterError(
+                f"Token id {wrong} is not in the vocabulary (0 to {vocab_size - 1}).",
+                field=field,
+                remedy="Use the tokenizer that belongs to the model.",
+            )
