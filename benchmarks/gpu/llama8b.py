@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.recording import Row, print_rows, write_results
+from benchmarks.result_file import RESULTS, Row, print_rows, write_result
 from tokenmill import LLM, KvCacheConfig, SamplingParams
 
 LLAMA_8B: dict[str, Any] = {
@@ -73,7 +73,9 @@ def main() -> None:
             profile_decode(llm, num_rows)
     print_rows(rows)
     name = f"llama8b_{weights}"
-    print("written to", write_results(name, torch.cuda.get_device_name(), rows, options.output))
+    output = options.output or RESULTS / f"{name}.json"
+    write_result(output, name, rows, device=torch.cuda.get_device_name())
+    print("written to", output)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -172,7 +174,8 @@ def profile_decode(llm: LLM, num_rows: int) -> None:
 def row(metric: str, work: str, weights: str, name: str, value: float, unit: str) -> Row:
     """A row with its goal, peers and limit."""
     goal, peer, limit = GOALS.get((metric, work, weights), (None, None, None))
-    return Row(f"Llama 8B {weights} {work}".strip(), name, value, unit, goal, peer, limit)
+    is_upper_goal = metric != "throughput"
+    return Row(f"Llama 8B {weights} {work}".strip(), name, value, unit, goal, peer, limit, is_upper_goal)
 
 
 if __name__ == "__main__":
