@@ -134,6 +134,27 @@ def test_waits_grow_to_a_cap_and_a_stable_life_resets_them(process: SupervisedPr
     assert process.state == "failed"
 
 
+def test_a_system_that_refuses_new_processes_is_not_asked_for_ever(
+    process: SupervisedProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process.start(0.0)
+    process.bury(WorkerDiedError("It died."), 0.0, may_restart=True)
+
+    def refuse(*arguments: Any) -> None:
+        raise WorkerStartError("No more processes.")
+
+    monkeypatch.setattr(supervised, "ChildProcess", refuse)
+    now, attempts = 0.0, []
+    while process.state != "failed":
+        before = process.num_restarts
+        process.restart_if_due(now)
+        if process.num_restarts > before:
+            attempts.append(now)
+        now += 0.25
+    assert attempts == [0.0, 1.0, 3.0, 7.0]
+    assert "No more processes" in str(process.last_death)
+
+
 def test_old_deaths_are_forgiven(process: SupervisedProcess) -> None:
     process.start(0.0)
     for index in range(20):
