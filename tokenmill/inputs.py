@@ -95,7 +95,7 @@ class InputProcessor:
                 raise UnknownParameterError(
                     f"A prompt dictionary has no key '{name}'.",
                     field=str(name),
-                    remedy=did_you_mean(name, _PROMPT_KEYS),
+                    remedy=did_you_mean(str(name), _PROMPT_KEYS),
                 )
         if "prompt_token_ids" in prompt:
             return _as_token_ids(prompt["prompt_token_ids"], "prompt_token_ids"), prompt.get("prompt")

@@ -228,6 +228,10 @@ class LLM:
         """Raise why no request can be run, if none can."""
         self._executor.check_health()
 
+    def check_ready(self) -> None:
+        """Raise why a request would not be taken now, if it would not: as `check_health`, or `QueueFullError`."""
+        self._executor.check_ready()
+
     def health(self) -> ExecutorHealth:
         """What is known about the engine, or the worker processes, at this moment."""
         return self._executor.health()

@@ -41,7 +41,7 @@ pytestmark = pytest.mark.spec("B5")
 
 DELTA = TokenDelta(7, 1, (1, 2), ({1: Logprob(-0.5, 1), 9: Logprob(-2.0, 3)}, {2: Logprob(-0.1, 1)}), (), "stop", 2)
 METRICS = RequestMetrics(1.0, 2.0, 3.0, 4.0, 5, 6)
-STATS = EngineStats(1, 2, 3, 4, 5, 6, {"stop": 7}, 8.5, KvCacheStats(9, 8, 7, 6, 5, 4, 3))
+STATS = EngineStats(1, 2, 3, 4, 5, 6, {"stop": 7}, 8.5, kv_cache=KvCacheStats(9, 8, 7, 6, 5, 4, 3))
 ALL_MESSAGES: list[Any] = [
     messages.Hello(messages.PROTOCOL_VERSION, 42),
     messages.StartWorker("{}", messages.TokenizerLocation(Path("/a/b"), "slow"), 2, 1, None, 0.5),

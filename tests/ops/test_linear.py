@@ -3,7 +3,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tokenmill.ops.linear import PackedWeight, choose, linear, linear_reference, pack_linear_weight
+from tokenmill.ops.linear import (
+    PackedWeight,
+    choose,
+    linear,
+    linear_reference,
+    pack_linear_weight,
+    padded_num_rows,
+)
 
 CPU = torch.device("cpu")
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
@@ -54,7 +61,25 @@ def test_packing_copies() -> None:
 def test_only_types_with_a_packed_product_are_packed() -> None:
     weight = torch.randn(4, 4)
     assert choose(CPU, torch.float16) == "torch"
-    assert choose(torch.device("cuda"), torch.bfloat16) == "torch"
+    assert choose(torch.device("cuda"), torch.float32) == "torch"
     half = weight.half()
     assert pack_linear_weight(half) is half
     assert isinstance(pack_linear_weight(weight), PackedWeight) == (choose(CPU, torch.float32) == "onednn")
+
+
+def test_products_are_computed_with_few_numbers_of_rows() -> None:
+    """oneDNN keeps a kernel for each, so that a server's memory grows with their number."""
+    padded = [padded_num_rows(num_rows) for num_rows in range(1, 2049)]
+    assert all(num_rows <= more <= num_rows * 1.125 for num_rows, more in enumerate(padded, start=1))
+    assert padded[:16] == list(range(1, 17)), "small batches are not padded"
+    assert padded == sorted(padded)
+    assert len(set(padded)) < 80
+
+
+def test_padding_changes_no_row() -> None:
+    x, weight, bias = inputs(100, torch.bfloat16)
+    packed = pack_linear_weight(weight)
+    assert padded_num_rows(97) == 104
+    product = linear(x[:97], packed, bias)
+    assert product.shape == (97, 80)
+    torch.testing.assert_close(product, linear(x, packed, bias)[:97], atol=2e-2, rtol=2e-2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -14,17 +15,17 @@ from tokenmill import KvCacheConfig
 from tokenmill.llm import LLM
 
 
-def make_llm(model_dir: Path) -> LLM:
+def make_llm(model_dir: Path, **changes: Any) -> LLM:
     """An engine on the tiny model with a small cache: 4,096 tokens in 256 blocks."""
-    return LLM(
-        model_dir,
-        dtype="float32",
-        device="cpu",
-        max_batch_size=16,
-        max_num_tokens=256,
-        num_threads=1,
-        kv_cache_config=KvCacheConfig(max_tokens=4096, tokens_per_block=16),
-    )
+    arguments: dict[str, Any] = {
+        "dtype": "float32",
+        "device": "cpu",
+        "max_batch_size": 16,
+        "max_num_tokens": 256,
+        "num_threads": 1,
+        "kv_cache_config": KvCacheConfig(max_tokens=4096, tokens_per_block=16),
+    }
+    return LLM(model_dir, **{**arguments, **changes})
 
 
 @pytest.fixture(scope="session")

@@ -244,7 +244,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:,"}}
         ({"max_tokens": 2**40}, "max_tokens", ""),
         ({"max_completion_tokens": 0}, "max_completion_tokens", "1"),
         ({"max_completion_tokens": 5, "min_tokens": 6}, "min_tokens", "max_tokens"),
-        ({"stop": ""}, "stop", "empty"),
+        ({"stop": ""}, "stop", "at least 1"),
         ({"stop": 5}, "stop", "string"),
         ({"stop": ["a", 5]}, "stop[1]", "string"),
         ({"logit_bias": {"word": 1}}, "logit_bias", "token id"),

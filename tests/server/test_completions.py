@@ -175,13 +175,13 @@ def test_stop_token_ids(server: LiveServer, client: openai.OpenAI) -> None:
     [
         ({"prompt": None}, "prompt", "string"),
         ({"prompt": []}, "prompt", "token ids"),
-        ({"prompt": [1.5]}, "prompt", "token ids"),
+        ({"prompt": [1.5]}, "prompt[0]", "integer"),
         ({"prompt": [True]}, "prompt", "token ids"),
         ({"prompt": [5, "a"]}, "prompt[1]", "integer"),
         ({"prompt": ["a", 5]}, "prompt[1]", "string"),
         ({"prompt": [[5], [6, -7]]}, "prompt[1][1]", "0"),
         ({"prompt": ""}, "prompt", "empty"),
-        ({"prompt": [[]]}, "prompt", "empty"),
+        ({"prompt": [[]]}, "prompt[0]", "at least 1"),
         ({"prompt": [100000]}, "prompt", "vocabulary"),
         ({"prompt": [1] * 5000}, "prompt", ""),
         ({"suffix": "end"}, "suffix", "not supported"),
@@ -189,6 +189,7 @@ def test_stop_token_ids(server: LiveServer, client: openai.OpenAI) -> None:
         ({"max_tokens": -1}, "max_tokens", "0"),
         ({"logprobs": True}, "logprobs", "integer"),
         ({"logprobs": 5000}, "logprobs", "1024"),
+        ({"n": 1.5}, "n", "integer"),
         ({"echo": "yes"}, "echo", "boolean"),
         ({"messages": []}, "messages", "messages"),
         ({"best_of": 3, "stream": True}, "best_of", "stream"),
@@ -213,3 +214,13 @@ def test_one_bad_prompt_of_many_leaves_nothing_running(server: LiveServer, clien
         complete(client, prompt=[[5] * 10, [5] * 10, [5] * 5000], max_tokens=3000)
     server.wait_until_idle()
     assert server.llm.stats().num_finished.get("length", 0) == before
+
+
+def test_whole_numbers_may_be_written_with_a_point(client: openai.OpenAI) -> None:
+    """JSON knows one kind of number: 4.0 is the integer 4."""
+    exact = {"prompt": [5, 6], "max_tokens": 4, "seed": 7, "stop_token_ids": [319], "logprobs": 1}
+    pointed = {"prompt": [5.0, 6], "max_tokens": 4.0, "seed": 7.0, "stop_token_ids": [319.0], "logprobs": 1.0}
+    first, second = (
+        client.post("/completions", body=body, cast_to=openai.types.Completion) for body in (exact, pointed)
+    )
+    assert first.choices == second.choices

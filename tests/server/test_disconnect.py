@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from typing import Any
 
@@ -133,3 +134,13 @@ def _kill_engine(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
 
     executor: Any = server.llm._executor
     monkeypatch.setattr(executor._engine, "step", fail)
+
+
+def test_leaving_is_nothing_to_log(server: LiveServer, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither asyncio nor the server complains of an exception that nobody looked at."""
+    with pytest.raises(httpx.ReadTimeout):
+        body = {"prompt": "a", **LONG_BODY}
+        httpx.post(f"{server.url}/v1/completions", json=body, timeout=httpx.Timeout(5, read=0.1))
+    server.wait_until_idle()
+    gc.collect()
+    assert not [record for record in caplog.records if record.name == "asyncio"]

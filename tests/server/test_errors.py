@@ -12,6 +12,7 @@ from fastapi.testclient import TestClient
 
 from tests.server.live_server import LiveServer
 from tokenmill.errors import OutOfMemoryError, QueueFullError, RequestTooLargeError
+from tokenmill.server.backpressure import Backpressure
 from tokenmill.server.errors import error_body, exception_body, install_error_handlers, parameter_path
 
 
@@ -114,7 +115,7 @@ def test_message_is_cut_and_can_be_encoded() -> None:
 
 def test_unexpected_exception_shows_no_detail(caplog: pytest.LogCaptureFixture) -> None:
     app = FastAPI()
-    install_error_handlers(app)
+    install_error_handlers(app, Backpressure(lambda: 0))
 
     @app.get("/broken")
     async def broken() -> None:

@@ -7,7 +7,11 @@ from math import isfinite
 from typing import Protocol
 
 from tokenmill.engine.request import GenerationRequest
+from tokenmill.engine.stop_words import MAX_STOP_WORD_TOKENS
 from tokenmill.errors import InvalidParameterError, PromptTooLongError, RequestTooLargeError
+
+MAX_TOKEN_ID = 2**31 - 1
+"""Largest id that the tensors of a runner can hold."""
 
 
 class CacheLimits(Protocol):
@@ -48,8 +52,8 @@ def check_request(inputs: GenerationRequest, limits: RequestLimits, kv: CacheLim
         known_ids: request ids in use.
 
     Raises:
-        InvalidParameterError: the prompt is empty, the id is in use, the priority is not a number, or it asks for too
-            many sequences.
+        InvalidParameterError: the prompt is empty, the id is in use, the priority is not a number, the stop words are
+            empty or too long, or it asks for too many sequences.
         PromptTooLongError: the prompt leaves no room for an answer within `max_seq_len`.
         RequestTooLargeError: it can never fit a step or the cache, even alone.
     """
@@ -75,6 +79,7 @@ def check_request(inputs: GenerationRequest, limits: RequestLimits, kv: CacheLim
             field="prompt",
             remedy="Set enable_chunked_prefill=True or raise max_num_tokens.",
         )
+    _check_stop_words(inputs)
     num_slots = min(limits.max_batch_size, limits.max_num_tokens)
     if sampling.num_sequences > num_slots:
         raise InvalidParameterError(
@@ -91,3 +96,40 @@ def check_request(inputs: GenerationRequest, limits: RequestLimits, kv: CacheLim
             field="max_tokens",
             remedy="Lower max_tokens, shorten the prompt, or enlarge the cache (KvCacheConfig.max_tokens).",
         )
+
+
+def _check_stop_words(inputs: GenerationRequest) -> None:
+    if not all(inputs.stop_words):
+        raise InvalidParameterError("stop_words holds an empty word.", field="stop_words", remedy="Remove it.")
+    num_tokens = sum(map(len, inputs.stop_words))
+    if num_tokens > MAX_STOP_WORD_TOKENS:
+        raise InvalidParameterError(
+            f"The stop words have {num_tokens} tokens together; at most {MAX_STOP_WORD_TOKENS} are allowed.",
+            field="stop_words",
+            remedy="Give fewer or shorter ones.",
+        )
+
+
+def check_token_ids(inputs: GenerationRequest, vocab_size: int) -> None:
+    """Check that all token ids of a request can be looked up, and that its seed fits 64 bits.
+
+    Raises:
+        InvalidParameterError: one is out of range; `field` names the parameter.
+    """
+    if not -(2**63) <= inputs.seed < 2**64:
+        raise InvalidParameterError(f"seed is {inputs.seed}.", field="seed", remedy="Use 64 bits.")
+    ids_by_field = {
+        "prompt": inputs.prompt_token_ids,
+        "end_id": inputs.end_ids,
+        "stop_token_ids": inputs.stop_token_ids,
+        "bad": tuple(token_id for word in inputs.bad_words for token_id in word),
+    }
+    for field, token_ids in ids_by_field.items():
+        limit = vocab_size if field == "prompt" else MAX_TOKEN_ID + 1  # others are only compared with what is sampled
+        if token_ids and not (min(token_ids) >= 0 and max(token_ids) < limit):
+            wrong = next(token_id for token_id in token_ids if not 0 <= token_id < limit)
+            raise InvalidParameterError(
+                f"Token id {wrong} is not in the vocabulary (0 to {vocab_size - 1}).",
+                field=field,
+                remedy="Use the tokenizer that belongs to the model.",
+            )

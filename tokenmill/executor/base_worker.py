@@ -15,6 +15,7 @@ from tokenmill.engine.core import EngineCore
 from tokenmill.engine.events import EngineEvent, TokenDelta
 from tokenmill.engine.request import GenerationRequest
 from tokenmill.errors import TokenmillError
+from tokenmill.executor.health import StepClock
 from tokenmill.executor.iteration_queue import IterationResultQueue
 from tokenmill.executor.postproc import Ended, Postprocessed, Postprocessor, split_events
 from tokenmill.outputs import FinishReason, RequestMetrics
@@ -37,6 +38,8 @@ class BaseWorker(ABC):
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._stopping = False
         self._last = EngineStats()
+        self._progress_time: float | None = None  # None while there is nothing to do
+        self.steps = StepClock()
         self.iterations = IterationResultQueue()
         """Records of steps."""
 
@@ -67,6 +70,12 @@ class BaseWorker(ABC):
         """Whether requests are under way or about to be taken."""
         return self._engine.has_work or not self._inbox.empty()
 
+    @property
+    def progress_age(self) -> float | None:
+        """Seconds that the engine has had work and finished no step; None without work."""
+        since = self._progress_time
+        return None if since is None else time.monotonic() - since
+
     def stats(self) -> EngineStats:
         """A snapshot of the engine."""
         return self._engine.stats()
@@ -79,8 +88,9 @@ class BaseWorker(ABC):
             self._take_commands()
             if self._engine.has_work and not self._stopping:
                 started = time.monotonic()
-                events = self._engine.step()
+                events = self._engine.advance()
                 self._record(started)
+                self._progress_time = time.monotonic()
                 if events:
                     self._handle(events)
 
@@ -99,7 +109,11 @@ class BaseWorker(ABC):
     def _take_commands(self) -> None:
         """Run what others asked for; wait for something to do when the engine has nothing."""
         try:
+            if not self._engine.has_work:
+                self._progress_time = None
             command = self._inbox.get(block=not self._engine.has_work)
+            if self._progress_time is None:
+                self._progress_time = time.monotonic()
             while not self._stopping:
                 command()
                 command = self._inbox.get_nowait()
@@ -135,12 +149,14 @@ class BaseWorker(ABC):
         if now.num_steps == last.num_steps:
             return
         self._last = now
+        end_time = time.monotonic()
+        self.steps.step_ended(end_time - started)
         self.iterations.put(
             IterationStats(
                 replica=self._replica,
                 step=now.num_steps,
-                end_time=time.monotonic(),
-                duration=time.monotonic() - started,
+                end_time=end_time,
+                duration=end_time - started,
                 num_running=now.num_running,
                 num_waiting=now.num_waiting,
                 num_prompt_tokens=now.num_prompt_tokens - last.num_prompt_tokens,

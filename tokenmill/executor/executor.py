@@ -26,8 +26,15 @@ from typing import Self
 
 from tokenmill.config import LlmArgs
 from tokenmill.engine.request import GenerationRequest
-from tokenmill.engine.validation import check_request
-from tokenmill.errors import ExecutorShutdownError, InvalidParameterError, RequestTimeoutError, WorkerDiedError
+from tokenmill.engine.validation import check_request, check_token_ids
+from tokenmill.errors import (
+    EngineStalledError,
+    ExecutorShutdownError,
+    InvalidParameterError,
+    QueueFullError,
+    RequestTimeoutError,
+    WorkerDiedError,
+)
 from tokenmill.executor.deadlines import DeadlineTimer
 from tokenmill.executor.description import EngineDescription
 from tokenmill.executor.health import ExecutorHealth
@@ -136,6 +143,7 @@ class GenerationExecutor(ABC):
         """
         _check_timeout(timeout)
         check_request(request, self.description, self.description, self._table)
+        check_token_ids(request, self.description.model.vocab_size)
         enqueue = self._prepare(request)
         result = self._table.open(request, prompt, streaming=streaming, abort=self.abort_request)
         if timeout is not None:
@@ -203,7 +211,22 @@ class GenerationExecutor(ABC):
             raise copy(self._table.closed_by)
         health = self.health()
         if health.state == "unhealthy":
-            raise WorkerDiedError(f"No request can be run now: {health.message}.", remedy="Try again later.")
+            hangs = any(process.state in ("silent", "stalled") for process in health.processes)
+            error_class = EngineStalledError if hangs else WorkerDiedError
+            raise error_class(
+                f"No request can be run now: {health.message.removesuffix('.')}.", remedy="Try again later."
+            )
+
+    def check_ready(self) -> None:
+        """Do nothing while requests are taken.
+
+        Raises:
+            QueueFullError: too many requests wait.
+            TokenmillError: as `check_health`.
+        """
+        self.check_health()
+        if self._table.is_full:
+            raise QueueFullError("Too many requests are under way.", remedy="Try again later.")
 
     @abstractmethod
     def check_integrity(self) -> None:

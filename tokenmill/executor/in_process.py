@@ -13,7 +13,7 @@ from tokenmill.errors import ExecutorShutdownError
 from tokenmill.executor.base_worker import BaseWorker
 from tokenmill.executor.description import EngineDescription
 from tokenmill.executor.executor import GenerationExecutor, ProgressCallback
-from tokenmill.executor.health import ExecutorHealth, ProcessHealth
+from tokenmill.executor.health import ExecutorHealth, ProcessHealth, ProcessState
 from tokenmill.executor.managed_thread import ManagedThread
 from tokenmill.executor.postproc import Postprocessed, Postprocessor
 from tokenmill.executor.request_table import RequestTable
@@ -108,18 +108,30 @@ class InProcessExecutor(GenerationExecutor):
         return self._worker.iterations.get_all(timeout)
 
     def health(self) -> ExecutorHealth:
-        error = self._table.closed_by
-        is_alive = self._thread.is_alive and error is None
-        last_step_time = self._engine.stats().last_step_time
+        state, message = self._judge()
+        stats = self._engine.stats()
         process = ProcessHealth(
             name="engine",
-            state="ready" if is_alive else "stopped",
+            state=state,
             pid=os.getpid(),
             heartbeat_age=0.0,
-            last_step_age=None if last_step_time is None else time.monotonic() - last_step_time,
+            last_step_age=None if stats.last_step_time is None else time.monotonic() - stats.last_step_time,
             has_work=self._worker.has_work,
+            progress_age=self._worker.progress_age,
+            stats=stats,
         )
-        return ExecutorHealth("healthy" if is_alive else "unhealthy", "" if error is None else str(error), (process,))
+        return ExecutorHealth("healthy" if state == "ready" else "unhealthy", message, (process,))
+
+    def _judge(self) -> tuple[ProcessState, str]:
+        """The engine's state, and what is wrong."""
+        if self._table.closed_by is not None:
+            return "stopped", str(self._table.closed_by)
+        if not self._thread.is_alive:
+            return "stopped", "The engine's thread has ended."
+        age = self._worker.progress_age
+        if age is not None and age > self._worker.steps.limit:
+            return "stalled", f"The engine has work and has made no progress for {age:.1f} s."
+        return "ready", ""
 
     def check_integrity(self) -> None:
         if not self._thread.is_alive:

@@ -170,8 +170,8 @@ class GenerationExecutorProxy(GenerationExecutor):
         workers = []
         for replica in self._replicas:
             last = replica.last_step_time
-            workers.append(replica.process.health(clock, None if last is None else now - last))
-        postprocs = [process.health(clock, None) for process in self._postprocs]
+            workers.append(replica.process.health(clock, None if last is None else now - last, replica.stats()))
+        postprocs = [process.health(clock, None, None) for process in self._postprocs]
         state, message = self._judge()
         return ExecutorHealth(state, message, (*workers, *postprocs))
 

@@ -54,6 +54,11 @@ class RequestTable:
         """Why no more requests are taken; None while they are."""
         return self._closed_by
 
+    @property
+    def is_full(self) -> bool:
+        """Whether one more request would be refused."""
+        return len(self._entries) >= self._max_requests
+
     def with_outcomes(self, stats: EngineStats) -> EngineStats:
         """`stats` with what callers got, which an engine does not know of all requests."""
         with self._changed:
@@ -81,7 +86,7 @@ class RequestTable:
         with self._changed:
             if self._closed_by is not None:
                 raise copy(self._closed_by) from self._closed_by.__cause__  # a traceback of its own
-            if len(self._entries) >= self._max_requests:
+            if self.is_full:
                 self._num_rejected += 1
                 raise QueueFullError(
                     f"{len(self._entries)} requests are under way, which is the limit.",

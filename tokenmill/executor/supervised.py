@@ -24,7 +24,7 @@ from tokenmill.errors import (
     WorkerStartError,
 )
 from tokenmill.executor.child_process import ChildProcess, ProcessKind
-from tokenmill.executor.health import ProcessHealth, ProcessState
+from tokenmill.executor.health import ProcessHealth, ProcessState, StepClock
 from tokenmill.executor.ipc import IpcFolder
 from tokenmill.executor.messages import (
     PROTOCOL_VERSION,
@@ -36,10 +36,11 @@ from tokenmill.executor.messages import (
     StartFailed,
     ToProcess,
 )
+from tokenmill.telemetry.stats import EngineStats
 
 logger = logging.getLogger(__name__)
 
-SILENT_SECONDS: Final = 2.0
+SILENT_SECONDS: Final = 1.7
 """A process that was not heard for so long is not counted on."""
 _STABLE_SECONDS: Final = 10.0  # a process that served for so long is restarted without a wait
 _STACK_SECONDS: Final = 1.0
@@ -81,6 +82,7 @@ class SupervisedProcess:
         self._since = 0.0  # when the state was entered
         self._heard = 0.0
         self._progressed = 0.0
+        self._steps = StepClock()
         self._deaths: deque[float] = deque()
         self._num_quick_deaths = 0
         self._start_error: TokenmillError | None = None
@@ -122,8 +124,10 @@ class SupervisedProcess:
                 self._progressed = now
             case StartFailed(error):
                 self._start_error = error
-            case Heartbeat(has_work):
+            case Heartbeat(has_work, _, iterations):
                 self.has_work = has_work
+                for iteration in iterations:
+                    self._steps.step_ended(iteration.duration)
             case LogRecord(level, name, text):
                 logging.getLogger(name).log(level, "%s", text)
             case _:
@@ -158,12 +162,15 @@ class SupervisedProcess:
                     remedy="Raise worker_config.start_timeout if the model takes longer to load.",
                 )
             return None
-        self.state = (
-            "silent" if now - self._heard > max(SILENT_SECONDS, self._config.heartbeat_interval * 2) else "ready"
-        )
+        self.state = self._living_state(now)
         if now - min(self._heard, self._progressed) > self._config.stall_timeout:
             return self._stall_error()
         return None
+
+    def _living_state(self, now: float) -> ProcessState:
+        if now - self._heard > max(SILENT_SECONDS, self._config.heartbeat_interval * 2):
+            return "silent"
+        return "stalled" if self.has_work and now - self._progressed > self._steps.limit else "ready"
 
     def _exit_error(self) -> TokenmillError:
         assert self.child is not None
@@ -192,7 +199,7 @@ class SupervisedProcess:
     def bury(self, error: TokenmillError, now: float, *, may_restart: bool) -> None:
         """The process is dead, or is killed now: free what it had, and decide when the next one comes."""
         assert self.child is not None
-        was_stable = self.state in ("ready", "silent") and now - self._since > _STABLE_SECONDS
+        was_stable = self.state in ("ready", "silent", "stalled") and now - self._since > _STABLE_SECONDS
         self.last_death = error
         self.num_deaths += 1
         self.child.close()
@@ -236,8 +243,8 @@ class SupervisedProcess:
             self.child = None
         self._enter("stopped", now)
 
-    def health(self, now: float, last_step_age: float | None) -> ProcessHealth:
-        """What is known of it."""
+    def health(self, now: float, last_step_age: float | None, stats: EngineStats | None) -> ProcessHealth:
+        """What is known of it, and of its engine."""
         child = self.child
         return ProcessHealth(
             name=self.name,
@@ -246,7 +253,9 @@ class SupervisedProcess:
             heartbeat_age=now - self._heard,
             last_step_age=last_step_age,
             has_work=self.has_work,
+            progress_age=now - self._progressed if self.has_work and child is not None else None,
             num_restarts=self.num_restarts,
+            stats=stats,
         )
 
     @property

@@ -16,21 +16,13 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from tokenmill.errors import TokenmillError
-from tokenmill.server.responses import ErrorResponse
+from tokenmill.server.backpressure import Backpressure
 
 logger = logging.getLogger(__name__)
 
 _MAX_MESSAGE_LEN = 2000
 _STATUS_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 _STATUS_CODES = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
-
-ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorResponse, "description": "The request is wrong; `param` names the field."},
-    404: {"model": ErrorResponse, "description": "No such model."},
-    429: {"model": ErrorResponse, "description": "Too many requests wait; try again later."},
-    503: {"model": ErrorResponse, "description": "The engine does not run."},
-}
-"""For the API's documentation."""
 
 
 def error_body(message: str, status: int, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
@@ -48,19 +40,27 @@ def exception_body(error: Exception) -> tuple[int, dict[str, Any]]:
     return 500, error_body("The server failed to answer this request.", 500, code="internal_error")
 
 
-def install_error_handlers(app: FastAPI) -> None:
-    """Answer every error of `app` in OpenAI's shape."""
-    app.add_exception_handler(TokenmillError, _answer_error)
+def install_error_handlers(app: FastAPI, backpressure: Backpressure) -> None:
+    """Answer every error of `app` in OpenAI's shape; `backpressure` says when a refused client may come back."""
+
+    async def answer_error(request: Request, error: Exception) -> JSONResponse:
+        return _answer_error(request, error, backpressure)
+
+    app.add_exception_handler(TokenmillError, answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid_request)
     app.add_exception_handler(HTTPException, _answer_http_error)
-    app.add_exception_handler(Exception, _answer_error)
+    app.add_exception_handler(Exception, answer_error)
 
 
-async def _answer_error(request: Request, error: Exception) -> JSONResponse:
+def _answer_error(request: Request, error: Exception, backpressure: Backpressure) -> JSONResponse:
     status, body = exception_body(error)
     if status >= 500 and isinstance(error, TokenmillError):  # the web framework logs the others
         logger.error("%s %s failed: %s", request.method, request.url.path, error)
-    headers = {"Retry-After": "1"} if status in (429, 503) else None
+    headers = {}
+    if status == 429:
+        headers["Retry-After"] = str(backpressure.refuse())
+    elif status == 503:
+        headers["Retry-After"] = "1"
     return JSONResponse(body, status_code=status, headers=headers)
 
 
@@ -79,6 +79,10 @@ async def _answer_http_error(request: Request, error: Exception) -> JSONResponse
 async def _answer_invalid_request(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
+    if first["loc"][0] != "body":
+        name = str(first["loc"][-1])
+        text = f"Invalid {first['loc'][0]} parameter '{name}': {first['msg']}."
+        return JSONResponse(error_body(text, 400, param=name, code="invalid_parameter"), status_code=400)
     cause = first.get("ctx", {}).get("error")
     param = parameter_path(first["loc"], error.body)
     if isinstance(cause, TokenmillError):

@@ -1,4 +1,4 @@
-"""What every request passes before an endpoint sees it: the API key and the limit on the body's size."""
+"""What every request passes before an endpoint sees it: a counter, the API key, the limit on the body's size."""
 
 from __future__ import annotations
 
@@ -10,6 +10,45 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokenmill.server.errors import error_body
+from tokenmill.telemetry.process_metrics import HttpOutcomes
+
+
+class CountingMiddleware:
+    """Counts every request by its outcome.
+
+    Args:
+        app: what is inside.
+        outcomes: counts.
+        methods: that are counted under their name; others are counted as `other`, as routes are that do not exist.
+    """
+
+    def __init__(self, app: ASGIApp, *, outcomes: HttpOutcomes, methods: frozenset[str]) -> None:
+        self._app = app
+        self._outcomes = outcomes
+        self._methods = methods
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Call the application and look at the status that it sends."""
+        if scope["type"] != "http" or scope["path"] == "/metrics":  # looking at the numbers does not change them
+            await self._app(scope, receive, send)
+            return
+        status = 499
+
+        async def watching_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watching_send)
+        except Exception:  # the web framework answers it outside of all middleware
+            status = 500 if status == 499 else status
+            raise
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            method = scope["method"] if scope["method"] in self._methods else "other"
+            self._outcomes.count(method, route, status)
 
 
 class ApiKeyMiddleware:

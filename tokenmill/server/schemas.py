@@ -2,19 +2,52 @@
 
 Types are strict: a string is not a number. A field of another name is refused with a did-you-mean, and a field that
 OpenAI or vLLM know but tokenmill cannot honour is refused by name, unless it asks for nothing. Ranges of sampling
-parameters are checked by `SamplingParams`, not here.
+parameters are checked by `SamplingParams`, not here; the JSON schema names them all the same (`documentation.py`), and
+`rules` are what it says of several fields together.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    GetJsonSchemaHandler,
+    Tag,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from tokenmill.errors import UnknownParameterError, UnsupportedFeatureError, did_you_mean
+from tokenmill.server.documentation import BY_MODEL, Schema, complete_schema, given, never, requires
 
-Count = Annotated[int, Field(ge=0, lt=2**31)]
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+def _whole_numbers(value: Any) -> Any:
+    """JSON has one kind of number: 2.0 stands for the integer 2, alone or in a list."""
+    if isinstance(value, list) and float in set(map(type, value)):
+        return [_whole_numbers(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+MAX_LOGPROBS = 1024
+Text = Annotated[str, Field(min_length=1)]
+# The range comes first, so that it also stands in the JSON schema.
+Integer = Annotated[int, BeforeValidator(_whole_numbers)]
+Count = Annotated[int, Field(ge=0, lt=2**31), BeforeValidator(_whole_numbers)]
+PositiveCount = Annotated[int, Field(ge=1, lt=2**31), BeforeValidator(_whole_numbers)]
+NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS), BeforeValidator(_whole_numbers)]
+TopK = Annotated[int, Field(ge=-1, lt=2**31), BeforeValidator(_whole_numbers)]
+_TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+_PromptId = Annotated[_TokenId, Field(json_schema_extra={BY_MODEL: "prompt_id"})]
+_PromptText = Annotated[str, Field(json_schema_extra={BY_MODEL: "prompt_text"})]
+TokenIds = Annotated[list[_TokenId], Field(fail_fast=True), BeforeValidator(_whole_numbers)]
+PromptIds = Annotated[list[_PromptId], Field(min_length=1, fail_fast=True), BeforeValidator(_whole_numbers)]
 
 
 def _kind_of_strings(value: Any) -> str | None:
@@ -28,11 +61,11 @@ def _kind_of_prompt(value: Any) -> str | None:
         return "string"
     if not isinstance(value, list) or not value:
         return None
-    return {str: "strings", int: "token_ids", list: "token_id_lists"}.get(type(value[0]))
+    return {str: "strings", int: "token_ids", float: "token_ids", list: "token_id_lists"}.get(type(value[0]))
 
 
 Strings = Annotated[
-    Annotated[str, Tag("string")] | Annotated[list[str], Field(max_length=256, fail_fast=True), Tag("list")],
+    Annotated[Text, Tag("string")] | Annotated[list[Text], Field(max_length=256, fail_fast=True), Tag("list")],
     Discriminator(
         _kind_of_strings,
         custom_error_type="strings_type",
@@ -40,16 +73,29 @@ Strings = Annotated[
     ),
 ]
 Prompt = Annotated[
-    Annotated[str, Tag("string")]
-    | Annotated[list[str], Field(fail_fast=True), Tag("strings")]
-    | Annotated[list[TokenId], Field(fail_fast=True), Tag("token_ids")]
-    | Annotated[list[Annotated[list[TokenId], Field(fail_fast=True)]], Field(fail_fast=True), Tag("token_id_lists")],
+    Annotated[_PromptText, Tag("string")]
+    | Annotated[list[_PromptText], Field(min_length=1, fail_fast=True), Tag("strings")]
+    | Annotated[PromptIds, Tag("token_ids")]
+    | Annotated[list[PromptIds], Field(min_length=1, fail_fast=True), Tag("token_id_lists")],
     Discriminator(
         _kind_of_prompt,
         custom_error_type="prompt_type",
         custom_error_message="Input should be a string, a list of strings, token ids, or a list of token id lists",
     ),
 ]
+
+
+MAX_TIMEOUT = 86_400.0
+"""Longest `timeout` of a request, in seconds."""
+_LOGIT_BIAS: Schema = {
+    "type": "object",
+    "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+}
+
+TEMPLATE_ARGUMENTS = ("self", "messages", "chat_template", "tokenize", "add_generation_prompt", "tools")
+"""What `chat_template_kwargs` may not set, because the server does."""
+_TEMPLATE_VARIABLES: Schema = {"type": "object", "propertyNames": {"not": {"enum": list(TEMPLATE_ARGUMENTS)}}}
 
 
 class RequestSchema(BaseModel):
@@ -61,6 +107,14 @@ class RequestSchema(BaseModel):
     """Known fields that are refused, unless empty, false, or one of the values given here."""
     without_effect: ClassVar[frozenset[str]] = frozenset()
     """Known fields that change nothing about an answer and are dropped."""
+    rules: ClassVar[tuple[Schema, ...]] = ()
+    """What several fields have to satisfy together, as JSON schemas: for the documentation, checked elsewhere."""
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        complete_schema(schema, rules=cls.rules, unsupported=cls.unsupported, without_effect=cls.without_effect)
+        return schema
 
     @model_validator(mode="before")
     @classmethod
@@ -106,6 +160,16 @@ _UNSUPPORTED_BY_ALL: dict[str, tuple[Any, ...]] = {
 }
 
 
+_STREAMED = given("stream", const=True)
+_SAMPLED = {"properties": {"temperature": {"not": {"const": 0}}, "top_k": {"not": {"const": 1}}}}
+_SAMPLING_RULES = (
+    requires(given("stream_options"), _STREAMED),
+    never(given("prompt_logprobs"), _STREAMED),
+    requires(given("n", minimum=2), _SAMPLED),
+    requires(given("best_of", minimum=2), _SAMPLED),
+)
+
+
 class StreamOptions(RequestSchema):
     """What a stream tells besides the answer."""
 
@@ -124,18 +188,20 @@ class SamplingFields(RequestSchema):
     """Send the answer in pieces, as server-sent events."""
     stream_options: StreamOptions | None = None
     """Only with `stream`."""
+    timeout: Annotated[float, Field(gt=0, le=MAX_TIMEOUT)] | None = None
+    """Seconds from the request's arrival to the end of its answer; when they pass it ends with an error (504)."""
 
-    n: int | None = None
+    n: Integer | None = None
     """Answers to return."""
-    best_of: int | None = None
+    best_of: Integer | None = None
     """Answers to generate, of which the `n` most likely are returned. Not with `stream`."""
-    seed: int | None = None
+    seed: Integer | None = None
     """Makes sampling repeatable."""
     temperature: float | None = None
     """Logits are divided by it; 0 is greedy. Default 1."""
     top_p: float | None = None
     """Sample from the smallest set of tokens whose probabilities sum to it. Default 1."""
-    top_k: int | None = None
+    top_k: TopK | None = None
     """Sample from the k most likely tokens; 0 or -1: from all."""
     min_p: float | None = None
     """Drop tokens less likely than this share of the most likely token's probability."""
@@ -145,7 +211,7 @@ class SamplingFields(RequestSchema):
     """Subtracted from the logits of tokens that are in the answer."""
     frequency_penalty: float | None = None
     """Subtracted from logits once for each time the token is in the answer."""
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float], WithJsonSchema(_LOGIT_BIAS)] | None = None
     """Added to logits, by token id; -100 bans a token, 100 forces it."""
 
     max_tokens: Count | None = None
@@ -156,17 +222,17 @@ class SamplingFields(RequestSchema):
     """Go on after the model's end token."""
     stop: Strings | None = None
     """Strings that end the answer."""
-    stop_token_ids: list[TokenId] | None = None
+    stop_token_ids: TokenIds | None = None
     """Tokens that end the answer."""
     include_stop_str_in_output: bool | None = None
     """Keep the stop string in the answer."""
-    bad_words: list[str] | None = None
+    bad_words: list[Text] | None = None
     """Words that must not be generated."""
     skip_special_tokens: bool | None = None
     """Leave special tokens out of the text. Default true."""
-    prompt_logprobs: Count | None = None
+    prompt_logprobs: NumLogprobs | None = None
     """Log-probabilities to return for each prompt token but the first. Not with `stream`."""
-    truncate_prompt_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    truncate_prompt_tokens: PositiveCount | None = None
     """Keep only the last tokens of the prompt."""
     priority: float | None = None
     """Higher runs first, if the server's waiting queue goes by priority. Default 0.5."""
@@ -176,6 +242,7 @@ class CompletionRequest(SamplingFields):
     """Body of `POST /v1/completions`."""
 
     unsupported = {**_UNSUPPORTED_BY_ALL, "suffix": (), "prompt_embeds": ()}
+    rules = (*_SAMPLING_RULES, requires(given("max_tokens", const=0), given("echo", const=True)))
 
     model: str | None = None
     """Name of the served model; may be left out."""
@@ -183,7 +250,7 @@ class CompletionRequest(SamplingFields):
     """Text or token ids, or a list of either."""
     echo: bool | None = None
     """Return the prompt before the answer."""
-    logprobs: Count | None = None
+    logprobs: NumLogprobs | None = None
     """Log-probabilities to return for each token: its own and this many of the most likely ones."""
     add_special_tokens: bool | None = None
     """Let the tokenizer add its special tokens to a text prompt. Default true."""
@@ -256,18 +323,21 @@ class ChatCompletionRequest(SamplingFields):
         "mm_processor_kwargs": (),
         "media_io_kwargs": (),
     }
+    rules = (*_SAMPLING_RULES, requires(given("top_logprobs"), given("logprobs", const=True)))
 
     model: str | None = None
     """Name of the served model; may be left out."""
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     """The conversation so far."""
-    max_completion_tokens: Count | None = None
+    max_tokens: PositiveCount | None = None
+    """Most tokens to generate."""
+    max_completion_tokens: PositiveCount | None = None
     """Most tokens to generate; stands before `max_tokens`. Default: the rest of the context."""
     logprobs: bool | None = None
     """Return the log-probability of each token."""
-    top_logprobs: Annotated[int, Field(ge=0, le=1024)] | None = None
+    top_logprobs: NumLogprobs | None = None
     """Most likely tokens to return at each position. Only with `logprobs`."""
     add_generation_prompt: bool | None = None
     """End the prompt with the start of an assistant's message. Default true."""
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], WithJsonSchema(_TEMPLATE_VARIABLES)] | None = None
     """Variables for the chat template."""

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 from fastapi import Depends, Request
 
 from tokenmill.errors import ModelNotFoundError
+from tokenmill.server.probe import GenerationProbe
+from tokenmill.server.tokenizing import TokenizingPool
 from tokenmill.telemetry.prometheus import ServerMetrics
 
 if TYPE_CHECKING:
@@ -23,12 +25,16 @@ class ServerState:
         model_name: the name under which clients ask for it.
         created: when the server was made, seconds since 1970.
         metrics: counts requests and renders `/metrics`.
+        probe: sees whether tokens come out.
+        tokenizing: threads on which requests are tokenized and submitted.
     """
 
     llm: LLM
     model_name: str
     created: int
     metrics: ServerMetrics
+    probe: GenerationProbe
+    tokenizing: TokenizingPool
 
     def check_model(self, name: str | None) -> None:
         """Refuse a request for another model.

@@ -9,7 +9,7 @@ prefix `tokenmill:`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Histogram, Metric, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -17,6 +17,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from tokenmill.outputs import RequestMetrics
+from tokenmill.telemetry.process_metrics import HttpOutcomes, ProcessesCollector, ProcessSample
 from tokenmill.telemetry.stats import EngineStats
 
 SUCCESS_REASONS = ("stop", "length")
@@ -58,6 +59,7 @@ class EngineCollector(Collector):
         yield self._counter("generation_tokens", "Tokens sampled.", stats.num_generated_tokens)
         yield from self._collect_cache(stats)
         yield from self._collect_finished(stats)
+        yield from self._collect_workers(stats)
 
     def _collect_cache(self, stats: EngineStats) -> Iterator[Metric]:
         cache = stats.kv_cache
@@ -87,6 +89,16 @@ class EngineCollector(Collector):
         for reason in sorted({"cancelled", *stats.num_finished}.difference(SUCCESS_REASONS)):
             failure.add_metric((self._model_name, reason), stats.num_finished.get(reason, 0))
         yield failure
+
+    def _collect_workers(self, stats: EngineStats) -> Iterator[Metric]:
+        workers = stats.workers
+        yield self._counter("queue_rejections", "Requests refused because too many waited.", stats.num_rejected)
+        yield self._gauge("workers", "Worker processes that there should be; 0: there are none.", workers.num_replicas)
+        yield self._gauge("workers_ready", "Worker processes that can take requests.", workers.num_ready)
+        yield self._counter("worker_deaths", "Times a worker process ended unasked.", workers.num_deaths)
+        yield self._counter("worker_restarts", "Times a worker process was started again.", workers.num_restarts)
+        yield self._counter("worker_stalls", "Times a worker was killed for lack of progress.", workers.num_stalls)
+        yield self._counter("request_retries", "Requests run again because their process died.", workers.num_retries)
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         metric = GaugeMetricFamily(f"tokenmill:{name}", text, labels=("model_name",))
@@ -155,16 +167,24 @@ class ServerMetrics:
     Args:
         read_stats: gives the engine's statistics at this moment.
         is_healthy: whether the engine can run requests at this moment.
+        read_processes: gives the processes that run engines at this moment.
         model_name: value of the label `model_name`.
     """
 
     def __init__(
-        self, read_stats: Callable[[], EngineStats], is_healthy: Callable[[], bool], *, model_name: str
+        self,
+        read_stats: Callable[[], EngineStats],
+        is_healthy: Callable[[], bool],
+        read_processes: Callable[[], Sequence[ProcessSample]] = tuple,
+        *,
+        model_name: str,
     ) -> None:
         self._registry = CollectorRegistry()
+        self._registry.register(ProcessesCollector(read_processes, model_name=model_name))
         self._registry.register(EngineCollector(read_stats, is_healthy, model_name=model_name))
         ProcessCollector(registry=self._registry)
         self.requests = RequestHistograms(self._registry, model_name=model_name)
+        self.http = HttpOutcomes(self._registry, model_name=model_name)
 
     def render(self, accept: str) -> tuple[bytes, str]:
         """The metrics in the text format that the HTTP `Accept` header asks for, and its content type."""

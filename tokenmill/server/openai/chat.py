@@ -7,12 +7,11 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.concurrency import run_in_threadpool
 
 from tokenmill.errors import InvalidParameterError
 from tokenmill.outputs import CompletionOutput, RequestOutput, TokenLogprobs
 from tokenmill.sampling_params import SamplingParams
-from tokenmill.server.errors import ERROR_RESPONSES
+from tokenmill.server.documentation import GENERATION_ERRORS, event_stream
 from tokenmill.server.openai.generation import (
     EventStreamResponse,
     collect,
@@ -34,7 +33,7 @@ from tokenmill.server.responses import (
     ChatDelta,
     ChoiceLogprobs,
 )
-from tokenmill.server.schemas import ChatCompletionRequest
+from tokenmill.server.schemas import TEMPLATE_ARGUMENTS, ChatCompletionRequest
 from tokenmill.server.state import ServerState, State
 from tokenmill.server.strict_json import StrictJsonRoute
 
@@ -43,17 +42,16 @@ if TYPE_CHECKING:
 
 router = APIRouter(tags=["OpenAI"], route_class=StrictJsonRoute)
 
-_TEMPLATE_ARGUMENTS = frozenset({
-    "self", "messages", "chat_template", "tokenize", "add_generation_prompt", "tools",
-})  # fmt: skip
-"""What `chat_template_kwargs` may not set, because the server does."""
 
-
-@router.post("/v1/chat/completions", response_model=None, responses={200: {"model": ChatCompletion}, **ERROR_RESPONSES})
+@router.post(
+    "/v1/chat/completions",
+    response_model=None,
+    responses={**event_stream(ChatCompletion, "ChatCompletionChunk"), **GENERATION_ERRORS},
+)
 async def create_chat_completion(body: ChatCompletionRequest, request: Request, state: State) -> Response:
     """Answer a conversation. With `stream`, events of `ChatCompletionChunk`, then `[DONE]`."""
     state.check_model(body.model)
-    result = await run_in_threadpool(_submit, body, state)
+    result = await state.tokenizing.run(_submit, body, state)
     reply = _Reply(body, state)
     histograms = state.metrics.requests
     if body.stream:
@@ -75,6 +73,7 @@ def _submit(body: ChatCompletionRequest, state: ServerState) -> GenerationResult
             _sampling_params(body, state, len(prompt_token_ids)),
             streaming=bool(body.stream),
             priority=0.5 if body.priority is None else body.priority,
+            timeout=body.timeout,
         )
 
 
@@ -87,12 +86,14 @@ def _render(body: ChatCompletionRequest, state: ServerState) -> list[int]:
         )
     variables: dict[str, Any] = body.chat_template_kwargs or {}
     for name in variables:
-        if name in _TEMPLATE_ARGUMENTS:
+        if name in TEMPLATE_ARGUMENTS:
             raise InvalidParameterError(
                 f"chat_template_kwargs cannot set '{name}'.", field="chat_template_kwargs", remedy="Leave it out."
             )
+    messages = [message.to_template() for message in body.messages]
+    state.tokenizing.check_length(sum(len(message["content"]) for message in messages), "messages")
     token_ids = tokenizer.apply_chat_template(
-        [message.to_template() for message in body.messages],
+        messages,
         tokenize=True,
         add_generation_prompt=body.add_generation_prompt is not False,
         **variables,

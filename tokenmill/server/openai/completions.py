@@ -8,12 +8,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.concurrency import run_in_threadpool
 
 from tokenmill.errors import InvalidParameterError
 from tokenmill.outputs import CompletionOutput, RequestOutput, TokenLogprobs
 from tokenmill.sampling_params import SamplingParams
-from tokenmill.server.errors import ERROR_RESPONSES
+from tokenmill.server.documentation import GENERATION_ERRORS, event_stream
 from tokenmill.server.openai.generation import (
     EventStreamResponse,
     collect,
@@ -40,12 +39,14 @@ router = APIRouter(tags=["OpenAI"], route_class=StrictJsonRoute)
 _DEFAULT_MAX_TOKENS = 16
 
 
-@router.post("/v1/completions", response_model=None, responses={200: {"model": Completion}, **ERROR_RESPONSES})
+@router.post(
+    "/v1/completions", response_model=None, responses={**event_stream(Completion, "Completion"), **GENERATION_ERRORS}
+)
 async def create_completion(body: CompletionRequest, request: Request, state: State) -> Response:
     """Continue prompts. With `stream`, events of `Completion`, then `[DONE]`."""
     state.check_model(body.model)
     prompts = _prompts(body)
-    results = await run_in_threadpool(_submit, body, prompts, state)
+    results = await state.tokenizing.run(_submit, body, prompts, state)
     reply = _Reply(body, prompts, state)
     if body.stream:
         return EventStreamResponse(server_sent_events(reply.chunks(results)), results)
@@ -61,6 +62,9 @@ def _prompts(body: CompletionRequest) -> list[str | list[int]]:
 
 
 def _submit(body: CompletionRequest, prompts: list[str | list[int]], state: ServerState) -> list[GenerationResult]:
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            state.tokenizing.check_length(len(prompt), "prompt")
     with client_names({"prompt_token_ids": "prompt", "bad": "bad_words"}):
         sampling = _sampling_params(body)
         return submit_all(
@@ -70,6 +74,7 @@ def _submit(body: CompletionRequest, prompts: list[str | list[int]], state: Serv
                 sampling,
                 streaming=bool(body.stream),
                 priority=0.5 if body.priority is None else body.priority,
+                timeout=body.timeout,
             )
             for prompt in prompts
         )

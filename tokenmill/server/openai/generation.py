@@ -63,6 +63,7 @@ async def collect(
         generation.cancel()
         disconnect.cancel()
         _abort(results)
+        await asyncio.gather(generation, disconnect, return_exceptions=True)  # else asyncio logs that nobody looked
     for output in outputs:
         _count_finished(output, histograms)
     return outputs

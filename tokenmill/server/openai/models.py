@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Response
 
-from tokenmill.server.errors import ERROR_RESPONSES
+from tokenmill.server.documentation import ANY_ROUTE_ERRORS, GENERATION_ERRORS
 from tokenmill.server.openai.generation import json_response
 from tokenmill.server.responses import ModelCard, ModelList
 from tokenmill.server.state import ServerState, State
@@ -12,13 +12,17 @@ from tokenmill.server.state import ServerState, State
 router = APIRouter(tags=["OpenAI"])
 
 
-@router.get("/v1/models", response_model=None, responses={200: {"model": ModelList}})
+@router.get("/v1/models", response_model=None, responses={200: {"model": ModelList}, **ANY_ROUTE_ERRORS})
 async def list_models(state: State) -> Response:
     """List the served model."""
     return json_response(ModelList(object="list", data=[_card(state)]))
 
 
-@router.get("/v1/models/{model:path}", response_model=None, responses={200: {"model": ModelCard}, **ERROR_RESPONSES})
+@router.get(
+    "/v1/models/{model:path}",
+    response_model=None,
+    responses={200: {"model": ModelCard}, 404: GENERATION_ERRORS[404], **ANY_ROUTE_ERRORS},
+)
 async def retrieve_model(model: str, state: State) -> Response:
     """Describe the served model; 404 for any other name."""
     state.check_model(model)
