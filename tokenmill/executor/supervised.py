@@ -208,6 +208,10 @@ class SupervisedProcess:
         self.child = None
         self.has_work = False
         self._num_quick_deaths = 1 if was_stable else self._num_quick_deaths + 1
+        self._decide(now, may_restart=may_restart)
+
+    def _decide(self, now: float, *, may_restart: bool) -> None:
+        """After a death: restart, or give up?"""
         self._deaths.append(now)
         while now - self._deaths[0] > self._config.restart_window:
             self._deaths.popleft()
@@ -220,14 +224,17 @@ class SupervisedProcess:
             self._enter("waiting_to_restart", now)
 
     def restart_if_due(self, now: float) -> None:
-        """Start the next process when the wait after the last one's death is over.
-
-        Raises:
-            WorkerStartError: the operating system refuses.
-        """
-        if self.state == "waiting_to_restart" and now - self._since >= self._backoff():
-            self.num_restarts += 1
+        """Start the next process when the wait after the last one's death is over."""
+        if self.state != "waiting_to_restart" or now - self._since < self._backoff():
+            return
+        self.num_restarts += 1
+        try:
             self.start(now)
+        except WorkerStartError as error:  # as good as a death
+            logger.error("%s", error)
+            self.last_death = error
+            self._num_quick_deaths += 1
+            self._decide(now, may_restart=True)
 
     def stop(self, now: float) -> None:
         """No process from now on; kills the one that lives."""
