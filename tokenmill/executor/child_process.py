@@ -22,6 +22,7 @@ import zmq
 from tokenmill.errors import WorkerStartError
 from tokenmill.executor.ipc import IpcFolder, IpcQueue
 from tokenmill.executor.messages import FromProcess, ToProcess, from_process_codec, to_process_codec
+from tokenmill.executor.spinning import limit_spinning
 
 ProcessKind: TypeAlias = Literal["worker", "postproc"]
 
@@ -186,11 +187,8 @@ class ChildProcess:
 def _spawn(arguments: list[str], log_file: Path) -> subprocess.Popen[bytes]:
     """A fresh interpreter that finds the same modules as this one. Its stdin is a pipe to this process that ends with
     it, and nothing else is inherited."""
-    # OpenMP's threads spin while they wait for each other. When they have a process for themselves the runtime believes
-    # that they have the cores for themselves too, and spins on while another process has one: steps take 20 times as
-    # long on a busy machine. In the caller's process, with more threads than cores, it lets them sleep by itself.
-    waiting = {"OMP_WAIT_POLICY": "passive"}
-    environment = {**waiting, **os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}  # noqa: PTH109
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}  # noqa: PTH109
+    limit_spinning(environment)
     # -P: without it `-m` would put the working folder first, where a file may be called `queue.py`.
     command = [sys.executable, "-P", "-m", "tokenmill.executor", *arguments]
     with log_file.open("ab") as log:

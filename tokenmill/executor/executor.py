@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from copy import copy
-from functools import cached_property
+from functools import cached_property, partial
 from types import TracebackType
 from typing import Self
 
@@ -40,6 +41,7 @@ from tokenmill.executor.health import ExecutorHealth
 from tokenmill.executor.iteration_queue import IterationResultQueue
 from tokenmill.executor.request_table import RequestTable
 from tokenmill.executor.result import GenerationResult
+from tokenmill.executor.spinning import limit_spinning
 from tokenmill.executor.tokenizer_source import TokenizerSource
 from tokenmill.inputs import InputProcessor, PromptInput
 from tokenmill.outputs import FinishReason
@@ -77,7 +79,7 @@ class GenerationExecutor(ABC):
             args: `args.model` must be a local path. `args.num_replicas` chooses: 0 runs the engine in this process,
                 more in as many worker processes.
             tokenizer: for text; None gives token ids only.
-            on_progress: called while weights are loaded.
+            on_progress: called while weights are loaded, on any thread.
 
         Raises:
             UserError: the model or a parameter cannot be used.
@@ -88,16 +90,16 @@ class GenerationExecutor(ABC):
             from tokenmill.executor.proxy import GenerationExecutorProxy
 
             return GenerationExecutorProxy(args, tokenizer, on_progress)
+        limit_spinning(os.environ)
         from tokenmill.executor.engine_factory import build_engine
         from tokenmill.executor.in_process import InProcessExecutor
 
-        engine, description = build_engine(args, on_progress)
         return InProcessExecutor(
-            engine,
-            description,
+            partial(build_engine, args),
             tokenizer,
-            max_queue_size=args.max_queue_size,
+            max_requests=args.max_queue_size + args.max_batch_size,
             grace_period=args.worker_config.grace_period,
+            on_progress=on_progress,
         )
 
     # ---- requests --------------------------------------------------------------------------------------------

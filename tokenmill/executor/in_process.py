@@ -9,9 +9,10 @@ from collections.abc import Callable
 
 from tokenmill.engine.core import EngineCore
 from tokenmill.engine.request import GenerationRequest
+from tokenmill.errors import ExecutorShutdownError
 from tokenmill.executor.base_worker import BaseWorker
 from tokenmill.executor.description import EngineDescription
-from tokenmill.executor.executor import GenerationExecutor
+from tokenmill.executor.executor import GenerationExecutor, ProgressCallback
 from tokenmill.executor.health import ExecutorHealth, ProcessHealth, ProcessState
 from tokenmill.executor.managed_thread import ManagedThread
 from tokenmill.executor.postproc import Postprocessed, Postprocessor
@@ -41,29 +42,60 @@ class InProcessExecutor(GenerationExecutor):
     """Runs `engine` on a thread.
 
     Args:
-        engine: owned from now on.
-        description: what the engine runs.
+        build: makes the engine, on the thread that will run it.
         tokenizer: for text.
-        max_queue_size: requests that may wait beside those that run.
-        grace_period: see `GenerationExecutor`.
+        max_requests, grace_period: see `GenerationExecutor`.
+        on_progress: passed to `build`.
+
+    Raises:
+        Exception: what `build` raises.
     """
 
     def __init__(
         self,
-        engine: EngineCore,
-        description: EngineDescription,
+        build: Callable[[ProgressCallback], tuple[EngineCore, EngineDescription]],
         tokenizer: TokenizerSource | None,
         *,
-        max_queue_size: int,
+        max_requests: int,
         grace_period: float = 0.0,
+        on_progress: ProgressCallback | None = None,
     ) -> None:
-        super().__init__(tokenizer, max_requests=max_queue_size + description.max_batch_size, grace_period=grace_period)
-        self._engine = engine
-        self._description = description
-        postprocessor = Postprocessor(None if tokenizer is None else tokenizer.load())
-        self._worker = _LocalWorker(engine, postprocessor, self._table)
-        self._thread = ManagedThread(self._worker.run, name="tokenmill-engine", on_error=self._table.fail)
+        super().__init__(tokenizer, max_requests=max_requests, grace_period=grace_period)
+        self._build = build
+        self._on_progress = on_progress
+        self._started: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+        self._is_abandoned = False
+        self._thread = ManagedThread(self._run, name="tokenmill-engine", on_error=self._table.fail)
         self._thread.start()
+        try:
+            if tokenizer is not None:
+                tokenizer.load()  # while the engine is built
+            error = self._started.get()
+            if error is not None:
+                raise error
+        except BaseException:
+            self._is_abandoned = True
+            raise
+
+    def _run(self) -> None:
+        """Build and step. Both on one thread: torch keeps a pool of threads for each thread that computes, and with two
+        pools there are more threads than cores, at which OpenMP gives up the quick kind of waiting."""
+        try:
+            self._engine, self._description = self._build(self._report)
+            postprocessor = Postprocessor(None if self._tokenizer is None else self._tokenizer.load())
+        except Exception as error:  # whatever a model or a machine raises while it loads is the caller's
+            self._started.put(error)
+            return
+        self._worker = _LocalWorker(self._engine, postprocessor, self._table)
+        self._started.put(None)
+        if not self._is_abandoned:
+            self._worker.run()
+
+    def _report(self, what: str, done: int, total: int) -> None:
+        if self._is_abandoned:
+            raise ExecutorShutdownError("Nobody waits for this engine any more.")
+        if self._on_progress is not None:
+            self._on_progress(what, done, total)
 
     @property
     def description(self) -> EngineDescription:

@@ -6,6 +6,7 @@ workers start. Made by `LLM`, used by executors.
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,19 +31,21 @@ class TokenizerSource:
         self._mode = mode
         self._object = tokenizer
         self._loaded: Tokenizer | None = None
+        self._lock = threading.Lock()
 
     def load(self) -> Tokenizer:
-        """The tokenizer; loaded once.
+        """The tokenizer; loaded once, by whichever thread asks first.
 
         Raises:
             UserError: it cannot be loaded, or the object is no tokenizer.
         """
-        if self._loaded is None:
-            if self._path is not None:
-                self._loaded = load_tokenizer(self._path, mode=self._mode)
-            else:
-                self._loaded = wrap_tokenizer(self._object)
-        return self._loaded
+        with self._lock:
+            if self._loaded is None:
+                if self._path is not None:
+                    self._loaded = load_tokenizer(self._path, mode=self._mode)
+                else:
+                    self._loaded = wrap_tokenizer(self._object)
+            return self._loaded
 
     def locate(self, folder: Path) -> TokenizerLocation:
         """Where another process finds it; an object is saved into `folder` first.
