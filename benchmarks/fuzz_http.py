@@ -25,8 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.result_file import FOLDER, RESULTS, Row, print_rows, write_result
-from benchmarks.server_process import ROOT, ServerProcess, running_server
+from benchmarks.result_file import FOLDER, RESULTS, ROOT, Row, print_rows, write_result
+from benchmarks.server_process import ServerProcess, running_server
 from tests.support.tiny_checkpoint import VOCAB_SIZE, write_tiny_model
 
 MAX_POSITIONS = 256

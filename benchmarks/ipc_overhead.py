@@ -4,9 +4,9 @@
     python -m benchmarks.ipc_overhead --model path/to/SmolLM2.gguf --rounds 3 --output /tmp/ipc.json
 
 In process and in a worker process take turns (A B A B ...), so that what else the machine does hits both alike. Each
-turn starts anew: `LLM(...)` to the first token of a streamed request, then sixteen requests at a time, of which the
-first round warms up. The ratio is the median over the rounds of the ratios within a round. Writes
-`results/ipc_overhead.json`; fails if a goal is missed.
+turn starts anew: a fresh interpreter runs a script from its first line to its first token; then, in this process, come
+sixteen requests at a time, the first sixteen as a warm-up. The ratio is the median over the rounds of the ratios within
+a round. Writes `results/ipc_overhead.json`; fails if a goal is missed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -21,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.result_file import RESULTS, Row, print_rows, write_result
-from tokenmill import LLM, KvCacheConfig, SamplingParams
+from benchmarks.result_file import RESULTS, ROOT, Row, print_rows, write_result
+from tokenmill import LLM, KvCacheConfig
 from tokenmill.bench.run import run_benchmark
 from tokenmill.bench.workload import synthetic_requests
 
@@ -31,6 +32,17 @@ MAX_OVERHEAD = 0.03
 """Share of the throughput that a worker process may cost."""
 MAX_LATER_START = 1.0
 """Seconds by which the first token may come later."""
+_SCRIPT = """
+import sys
+from tokenmill import LLM, KvCacheConfig, SamplingParams
+
+arguments = {"device": "cpu", "num_replicas": int(sys.argv[2]), "kv_cache_config": KvCacheConfig(max_tokens=8192)}
+with LLM(sys.argv[1], **arguments) as llm:
+    result = llm.generate_async("Hello", SamplingParams(max_tokens=2, ignore_eos=True), streaming=True)
+    next(result)
+    print("token", flush=True)
+    result.result()
+"""
 IN_PROCESS, WORKER = "in process", "worker process"
 
 
@@ -40,7 +52,7 @@ class Turn:
 
     Args:
         throughput: output tokens a second.
-        first_token: seconds from `LLM(...)` to the first token.
+        first_token: seconds from the start of Python to the first token.
         time_per_output_token: of one request among the sixteen, mean, milliseconds.
     """
 
@@ -92,10 +104,8 @@ def measure(options: argparse.Namespace, mode: str, seed: int) -> Turn:
         "kv_cache_config": KvCacheConfig(max_tokens=CONCURRENCY * 512, enable_block_reuse=False),
         "num_replicas": 0 if mode == IN_PROCESS else 1,
     }
-    started = time.perf_counter()
+    first_token = time_to_first_token(options.model, arguments["num_replicas"])
     with LLM(options.model, **arguments) as llm:
-        next(iter(llm.generate_async("Hello", SamplingParams(max_tokens=2, ignore_eos=True), streaming=True)))
-        first_token = time.perf_counter() - started
         requests = synthetic_requests(
             num_requests=CONCURRENCY + options.requests,
             input_len=options.input_len,
@@ -111,6 +121,21 @@ def measure(options: argparse.Namespace, mode: str, seed: int) -> Turn:
     results = report.results()
     per_token = results["tpot_ms"]
     return Turn(results["output_throughput"], first_token, per_token["average"] if per_token else 0.0)
+
+
+def time_to_first_token(model: str, num_replicas: int) -> float:
+    """Seconds from the start of a Python interpreter that runs `_SCRIPT` until it has a token."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    started = time.perf_counter()
+    with subprocess.Popen(
+        [sys.executable, "-c", _SCRIPT, model, str(num_replicas)], stdout=subprocess.PIPE, env=environment
+    ) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        seconds = time.perf_counter() - started
+    if line != b"token\n" or process.returncode:
+        raise SystemExit(f"the script to the first token failed with {process.returncode}")
+    return seconds
 
 
 def make_rows(turns: dict[str, list[Turn]], work: str) -> list[Row]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from tokenmill.bench.machine import describe_machine, describe_versions
 
 FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parent
 RESULTS = FOLDER / "results"
 
 

@@ -19,9 +19,10 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from benchmarks.result_file import ROOT
+
 START_TIMEOUT = 300.0
 STOP_TIMEOUT = 60.0
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -75,18 +76,23 @@ class ServerProcess:
 
 
 @contextmanager
-def running_server(model: str | Path, options: Sequence[str], log: Path) -> Iterator[ServerProcess]:
+def running_server(
+    model: str | Path, options: Sequence[str], log: Path, temporary: Path | None = None
+) -> Iterator[ServerProcess]:
     """Serve `model` while the context lasts; then send SIGINT and wait for the end.
 
     Args:
         options: of `tokenmill serve`, beside the port.
         log: a file to be written.
+        temporary: the server's folder for temporary files.
 
     Raises:
         RuntimeError: the server does not start, or does not end.
     """
     command = [sys.executable, "-m", "tokenmill", "serve", str(model), "--port", "0", *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "COLUMNS": "400"}
+    if temporary is not None:
+        environment["TMPDIR"] = str(temporary)
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment

@@ -50,7 +50,6 @@ from benchmarks.soak_watch import (
     Watcher,
     read_resources,
     shared_memory,
-    temporary_entries,
     worker_processes,
 )
 from tests.support.tiny_checkpoint import write_tiny_model
@@ -81,16 +80,20 @@ class Soak:
 def main() -> None:
     """Run, check, print, write."""
     options = parse_arguments()
-    before = shared_memory() | temporary_entries()
+    before = shared_memory()
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
         folder = Path(name)
         model = write_tiny_model(folder / "model") if options.model == "tiny" else options.model
         config = write_config(folder / "server.yaml", options)
-        with running_server(model, ["--served-model-name", "soak", "--config", str(config)], folder / "log") as server:
+        temporary = folder / "tmp"
+        temporary.mkdir()
+        arguments = ["--served-model-name", "soak", "--config", str(config)]
+        with running_server(model, arguments, folder / "log", temporary) as server:
             soak, findings = drive(server, options)
             shutdown_seconds = stop(server.process)
+        left = shared_memory() | {path.name for path in temporary.iterdir()}
         log = (folder / "log").read_text(errors="replace")
-    findings += check_end(soak.watcher.seen_pids, psutil.pid_exists, before, shared_memory() | temporary_entries())
+    findings += check_end(soak.watcher.seen_pids, psutil.pid_exists, before, left)
     if options.samples is not None:
         write_samples(options.samples, soak)
     findings.append(Finding("time that the server took to end", shutdown_seconds, "s", None))

@@ -23,6 +23,8 @@ WINDOW = 3.0
 """Seconds over which throughput is averaged."""
 UNHEALTHY_AFTER = 2.0
 """Seconds after which a dead or stopped worker must not be reported healthy any more."""
+FIRST_STEP_SECONDS = 5.0
+"""Time that a new worker may need for its first step, a long prefill, between being ready and its first token."""
 SERVER_SLOPE_LIMIT = 1.0
 TOTAL_SLOPE_LIMIT = 5.0
 """MiB a minute that resident memory may grow by, of the server's own process and of all its processes."""
@@ -244,21 +246,23 @@ def check_recovery(token_times: Sequence[float], faults: Sequence[Fault], start:
 def check_health(samples: Sequence[Sample], faults: Sequence[Fault], token_times: Sequence[float]) -> list[Finding]:
     """A stopped or dead worker is not reported healthy for long. For servers with one worker.
 
-    A worker counts as dead until the first token of its successor, as stopped until it goes on.
+    A worker counts as stopped until it goes on, and as dead while no other process is there or the first token is far.
     """
     lies: list[str] = []
     longest = 0.0
     for fault in faults:
-        end = fault.end_time
-        if fault.kind == "SIGKILL":
-            end = (
-                _first_after(token_times, fault.time + 1.0, fault.time + 60.0) - 1.0
-            )  # it may be ready a little before
-        claims = [
-            sample.time - fault.time for sample in samples if fault.time < sample.time < end and sample.health == 200
-        ]
-        late = [age for age in claims if age > UNHEALTHY_AFTER]
+        first_token = _first_after(token_times, fault.time + 1.0, fault.time + 60.0)
+        claims = []
+        for sample in samples:
+            if fault.kind == "SIGSTOP":
+                is_down = fault.time < sample.time < fault.end_time
+            else:
+                is_alone = all(pid == fault.pid for pid in sample.worker_pids)
+                is_down = fault.time < sample.time < first_token - (0.0 if is_alone else FIRST_STEP_SECONDS)
+            if is_down and sample.health == 200:
+                claims.append(sample.time - fault.time)
         longest = max([longest, *claims])
+        late = [age for age in claims if age > UNHEALTHY_AFTER]
         lies += [f"healthy {age:.1f} s after {fault.kind} of process {fault.pid}" for age in late[-1:]]
     silent = sum(sample.health not in (200, 503) for sample in samples)
     return [

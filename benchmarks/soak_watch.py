@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,14 +47,12 @@ class Resources:
         num_fds: open files of the server's process.
         num_threads: of the server's process.
         shared_memory: entries of `/dev/shm`.
-        temporary: tokenmill's entries in the folder for temporary files.
     """
 
     num_processes: int
     num_fds: int
     num_threads: int
     shared_memory: frozenset[str]
-    temporary: frozenset[str]
 
 
 def read_resources(pid: int) -> Resources:
@@ -66,7 +63,6 @@ def read_resources(pid: int) -> Resources:
         num_fds=server.num_fds(),
         num_threads=server.num_threads(),
         shared_memory=shared_memory(),
-        temporary=temporary_entries(),
     )
 
 
@@ -74,11 +70,6 @@ def shared_memory() -> frozenset[str]:
     """Names of shared memory segments; none where the system has no `/dev/shm`."""
     folder = Path("/dev/shm")
     return frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()  # noqa: PTH208
-
-
-def temporary_entries() -> frozenset[str]:
-    """Folders and sockets of tokenmill among temporary files."""
-    return frozenset(path.name for path in Path(tempfile.gettempdir()).glob("tokenmill*"))
 
 
 def worker_processes(pid: int) -> list[psutil.Process]:

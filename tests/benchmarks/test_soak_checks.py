@@ -105,7 +105,6 @@ def resources(**changes: Any) -> Resources:
         "num_fds": 30,
         "num_threads": 10,
         "shared_memory": frozenset({"other"}),
-        "temporary": frozenset(),
     }
     return Resources(**{**idle, **changes})
 
@@ -238,7 +237,8 @@ def health(*unhealthy: tuple[float, float], status: int = 503) -> list[Sample]:
     for index in range(160 * 4):
         time = index / 4
         is_ill = any(start <= time < stop for start, stop in unhealthy)
-        samples.append(Sample(time, 1.0, 1.0, frozenset({1, 7}), (7,), status if is_ill else 200))
+        workers = (7,) if time < 100.5 else (8,)
+        samples.append(Sample(time, 1.0, 1.0, frozenset({1, 7}), workers, status if is_ill else 200))
     return samples
 
 
@@ -252,6 +252,8 @@ def test_a_stopped_or_dead_worker_that_is_called_healthy_is_found() -> None:
     assert broken(check_health(health(), [STOP], tokens((100, 105)))) == [name]
     assert broken(check_health(health((103, 105)), [STOP], tokens((100, 105)))) == [name]
     assert broken(check_health(health((100.5, 104)), [KILL], tokens((100, 112)))) == [name], "healthy before it is back"
+    alone = [Sample(s.time, 1.0, 1.0, s.pids, (7,) if s.time < 104 else (8,), s.health) for s in health()]
+    assert broken(check_health(alone, [KILL], tokens((100, 104.5)))) == [name], "there was no process"
 
 
 def test_health_without_an_answer_is_found() -> None:
