@@ -179,8 +179,8 @@ class StreamOptions(RequestSchema):
     """Send one more chunk, before the end, with the usage of the whole request."""
 
 
-class SamplingFields(RequestSchema):
-    """What chat and text completions have in common."""
+class GenerationFields(RequestSchema):
+    """How a request is run and its answer sent."""
 
     without_effect = frozenset({"user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "metadata"})
 
@@ -190,6 +190,13 @@ class SamplingFields(RequestSchema):
     """Only with `stream`."""
     timeout: Annotated[float, Field(gt=0, le=MAX_TIMEOUT)] | None = None
     """Seconds from the request's arrival to the end of its answer; when they pass it ends with an error (504)."""
+
+    priority: float | None = None
+    """Higher runs first, if the server's waiting queue goes by priority. Default 0.5."""
+
+
+class SamplingFields(GenerationFields):
+    """What chat and text completions have in common."""
 
     n: Integer | None = None
     """Answers to return."""
@@ -234,8 +241,6 @@ class SamplingFields(RequestSchema):
     """Log-probabilities to return for each prompt token but the first. Not with `stream`."""
     truncate_prompt_tokens: PositiveCount | None = None
     """Keep only the last tokens of the prompt."""
-    priority: float | None = None
-    """Higher runs first, if the server's waiting queue goes by priority. Default 0.5."""
 
 
 class CompletionRequest(SamplingFields):
