@@ -43,6 +43,7 @@ Count = Annotated[int, Field(ge=0, lt=2**31), BeforeValidator(_whole_numbers)]
 PositiveCount = Annotated[int, Field(ge=1, lt=2**31), BeforeValidator(_whole_numbers)]
 NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS), BeforeValidator(_whole_numbers)]
 TopK = Annotated[int, Field(ge=-1, lt=2**31), BeforeValidator(_whole_numbers)]
+NumSequences = Annotated[Integer, Field(json_schema_extra={BY_MODEL: "num_sequences"})]
 _TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 _PromptId = Annotated[_TokenId, Field(json_schema_extra={BY_MODEL: "prompt_id"})]
 _PromptText = Annotated[str, Field(json_schema_extra={BY_MODEL: "prompt_text"})]
@@ -198,9 +199,9 @@ class GenerationFields(RequestSchema):
 class SamplingFields(GenerationFields):
     """What chat and text completions have in common."""
 
-    n: Integer | None = None
+    n: NumSequences | None = None
     """Answers to return."""
-    best_of: Integer | None = None
+    best_of: NumSequences | None = None
     """Answers to generate, of which the `n` most likely are returned. Not with `stream`."""
     seed: Integer | None = None
     """Makes sampling repeatable."""
