@@ -12,6 +12,9 @@ from tokenmill.errors import InvalidParameterError, UnsupportedFeatureError
 MAX_COUNT = 2**31 - 1
 """Largest count or token id: what fits the int32 tensors that a runner keeps."""
 
+MAX_SEQUENCES = 256
+"""Most sequences of one request."""
+
 TokenId: TypeAlias = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 LogitBias: TypeAlias = Annotated[float, Field(ge=-1e30, le=1e30)]  # finite in float32 and bfloat16
 
@@ -50,9 +53,9 @@ class SamplingParams(StrictModel):
     logit_bias: dict[TokenId, LogitBias] | None = None
     """Added to the logits of these tokens."""
 
-    n: int = Field(default=1, ge=1, le=256)
+    n: int = Field(default=1, ge=1, le=MAX_SEQUENCES)
     """Answers to return."""
-    best_of: int | None = Field(default=None, ge=1, le=256)
+    best_of: int | None = Field(default=None, ge=1, le=MAX_SEQUENCES)
     """Answers to generate, of which the `n` most likely are returned; None: `n`."""
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
     """Makes sampling repeatable, whatever else runs in the batch; None: a fresh one for each request."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.fuzz_checks import refusal_is_explained
+from benchmarks.fuzz_checks import refusal_is_explained, server_error_is_explained
 from benchmarks.fuzz_http import FuzzOutcome, read_statuses
 
 
@@ -47,6 +47,24 @@ def test_what_only_the_server_knows_is_believed() -> None:
     assert not refusal_is_explained({"prompt": "a"}, error("prompt", "unsupported_feature"), 100)
 
 
+@pytest.mark.parametrize(
+    ("status", "code", "timeout", "is_explained"),
+    [
+        (504, "request_timeout", 1e-9, True),
+        (504, "request_timeout", 3600.0, False),
+        (504, "request_timeout", None, False),
+        (503, "engine_stalled", 0.01, True),
+        (503, "engine_stalled", None, False),
+        (503, "engine_error", 0.01, False),
+        (500, "internal_error", 0.01, False),
+    ],
+)
+def test_a_server_error_needs_a_short_timeout(
+    status: int, code: str, timeout: float | None, is_explained: bool
+) -> None:
+    assert server_error_is_explained(status, code, timeout) is is_explained
+
+
 def events(*statuses: int | None) -> list[str]:
     interactions = {
         str(index): {"response": None if status is None else {"status_code": status}}
@@ -65,7 +83,7 @@ def test_statuses_are_counted() -> None:
     [
         {"statuses": Counter({200: 99})},
         {"statuses": Counter({200: 100, 500: 1})},
-        {"statuses": Counter({200: 100, 503: 1})},
+        {"statuses": Counter({200: 100, 502: 1})},
         {"statuses": Counter({200: 100, 0: 1})},
         {"failures": ["undocumented status"]},
         {"problems": ["the server has ended"]},

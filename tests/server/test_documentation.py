@@ -30,7 +30,7 @@ def test_ranges_are_those_that_are_checked(document: dict[str, Any]) -> None:
     chat = "ChatCompletionRequest"
     assert number(document, chat, "temperature") == {"type": "number", "minimum": 0, "maximum": 100}
     assert number(document, chat, "top_p") == {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
-    assert number(document, chat, "n") == {"type": "integer", "minimum": 1, "maximum": 256}
+    assert number(document, chat, "n") == {"type": "integer", "minimum": 1, "maximum": 16}, "as many as run at a time"
     assert number(document, chat, "top_k")["minimum"] == -1, "which SamplingParams has no word for"
     assert number(document, chat, "max_tokens")["minimum"] == 1
     assert number(document, "CompletionRequest", "max_tokens")["minimum"] == 0

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 
+from tokenmill.sampling_params import MAX_SEQUENCES
 from tokenmill.server import monitoring
 from tokenmill.server.backpressure import Backpressure
 from tokenmill.server.documentation import Schema, describe_api
@@ -94,9 +95,11 @@ def _process_samples(llm: LLM) -> list[ProcessSample]:
 
 
 def _model_schemas(llm: LLM) -> dict[str, Schema]:
-    """What a prompt may be depends on the model: its token ids, and whether its tokenizer makes tokens of no text."""
+    """What is accepted depends on the model: token ids, sequences that can run, whether no text gives a token."""
+    running = llm.description
     takes_empty_text = llm.tokenizer is not None and bool(llm.tokenizer.encode(""))
     return {
-        "prompt_id": {"exclusiveMaximum": llm.description.model.vocab_size},
+        "prompt_id": {"exclusiveMaximum": running.model.vocab_size},
+        "num_sequences": {"maximum": min(MAX_SEQUENCES, running.max_batch_size, running.max_num_tokens)},
         "prompt_text": {} if takes_empty_text else {"minLength": 1},
     }

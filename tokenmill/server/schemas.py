@@ -43,6 +43,7 @@ Count = Annotated[int, Field(ge=0, lt=2**31), BeforeValidator(_whole_numbers)]
 PositiveCount = Annotated[int, Field(ge=1, lt=2**31), BeforeValidator(_whole_numbers)]
 NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS), BeforeValidator(_whole_numbers)]
 TopK = Annotated[int, Field(ge=-1, lt=2**31), BeforeValidator(_whole_numbers)]
+NumSequences = Annotated[Integer, Field(json_schema_extra={BY_MODEL: "num_sequences"})]
 _TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 _PromptId = Annotated[_TokenId, Field(json_schema_extra={BY_MODEL: "prompt_id"})]
 _PromptText = Annotated[str, Field(json_schema_extra={BY_MODEL: "prompt_text"})]
@@ -179,8 +180,8 @@ class StreamOptions(RequestSchema):
     """Send one more chunk, before the end, with the usage of the whole request."""
 
 
-class SamplingFields(RequestSchema):
-    """What chat and text completions have in common."""
+class GenerationFields(RequestSchema):
+    """How a request is run and its answer sent."""
 
     without_effect = frozenset({"user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "metadata"})
 
@@ -191,9 +192,16 @@ class SamplingFields(RequestSchema):
     timeout: Annotated[float, Field(gt=0, le=MAX_TIMEOUT)] | None = None
     """Seconds from the request's arrival to the end of its answer; when they pass it ends with an error (504)."""
 
-    n: Integer | None = None
+    priority: float | None = None
+    """Higher runs first, if the server's waiting queue goes by priority. Default 0.5."""
+
+
+class SamplingFields(GenerationFields):
+    """What chat and text completions have in common."""
+
+    n: NumSequences | None = None
     """Answers to return."""
-    best_of: Integer | None = None
+    best_of: NumSequences | None = None
     """Answers to generate, of which the `n` most likely are returned. Not with `stream`."""
     seed: Integer | None = None
     """Makes sampling repeatable."""
@@ -234,8 +242,6 @@ class SamplingFields(RequestSchema):
     """Log-probabilities to return for each prompt token but the first. Not with `stream`."""
     truncate_prompt_tokens: PositiveCount | None = None
     """Keep only the last tokens of the prompt."""
-    priority: float | None = None
-    """Higher runs first, if the server's waiting queue goes by priority. Default 0.5."""
 
 
 class CompletionRequest(SamplingFields):
