@@ -39,6 +39,9 @@ from tokenmill.telemetry.stats import (
     EngineStats,
     IterationStats,
     KvCacheStats,
+    RequestProgress,
+    RequestSteps,
+    StepStats,
 )
 
 pytestmark = pytest.mark.spec("B5")
