@@ -321,7 +321,7 @@ def test_postprocessing_workers_share_requests_and_may_die() -> None:
 def test_counters_of_dead_processes_stay_and_gauges_do_not() -> None:
     replica = World(num_replicas=1).replicas[0]
     cache = KvCacheStats(10, 3, 5, 16, 100, 50, 7)
-    stats = EngineStats(2, 1, 30, 40, 50, 1, {"stop": 3}, 5.0, cache)
+    stats = EngineStats(2, 1, 30, 40, 50, 1, {"stop": 3}, 5.0, kv_cache=cache)
     replica.on_stats(stats, 1.0)
     assert replica.stats() == stats
     replica.on_death()

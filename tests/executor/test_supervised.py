@@ -13,6 +13,7 @@ from tokenmill.executor import supervised
 from tokenmill.executor.ipc import IpcFolder
 from tokenmill.executor.messages import PROTOCOL_VERSION, Heartbeat, Hello, LogRecord, Ready, Shutdown, StartFailed
 from tokenmill.executor.supervised import SupervisedProcess
+from tokenmill.telemetry.stats import EngineStats
 
 pytestmark = [pytest.mark.spec("B2"), pytest.mark.spec("F2")]
 
@@ -70,7 +71,7 @@ def test_a_good_start(process: SupervisedProcess) -> None:
     process.on_message(Ready(None), 12.0)
     assert process.state == "ready"
     assert process.check(13.0) is None
-    health = process.health(14.0, 0.5)
+    health = process.health(14.0, 0.5, EngineStats())
     assert (health.name, health.pid, health.heartbeat_age, health.last_step_age) == ("worker-3", 4242, 2.0, 0.5)
 
 
@@ -97,13 +98,17 @@ def test_silence_and_stalls(process: SupervisedProcess, caplog: pytest.LogCaptur
     assert process.check(2.5) is None
     assert process.state == "silent"
     process.on_message(Heartbeat(has_work=True), 3.0)
+    process.progressed(3.0)
     assert process.check(3.0) is None
     assert process.state == "ready"
     for now in range(4, 31):  # it lives, has work, and does not get on
         process.on_message(Heartbeat(has_work=True), float(now))
         assert process.check(float(now)) is None
-    process.on_message(Heartbeat(has_work=True), 31.0)
-    assert isinstance(process.check(31.0), EngineStalledError)
+    assert process.state == "stalled"
+    process.send(Shutdown())
+    assert child_of(process).sent[-1:] == [Shutdown()] and len(child_of(process).sent) == 2, "it may still listen"
+    process.on_message(Heartbeat(has_work=True), 34.0)
+    assert isinstance(process.check(34.0), EngineStalledError)
     assert "Thread 0x1: in step()" in caplog.text
     process.progressed(31.0)
     process.on_message(Heartbeat(has_work=True), 60.0)

@@ -182,7 +182,7 @@ engines = st.builds(
     counts, counts, counts, counts, counts, counts,
     st.dictionaries(st.sampled_from(["stop", "length", "cancelled"]), counts),
     st.none() | st.floats(0, 1e6),
-    caches,
+    kv_cache=caches,
 )  # fmt: skip
 
 

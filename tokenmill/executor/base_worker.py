@@ -77,8 +77,12 @@ class BaseWorker(ABC):
         return None if since is None else time.monotonic() - since
 
     def stats(self) -> EngineStats:
-        """A snapshot of the engine."""
+        """A snapshot of the engine, records of steps included."""
         return self._engine.stats()
+
+    def counters(self) -> EngineStats:
+        """The same without records, which may be many."""
+        return self._engine.scheduler.stats()
 
     # ---- the engine's thread ---------------------------------------------------------------------------------
 
@@ -145,7 +149,7 @@ class BaseWorker(ABC):
         self._stopping = True
 
     def _record(self, started: float) -> None:
-        now, last = self._engine.stats(), self._last
+        now, last = self.counters(), self._last
         if now.num_steps == last.num_steps:
             return
         self._last = now

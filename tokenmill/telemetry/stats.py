@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from itertools import chain
+from typing import Literal, TypeAlias, TypeVar
 
 RequestStage: TypeAlias = Literal["waiting", "prefill", "decode", "finished"]
 """Where a request is: not started, computing its prompt, generating, or ended in the step that is recorded."""
@@ -200,7 +201,7 @@ class EngineStats:
 
 
 def merge_stats(parts: Iterable[EngineStats]) -> EngineStats:
-    """Several engines as one: sums, and the latest step."""
+    """Several engines as one: sums, the latest step, and records of steps in the order of their ends."""
     parts = list(parts)
     num_finished: dict[str, int] = {}
     for part in parts:
@@ -216,6 +217,8 @@ def merge_stats(parts: Iterable[EngineStats]) -> EngineStats:
         num_preemptions=sum(part.num_preemptions for part in parts),
         num_finished=num_finished,
         last_step_time=max((part.last_step_time for part in parts if part.last_step_time is not None), default=None),
+        recent_steps=_by_end_time(part.recent_steps for part in parts),
+        recent_requests=_by_end_time(part.recent_requests for part in parts),
         kv_cache=KvCacheStats(
             num_blocks=sum(cache.num_blocks for cache in caches),
             num_free_blocks=sum(cache.num_free_blocks for cache in caches),
@@ -227,3 +230,10 @@ def merge_stats(parts: Iterable[EngineStats]) -> EngineStats:
         ),
         num_rejected=sum(part.num_rejected for part in parts),
     )
+
+
+_Record = TypeVar("_Record", StepStats, RequestSteps)
+
+
+def _by_end_time(records: Iterable[tuple[_Record, ...]]) -> tuple[_Record, ...]:
+    return tuple(sorted(chain.from_iterable(records), key=lambda record: record.end_time))
