@@ -36,12 +36,12 @@ class EngineCore:
         self.scheduler = scheduler
         self.runner = runner
         self._recorder = recorder if recorder is not None and recorder.is_on else None
-        self._advance = self.step_overlapped if overlap else self.step
+        self._overlap = overlap
         self._launched: tuple[BatchPlan, Any] | None = None
 
     def advance(self) -> list[EngineEvent]:
         """One step, in the engine's own way. Both ways give the same tokens."""
-        return self._advance()
+        return self.step_overlapped() if self._overlap else self.step()
 
     def step(self) -> list[EngineEvent]:
         """One step: schedule, run, commit."""
