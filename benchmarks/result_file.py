@@ -53,15 +53,15 @@ class Row:
         return values
 
 
-def write_result(path: Path, benchmark: str, rows: Sequence[Row]) -> None:
-    """Write the file; its folder is made."""
+def write_result(path: Path, benchmark: str, rows: Sequence[Row], *, device: str | None = None) -> None:
+    """Write the file; its folder is made. `device` is the processor if not given."""
     machine = describe_machine()
     result = {
         "benchmark": benchmark,
-        "device": f"{machine.cpu}, {machine.num_cores} cores",
+        "device": device or f"{machine.cpu}, {machine.num_cores} cores",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
-        "command": shlex.join(["python", "-m", f"benchmarks.{benchmark}", *sys.argv[1:]]),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "versions": describe_versions(),
         "rows": [row.to_dict() for row in rows],
     }

@@ -107,8 +107,17 @@ class KvCacheConfig(StrictModel):
     """Size of the cache in tokens; None: as `free_gpu_memory_fraction` allows (on a CPU: a quarter of free memory)."""
     free_gpu_memory_fraction: float = Field(default=0.9, gt=0.0, lt=1.0)
     """Share of the device memory left after loading weights that the cache may take."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of cached keys and values; auto: the model's."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8"] = "auto"
+    """Type of cached keys and values; auto: the model's. `fp8` (float8_e4m3fn) needs a GPU."""
+
+
+class StatsConfig(StrictModel):
+    """How many records an engine keeps of its last steps; none by default."""
+
+    iter_stats_max_iterations: int = Field(default=0, ge=0, le=1_000_000)
+    """Steps of which `EngineStats.recent_steps` has a record."""
+    request_stats_max_iterations: int = Field(default=0, ge=0, le=1_000_000)
+    """Steps of which `EngineStats.recent_requests` has a record of every request. Costs time in each step."""
 
 
 class WorkerConfig(StrictModel):
@@ -164,6 +173,8 @@ class LlmArgs(StrictModel):
     """What runs the model; `pytorch` is another name for `torch`."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`; auto: the first GPU, else the CPU."""
+    quantization: Literal["fp8"] | None = None
+    """Quantize linear layers while loading: `fp8` is float8_e4m3fn with a scale for each output feature and token."""
     load_format: Literal["auto", "dummy"] = "auto"
     """`dummy`: random weights of the right shape, made on the device."""
     attn_backend: str = "auto"
@@ -180,6 +191,12 @@ class LlmArgs(StrictModel):
     """The paged cache."""
     scheduler_config: SchedulerConfig = Field(default_factory=SchedulerConfig)
     """Admission and order."""
+    enable_cuda_graphs: bool = True
+    """Replay decode steps from CUDA graphs, on a GPU."""
+    disable_overlap_scheduler: bool = False
+    """Wait for each step before the next is planned; by default a GPU computes one step while the next is planned."""
+    stats_config: StatsConfig = Field(default_factory=StatsConfig)
+    """Records of steps and requests."""
     max_queue_size: int = Field(default=4096, ge=1)
     """Most requests that may wait; one more is refused with `QueueFullError`."""
     num_threads: int | None = Field(default=None, ge=1)

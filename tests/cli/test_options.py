@@ -19,9 +19,9 @@ def config_file(folder: Path, text: str) -> Path:
 
 
 def test_flags_become_arguments() -> None:
-    options = ModelOptions(dtype="float32", max_batch_size=3, kv_cache_tokens=640, num_threads=2)
+    options = ModelOptions(dtype="float32", max_batch_size=3, kv_cache_tokens=640, num_threads=2, num_replicas=1)
     assert options.llm_arguments("some/model") == {
-        "model": "some/model", "dtype": "float32", "max_batch_size": 3, "num_threads": 2,
+        "model": "some/model", "dtype": "float32", "max_batch_size": 3, "num_threads": 2, "num_replicas": 1,
         "kv_cache_config": {"max_tokens": 640},
     }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -58,6 +59,15 @@ def _is_idle(llm: LLM) -> bool:
     return stats.num_running == stats.num_waiting == 0 and stats.kv_cache.num_free_blocks == stats.kv_cache.num_blocks
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_temporary_folder() -> Iterator[None]:
+    """Sockets of this session's processes in a folder of their own, so that a test sees what it leaves there itself."""
+    with tempfile.TemporaryDirectory(prefix="tm-", dir="/tmp") as folder:
+        before, tempfile.tempdir = tempfile.tempdir, folder
+        yield
+        tempfile.tempdir = before
+
+
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random llama; one embedding is not a number."""
@@ -85,3 +95,9 @@ def llm(request: pytest.FixtureRequest, model_dir: Path) -> Iterator[LLM]:
         yield llm
         wait_until_idle(llm)
         assert llm.stats().workers.num_deaths == 0
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer model on disk."""
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"))

@@ -35,13 +35,29 @@ from tokenmill.executor.postproc import Ended, OutputDelta, StopHit
 from tokenmill.executor.tokenizer_source import TokenizerSource
 from tokenmill.executor.wire import Codec
 from tokenmill.outputs import Logprob, RequestMetrics
-from tokenmill.telemetry.stats import EngineStats, IterationStats, KvCacheStats
+from tokenmill.telemetry.stats import (
+    EngineStats,
+    IterationStats,
+    KvCacheStats,
+    RequestProgress,
+    RequestSteps,
+    StepStats,
+)
 
 pytestmark = pytest.mark.spec("B5")
 
 DELTA = TokenDelta(7, 1, (1, 2), ({1: Logprob(-0.5, 1), 9: Logprob(-2.0, 3)}, {2: Logprob(-0.1, 1)}), (), "stop", 2)
 METRICS = RequestMetrics(1.0, 2.0, 3.0, 4.0, 5, 6)
-STATS = EngineStats(1, 2, 3, 4, 5, 6, {"stop": 7}, 8.5, KvCacheStats(9, 8, 7, 6, 5, 4, 3))
+CACHE = KvCacheStats(9, 8, 7, 6, 5, 4, 3)
+STEP = StepStats(
+    step=1, end_time=2.0, duration=0.5, num_running=3, num_waiting=4, num_admitted=5, num_prefills=6, num_decodes=7,
+    num_prompt_tokens=8, num_generated_tokens=9, num_preemptions=10, num_finished=11, kv_cache=CACHE,
+)  # fmt: skip
+PROGRESS = RequestProgress(
+    request_id=1, stage="decode", num_prefilled_tokens=2, num_generated_tokens=3, is_scheduled=True, is_preempted=False
+)
+REQUESTS = RequestSteps(step=1, end_time=2.0, requests=(PROGRESS,))
+STATS = EngineStats(1, 2, 3, 4, 5, 6, {"stop": 7}, 8.5, (STEP,), (REQUESTS,), CACHE)
 ALL_MESSAGES: list[Any] = [
     messages.Hello(messages.PROTOCOL_VERSION, 42),
     messages.StartWorker("{}", messages.TokenizerLocation(Path("/a/b"), "slow"), 2, 1, None, 0.5),

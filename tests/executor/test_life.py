@@ -89,10 +89,12 @@ def test_shutdown_lets_running_requests_finish_and_leaves_nothing(model_dir: Pat
 def test_what_no_worker_has_yet_ends_at_once(model_dir: Path) -> None:
     with make_llm(model_dir, num_replicas=1) as llm:
         results = [llm.generate_async("rain", ENDLESS) for _ in range(40)]
+        wait_until(lambda: llm.stats().num_running)
+        time.sleep(0.5)  # for the worker's next heartbeat, after which it is sent all that it may hold
         ending = threading.Thread(target=llm.shutdown, args=(20.0,))
         ending.start()
         # A worker has as many as it can run, and as many to go on with.
-        wait_until(lambda: sum(result.done for result in results) == 40 - 2 * 8, 3.0)
+        wait_until(lambda: sum(result.done for result in results) == 40 - 2 * 8, 10.0)
         time.sleep(0.2)
         assert sum(result.done for result in results) == 40 - 2 * 8
         llm.shutdown(0.0)  # cuts the other's patience short

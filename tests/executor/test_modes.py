@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.executor.conftest import NAN_TOKEN, wait_until, wait_until_idle
+from tests.executor.conftest import NAN_TOKEN, make_llm, wait_until, wait_until_idle
 from tokenmill import LLM, CompletionOutput, RequestOutput, SamplingParams
+from tokenmill.config import StatsConfig
 from tokenmill.errors import (
     InvalidLogitsError,
     InvalidParameterError,
@@ -25,7 +27,7 @@ from tokenmill.errors import (
 from tokenmill.outputs import TokenLogprobs
 from tokenmill.telemetry.stats import IterationStats
 
-pytestmark = pytest.mark.spec("B6")
+pytestmark = [pytest.mark.spec("B3"), pytest.mark.spec("B6")]
 
 TEXTS = ["the quick brown fox", "a stitch in time", "rain", "the lazy dog saves nine in spain"]
 
@@ -249,6 +251,24 @@ def test_statistics_count_everything_once(llm: LLM) -> None:
     assert {record.replica for record in records} <= set(range(max(1, llm.args.num_replicas)))
     assert all(record.duration > 0 for record in records)
     assert llm.get_stats() == []
+
+
+@pytest.mark.parametrize("num_replicas", [0, 1])
+def test_records_of_steps_and_requests(model_dir: Path, num_replicas: int) -> None:
+    config = StatsConfig(iter_stats_max_iterations=50, request_stats_max_iterations=50)
+    with make_llm(model_dir, num_replicas=num_replicas, stats_config=config) as llm:
+        llm.generate(
+            "rain", sampling(max_tokens=3, ignore_eos=True)
+        )  # so that ids of requests are not those of attempts
+        skipped = [llm._executor.next_request_id() for _ in range(5)]
+        output = llm.generate(TEXTS[0], sampling(max_tokens=7, ignore_eos=True))
+        wait_until(lambda: len(llm.stats().recent_steps) == llm.stats().num_steps)
+        stats = llm.stats()
+        assert output.request_id > skipped[-1]
+        assert sum(step.num_generated_tokens for step in stats.recent_steps) == 10
+        seen = {one.request_id: one.stage for step in stats.recent_requests for one in step.requests}
+        assert seen == {1: "finished", output.request_id: "finished"}
+        assert llm.stats() == stats, "reading takes nothing out"
 
 
 def test_health_and_description(llm: LLM, reference: LLM) -> None:

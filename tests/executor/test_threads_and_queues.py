@@ -86,7 +86,7 @@ def test_a_reader_of_records_waits_for_the_first() -> None:
 
 def test_deadlines_come_in_their_order() -> None:
     expired: list[int] = []
-    timer = DeadlineTimer(expired.append, lambda error: None)
+    timer = DeadlineTimer(range(10), expired.append, lambda error: None)
     now = time.monotonic()
     for request_id, delay in ((3, 0.09), (1, 0.03), (2, 0.06), (4, 100.0)):
         timer.add(request_id, now + delay)
@@ -97,6 +97,19 @@ def test_deadlines_come_in_their_order() -> None:
     timer.add(5, now)
     time.sleep(0.05)
     assert expired == [1, 2, 3], "no calls after the end"
+
+
+def test_deadlines_of_requests_that_ended_take_no_memory() -> None:
+    expired: list[int] = []
+    open_requests = set(range(5000))
+    timer = DeadlineTimer(open_requests, expired.append, lambda error: None)
+    now = time.monotonic()
+    for request_id in range(100_000):
+        open_requests.discard(request_id - 50)
+        timer.add(request_id, now + (3600.0 if request_id else 0.3))
+    assert len(timer._heap) < 11_000
+    wait_until(lambda: expired == [0] or time.monotonic() > now + 1.0)
+    timer.close()
 
 
 def open_request(table: RequestTable, request_id: int) -> GenerationResult:
@@ -169,7 +182,7 @@ engines = st.builds(
     counts, counts, counts, counts, counts, counts,
     st.dictionaries(st.sampled_from(["stop", "length", "cancelled"]), counts),
     st.none() | st.floats(0, 1e6),
-    caches,
+    kv_cache=caches,
 )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from tests.support.triton_kernels import without_triton
 from tokenmill.errors import UnsupportedFeatureError
 from tokenmill.ops.activation import IMPLEMENTATIONS, gated_activation
 
@@ -15,7 +16,7 @@ def exact(name: str, gate: float) -> float:
     return 0.5 * gate * (1.0 + math.tanh(math.sqrt(2.0 / math.pi) * (gate + 0.044715 * gate**3)))
 
 
-CASES = [(name, implementation) for name, table in IMPLEMENTATIONS.items() for implementation in table]
+CASES = [(name, implementation) for name, table in IMPLEMENTATIONS.items() for implementation in without_triton(table)]
 
 
 @pytest.mark.parametrize(("name", "implementation"), CASES)

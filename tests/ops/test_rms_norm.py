@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.support.triton_kernels import without_triton
 from tokenmill.ops.rms_norm import IMPLEMENTATIONS, add_rms_norm, choose, rms_norm
 
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -14,7 +15,7 @@ def exact(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return torch.stack(rows).view(x.shape) * weight.double()
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", without_triton(IMPLEMENTATIONS))
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("shape", [(1, 8), (5, 33), (3, 2, 64)])
 def test_every_implementation(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
@@ -27,7 +28,7 @@ def test_every_implementation(name: str, dtype: torch.dtype, shape: tuple[int, .
     torch.testing.assert_close(actual.double(), exact(x, weight, 1e-3), atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", without_triton(IMPLEMENTATIONS))
 def test_eps_and_tiny_input(name: str) -> None:
     """With an input far below sqrt(eps), the result is x / sqrt(eps), and zero stays zero."""
     x = torch.tensor([[1e-6, -2e-6], [0.0, 0.0]])
@@ -35,7 +36,7 @@ def test_eps_and_tiny_input(name: str) -> None:
     torch.testing.assert_close(actual, x * 100, rtol=1e-4, atol=0.0)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", without_triton(IMPLEMENTATIONS))
 def test_bfloat16_input_is_squared_in_float32(name: str) -> None:
     """Squares of large bfloat16 values sum without overflow or loss of the small ones."""
     x = torch.full((1, 4096), 1.0, dtype=torch.bfloat16)
@@ -44,7 +45,7 @@ def test_bfloat16_input_is_squared_in_float32(name: str) -> None:
     assert actual[0, 0].item() == pytest.approx(64.0, rel=1e-2)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", without_triton(IMPLEMENTATIONS))
 def test_float32_weight_with_a_narrow_input(name: str) -> None:
     """The product is formed in float32: 1 + 2^-10 would be 1 in bfloat16, and is not lost before the product."""
     x = torch.tensor([[3.0, 3.0]], dtype=torch.bfloat16)

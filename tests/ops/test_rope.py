@@ -5,6 +5,7 @@ import cmath
 import pytest
 import torch
 
+from tests.support.triton_kernels import without_triton
 from tokenmill.ops.rope import IMPLEMENTATIONS, apply_rope
 
 
@@ -27,7 +28,7 @@ def turned(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     return result
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", without_triton(IMPLEMENTATIONS))
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
 def test_every_implementation(name: str, dtype: torch.dtype, tolerance: float) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -39,7 +40,7 @@ def test_every_implementation(name: str, dtype: torch.dtype, tolerance: float) -
     torch.testing.assert_close(actual.double(), turned(x, angles), atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", without_triton(IMPLEMENTATIONS))
 def test_heads_inside_a_wider_tensor(name: str) -> None:
     """Query and key heads are a slice of the merged projection; the rest is not touched."""
     generator = torch.Generator().manual_seed(1)

@@ -1,4 +1,4 @@
-"""`SlotState` and `StepInputs` against plain Python: what the device computes from slots is what the rows say."""
+"""`SlotState` and what steps read from it, against plain Python: the device computes what the rows say."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tokenmill.engine.plan import NewBlocks, NewSlot, Row
-from tokenmill.runtime.slot_state import SlotState, StepInputs
+from tokenmill.runtime.slot_state import SlotState
+from tokenmill.runtime.step_inputs import inputs_of_decode, inputs_of_prompts, inputs_of_rows
 from tokenmill.sampling_params import SamplingParams
 
 CPU = torch.device("cpu")
@@ -35,7 +36,7 @@ def test_inputs_of_random_steps(seed: int) -> None:
         start = rng.randrange(len(ids))
         rows.append(Row(slot, start, rng.choice([1, rng.randrange(1, len(ids) - start + 1)]), sample=True))
     rows.sort(key=lambda row: row.num_tokens > 1)
-    inputs = StepInputs(rows, state)
+    inputs = inputs_of_rows(rows, state)
 
     flat = [(row.slot, position) for row in rows for position in range(row.start, row.start + row.num_tokens)]
     assert inputs.input_ids.tolist() == [tokens[slot][position] for slot, position in flat]
@@ -58,6 +59,39 @@ def test_a_slot_forgets_what_it_held() -> None:
     state = SlotState(max_slots=1, max_seq_len=16, tokens_per_block=BLOCK, device=CPU)
     state.assign([new_slot(0, [1, 2, 3, 4, 5], [7, 8])])
     state.assign([new_slot(0, [9, 9], [3])])
-    inputs = StepInputs([Row(0, 0, 2, sample=True)], state)
+    inputs = inputs_of_rows([Row(0, 0, 2, sample=True)], state)
     assert inputs.input_ids.tolist() == [9, 9]
     assert inputs.attention.slot_mapping.tolist() == [12, 13]
+
+
+def test_decode_inputs_from_device_tensors_are_those_of_rows_with_padding_beside_them() -> None:
+    state = SlotState(max_slots=3, max_seq_len=32, tokens_per_block=BLOCK, device=CPU)
+    state.assign([new_slot(0, [1, 2, 3, 4, 5], [7, 8]), new_slot(2, [6] * 9, [3, 4, 5])])
+    rows = [Row(2, 8, 1, sample=True), Row(0, 4, 1, sample=True)]
+    expected = inputs_of_rows(rows, state)
+    inputs = inputs_of_decode(torch.tensor([[2, 0, state.scratch_slot], [8, 4, -1]]), state, max_kv_len=16)
+    for name in ("slots", "next_positions", "last_token_index", "input_ids", "positions"):
+        assert getattr(inputs, name)[:2].tolist() == getattr(expected, name).tolist(), name
+    assert inputs.attention.kv_lens.tolist() == [9, 5, 0]
+    assert inputs.attention.slot_mapping.tolist() == [*expected.attention.slot_mapping.tolist(), 0]
+    assert inputs.attention.block_tables[:2, :3].tolist() == expected.attention.block_tables.tolist()
+    assert inputs.attention.kv_len_bound == 16
+
+
+def test_prompt_inputs_from_device_tensors_are_those_of_rows_with_padding_behind_them() -> None:
+    state = SlotState(max_slots=3, max_seq_len=32, tokens_per_block=BLOCK, device=CPU)
+    state.assign([new_slot(0, [1, 2, 3, 4, 5], [7, 8]), new_slot(2, [6] * 9, [3, 4, 5])])
+    rows = [Row(2, 3, 4, sample=False), Row(0, 0, 5, sample=True)]
+    expected = inputs_of_rows(rows, state)
+    scratch = state.scratch_slot
+    device_rows = torch.tensor([[2, 0, scratch, scratch], [3, 0, 0, 0], [4, 5, 0, 0], [scratch, 0, scratch, scratch]])
+    inputs = inputs_of_prompts(device_rows, 16, state, max_kv_len=16)
+    for name in ("input_ids", "positions"):
+        assert getattr(inputs, name)[:9].tolist() == getattr(expected, name).tolist(), name
+    for name in ("slots", "next_positions", "last_token_index"):
+        assert getattr(inputs, name)[:2].tolist() == getattr(expected, name).tolist(), name
+    assert inputs.target_slots.tolist() == [scratch, 0, scratch, scratch]
+    assert inputs.attention.slot_mapping.tolist() == [*expected.attention.slot_mapping.tolist(), *[0] * 7]
+    assert inputs.attention.query_start.tolist() == [0, 4, 9, 9, 9]
+    assert inputs.attention.kv_lens.tolist() == [7, 5, 0, 0]
+    assert inputs.positions[9:].tolist() == [0] * 7

@@ -82,6 +82,7 @@ class Harness:
         *,
         end_ids: tuple[int, ...] = (),
         stop_token_ids: tuple[int, ...] = (),
+        stop_words: tuple[tuple[int, ...], ...] = (),
         priority: float = 0.5,
         n: int = 1,
         **sampling: object,
@@ -96,6 +97,7 @@ class Harness:
             end_ids=end_ids,
             stop_token_ids=stop_token_ids,
             priority=priority,
+            stop_words=stop_words,
         )
         self.core.add(inputs)
         self.requests[request_id] = inputs

@@ -36,6 +36,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "progress": (),
     # requests
     "executor": (
+        "checkpoints",
         "engine",
         "engine.request",
         "executor.description",
@@ -115,10 +116,12 @@ WITHOUT_COMMON: dict[str, tuple[str, ...]] = {
 
 # Imports of our own modules inside functions, by module or folder: only with a reason that stays true.
 LATE_OWN_IMPORTS: dict[str, str] = {
+    "tokenmill.attention.select": "the Triton kernels load triton, which a model on a CPU does not need",
     "tokenmill.cli": "`--help` must not load torch: a command loads what it needs when it runs",
     "tokenmill.executor.executor": "`create` picks among classes that are derived from this module's",
     "tokenmill.executor.worker": "torch loads while a thread loads the tokenizer",
     "tokenmill.executor.__main__": "a process loads what its kind needs; postprocessing needs no engine",
+    "tokenmill.ops": "the Triton kernels load triton, which only tensors on a GPU need",
     "tokenmill.checkpoints.base": "`open_checkpoint` picks among readers that are derived from this module's",
     "tokenmill.tokenization.chat_template": "the environment derives from jinja2's, which completions never need",
 }

@@ -11,10 +11,28 @@ import pytest
 
 from tests.support.source_tree import package_modules
 
-PUBLIC_MODULES = ("tokenmill", "tokenmill.llmapi")
+PUBLIC_MODULES = ("tokenmill", "tokenmill.executor", "tokenmill.llmapi")
 
 EXPECTED = {
     "tokenmill": {"LLM", "SamplingParams", "RequestOutput", "CompletionOutput", "__version__"},
+    "tokenmill.executor": {
+        "BatchingType",
+        "CapacitySchedulerPolicy",
+        "Executor",
+        "ExecutorConfig",
+        "FinishReason",
+        "IterationStats",
+        "KvCacheConfig",
+        "ModelType",
+        "OutputConfig",
+        "Request",
+        "RequestStats",
+        "RequestStatsPerIteration",
+        "Response",
+        "Result",
+        "SamplingConfig",
+        "SchedulerConfig",
+    },
     "tokenmill.llmapi": {
         "LLM",
         "CapacitySchedulerPolicy",

@@ -26,6 +26,7 @@ class AttentionSpec:
         scale: factor on the scores.
         sliding_window: a query sees at most this many of the latest positions, itself included; None: all.
         soft_cap: scores become `soft_cap * tanh(scores / soft_cap)`; None: unchanged.
+        key_scale, value_scale: the cache holds keys and values divided by these (float8 caches).
     """
 
     num_heads: int
@@ -34,6 +35,8 @@ class AttentionSpec:
     scale: float
     sliding_window: int | None = None
     soft_cap: float | None = None
+    key_scale: float = 1.0
+    value_scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,12 @@ class AttentionMetadata:
         slot_mapping: [T] int64, where each token's key and value go: block * tokens_per_block + offset.
         num_decode_rows: rows of exactly one token, at the front.
         query_lens: the rows' token counts, on the host.
-        kv_lens_host: `kv_lens` on the host.
+        kv_lens_host: `kv_lens` on the host; may be empty where `max_kv_len` is given and the backend needs no more.
+        max_kv_len: upper bound of `kv_lens`; None: their maximum.
+
+    A CUDA graph captured from a step holds all that the host knew then (shapes, `num_decode_rows`, `query_lens`,
+    `max_kv_len`) and reads the tensors anew: with decode rows only it can be replayed for any lengths up to
+    `max_kv_len`. A row with `kv_lens` 0 pads the batch: its slot lies in scratch block 0, its result means nothing.
     """
 
     query_start: torch.Tensor
@@ -57,6 +65,12 @@ class AttentionMetadata:
     num_decode_rows: int
     query_lens: tuple[int, ...]
     kv_lens_host: tuple[int, ...]
+    max_kv_len: int | None = None
+
+    @property
+    def kv_len_bound(self) -> int:
+        """No row has more cached tokens."""
+        return max(self.kv_lens_host) if self.max_kv_len is None else self.max_kv_len
 
 
 class AttentionBackend(Protocol):

@@ -8,7 +8,7 @@ window size, from lengths that are known on the host.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional
@@ -97,6 +97,8 @@ class CpuAttention:
         metadata: AttentionMetadata,
     ) -> torch.Tensor:  # [T, H, D]
         """See `AttentionBackend.forward`."""
+        if spec.key_scale != 1.0 or spec.value_scale != 1.0:
+            return self._forward_scaled(spec, query, key, value, cache, metadata)
         key_cache, value_cache = cache
         write_kv(key, value, key_cache, value_cache, metadata.slot_mapping)
         if key_cache.dtype != query.dtype:  # what is attended to must not depend on how the prompt is split over steps
@@ -114,6 +116,20 @@ class CpuAttention:
         for row in plan.prefill:
             _prefill(spec, query, key[row.tokens], value[row.tokens], cache, row, output)
         return output
+
+    def _forward_scaled(
+        self,
+        spec: AttentionSpec,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cache: LayerCache,
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        """Attention is linear in the values and depends on the keys by products: the scales move out of the cache."""
+        unscaled = replace(spec, scale=spec.scale * spec.key_scale, key_scale=1.0, value_scale=1.0)
+        key, value = key.float() / spec.key_scale, value.float() / spec.value_scale
+        return self.forward(unscaled, query, key, value, cache, metadata) * spec.value_scale
 
     def _plan(
         self, spec: AttentionSpec, metadata: AttentionMetadata, *, tokens_per_block: int, dtype: torch.dtype

@@ -24,15 +24,21 @@ class ReferenceAttention:
     ) -> torch.Tensor:  # [T, H, D]
         """See `AttentionBackend.forward`."""
         key_cache, value_cache = cache
-        write_kv_reference(key, value, key_cache, value_cache, metadata.slot_mapping)
+        write_kv_reference(
+            key.float() / spec.key_scale,
+            value.float() / spec.value_scale,
+            key_cache,
+            value_cache,
+            metadata.slot_mapping,
+        )
         tokens_per_block = key_cache.shape[1]
         output = torch.empty_like(query)
         start = 0
         for row, (query_len, kv_len) in enumerate(zip(metadata.query_lens, metadata.kv_lens_host, strict=True)):
             num_blocks = -(-kv_len // tokens_per_block)
             block_table = metadata.block_tables[row, :num_blocks].long()
-            keys = key_cache[block_table].flatten(0, 1)[:kv_len]  # [L, G, D]
-            values = value_cache[block_table].flatten(0, 1)[:kv_len]
+            keys = key_cache[block_table].flatten(0, 1)[:kv_len].float() * spec.key_scale  # [L, G, D]
+            values = value_cache[block_table].flatten(0, 1)[:kv_len].float() * spec.value_scale
             rows = slice(start, start + query_len)
             output[rows] = attend(spec, query[rows], keys, values).to(query.dtype)
             start += query_len

@@ -12,8 +12,15 @@ from tokenmill.attention.cpu import CpuAttention
 from tokenmill.attention.reference import ReferenceAttention
 from tokenmill.errors import InvalidParameterError, did_you_mean
 
+
+def _triton() -> AttentionBackend:
+    from tokenmill.attention.triton import TritonAttention
+
+    return TritonAttention()
+
+
 BACKENDS: Mapping[str, Callable[[], AttentionBackend]] = MappingProxyType(
-    {"cpu": CpuAttention, "reference": ReferenceAttention}
+    {"cpu": CpuAttention, "reference": ReferenceAttention, "triton": _triton}
 )
 """Backends by name."""
 
@@ -26,14 +33,20 @@ def select_backend(name: str, device: torch.device) -> AttentionBackend:
         device: where the model runs.
 
     Raises:
-        InvalidParameterError: no such backend (`field` is `attn_backend`).
+        InvalidParameterError: no such backend, or not on this device (`field` is `attn_backend`).
     """
     if name == "auto":
-        name = "cpu"  # plain torch operations: the only fast backend yet, on every device
+        name = "triton" if device.type == "cuda" else "cpu"
     if name not in BACKENDS:
         raise InvalidParameterError(
             f"There is no attention backend '{name}'.",
             field="attn_backend",
             remedy=did_you_mean(name, ("auto", *BACKENDS)),
+        )
+    if name == "triton" and device.type != "cuda":
+        raise InvalidParameterError(
+            f"The attention backend 'triton' does not run on the device '{device.type}'.",
+            field="attn_backend",
+            remedy="Use 'auto' or 'cpu', or run the model on an NVIDIA GPU.",
         )
     return BACKENDS[name]()

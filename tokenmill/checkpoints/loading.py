@@ -33,7 +33,7 @@ class LoadTarget(Protocol):
         ...
 
 
-class DummyTarget(Protocol):
+class DummyTarget(LoadTarget, Protocol):
     """A target whose memory can be written in place."""
 
     @property
@@ -137,13 +137,8 @@ def fill_dummy(targets: Mapping[str, DummyTarget], seed: int) -> None:
             if device not in generators:
                 generators[device] = torch.Generator(device=device).manual_seed(seed)
             mean = 1.0 if name.endswith("norm.weight") else 0.0
-            _fill_normal(destination, mean, generators[device])
-
-
-def _fill_normal(destination: torch.Tensor, mean: float, generator: torch.Generator) -> None:
-    if destination.dtype in _NORMAL_DTYPES:
-        destination.normal_(mean, _DUMMY_STD, generator=generator)
-        return
-    # torch draws no 8-bit floats: draw half as precise ones and convert
-    values = torch.empty(destination.shape, dtype=torch.bfloat16, device=destination.device)
-    destination.copy_(values.normal_(mean, _DUMMY_STD, generator=generator))
+            if destination.dtype in _NORMAL_DTYPES:
+                destination.normal_(mean, _DUMMY_STD, generator=generators[device])
+            else:  # torch draws no 8-bit floats: load bfloat16 ones, as from a checkpoint
+                values = torch.empty(target.shape, dtype=torch.bfloat16, device=device)
+                target.load(values.normal_(mean, _DUMMY_STD, generator=generators[device]))

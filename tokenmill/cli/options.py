@@ -105,6 +105,25 @@ class ModelOptions:
             show_default="auto",
         ),
     ] = None
+    quantization: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORMAT",
+            help="Quantize while loading: fp8.",
+            rich_help_panel=_MODEL_PANEL,
+            show_default="none",
+        ),
+    ] = None
+    num_replicas: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Worker processes that each run the model and are restarted when they die; 0: this process.",
+            rich_help_panel=_MODEL_PANEL,
+            show_default="0",
+        ),
+    ] = None
     num_threads: Annotated[
         int | None,
         typer.Option(
@@ -134,7 +153,7 @@ class ModelOptions:
         arguments = _merged(defaults, from_file)
         names = (
             "dtype", "device", "max_batch_size", "max_seq_len", "max_num_tokens", "attn_backend", "load_format",
-            "num_threads",
+            "num_threads", "quantization", "num_replicas",
         )  # fmt: skip
         flags = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.kv_cache_tokens is not None:

@@ -2,47 +2,62 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from tokenmill.engine.events import EngineEvent
-from tokenmill.engine.plan import BatchPlan, Runner
+from tokenmill.engine.plan import BatchPlan, Runner, StepOutput
 from tokenmill.engine.request import GenerationRequest
 from tokenmill.engine.scheduler import Scheduler
+from tokenmill.engine.step_recorder import StepRecorder
 from tokenmill.errors import EngineError, TokenmillError
 from tokenmill.outputs import FinishReason
 from tokenmill.telemetry.stats import EngineStats
 
 
 class EngineCore:
-    """A scheduler and a runner. Use either `step` or `step_overlapped` on one engine; both give the same tokens.
-
-    One thread does all: adds, cancels, steps.
+    """A scheduler and a runner. One thread does all: adds, cancels, steps.
 
     Args:
         scheduler: what to compute.
         runner: computes it.
+        recorder: keeps records of the last steps; None keeps none.
+        overlap: keep a step in flight while the next is planned; worth it when the runner computes on another device.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: Runner[Any]) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner[Any],
+        recorder: StepRecorder | None = None,
+        *,
+        overlap: bool = False,
+    ) -> None:
         self.scheduler = scheduler
         self.runner = runner
+        self._recorder = recorder if recorder is not None and recorder.is_on else None
+        self._advance = self.step_overlapped if overlap else self.step
         self._launched: tuple[BatchPlan, Any] | None = None
+
+    def advance(self) -> list[EngineEvent]:
+        """One step, in the engine's own way. Both ways give the same tokens."""
+        return self._advance()
 
     def step(self) -> list[EngineEvent]:
         """One step: schedule, run, commit."""
         assert self._launched is None, "a step is in flight; go on with step_overlapped"
-        plan = self.scheduler.schedule()
+        plan = self._schedule()
         if not plan.rows:
             return self.scheduler.take_events()
         try:
             output = self.runner.run(plan)
         except Exception as error:  # the boundary between the engine and a model: its requests fail, others go on
-            return self.scheduler.fail(plan, _as_engine_error(error))
-        return self.scheduler.commit(plan, output)
+            return self._fail(plan, error)
+        return self._commit(plan, output)
 
     def step_overlapped(self) -> list[EngineEvent]:
         """One step, launched before the one before it is read: the device works while the host reads and plans."""
-        plan = self.scheduler.schedule()
+        plan = self._schedule()
         previous, self._launched = self._launched, None
         events = self._launch(plan) if plan.rows else []
         return events + (self._collect(*previous) if previous else self.scheduler.take_events())
@@ -51,15 +66,33 @@ class EngineCore:
         try:
             self._launched = plan, self.runner.launch(plan)
         except Exception as error:  # see step
-            return self.scheduler.fail(plan, _as_engine_error(error))
+            return self._fail(plan, error)
         return []
 
     def _collect(self, plan: BatchPlan, pending: Any) -> list[EngineEvent]:
         try:
             output = self.runner.collect(pending)
         except Exception as error:  # see step
-            return self.scheduler.fail(plan, _as_engine_error(error))
-        return self.scheduler.commit(plan, output)
+            return self._fail(plan, error)
+        return self._commit(plan, output)
+
+    def _schedule(self) -> BatchPlan:
+        plan = self.scheduler.schedule()
+        if self._recorder is not None and plan.rows:
+            self._recorder.begin(plan, self.scheduler.requests)
+        return plan
+
+    def _commit(self, plan: BatchPlan, output: StepOutput) -> list[EngineEvent]:
+        events = self.scheduler.commit(plan, output)
+        if self._recorder is not None:
+            self._recorder.end(plan, self.scheduler.stats())
+        return events
+
+    def _fail(self, plan: BatchPlan, error: Exception) -> list[EngineEvent]:
+        events = self.scheduler.fail(plan, _as_engine_error(error))
+        if self._recorder is not None:
+            self._recorder.end(plan, self.scheduler.stats())
+        return events
 
     def validate(self, request: GenerationRequest) -> None:
         """Raises `UserError` if the request can never run. Changes nothing; safe on any thread."""
@@ -83,8 +116,12 @@ class EngineCore:
         return self.scheduler.has_work
 
     def stats(self) -> EngineStats:
-        """A snapshot of counters and gauges."""
-        return self.scheduler.stats()
+        """A snapshot of counters and gauges, with the records of the last steps."""
+        stats = self.scheduler.stats()
+        if self._recorder is None:
+            return stats
+        recent_steps, recent_requests = self._recorder.steps(), self._recorder.request_steps()
+        return replace(stats, recent_steps=recent_steps, recent_requests=recent_requests)
 
     def check_integrity(self) -> None:
         """Raises AssertionError when requests, slots and cache blocks do not fit together."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple, TypeAlias
 
 from tokenmill.engine.events import EngineEvent, Failed, Finished, TokenDelta
 from tokenmill.engine.placement import Placement
@@ -72,18 +73,20 @@ class Ledger:
         request = sequence.request
         if request.metrics.first_token_time is None:
             request.metrics.first_token_time = now
-        finish_reason, is_shown = _ending(sequence, token_id)
-        self._events.append(
-            TokenDelta(
-                request.id,
-                sequence.index,
-                (token_id,) if is_shown else (),
-                (output.logprobs,) if is_shown and output.logprobs is not None else (),
-                prompt_logprobs,
-                finish_reason,
-                token_id if finish_reason == "stop" and token_id in request.stop_token_ids else None,
+        ending = _ending(sequence, token_id)
+        if request.stop_words is not None:
+            token_ids, logprobs = _release(sequence, token_id, output.logprobs, ending)
+        elif ending.num_dropped_tokens:
+            token_ids, logprobs = (), ()
+        else:
+            token_ids, logprobs = (token_id,), () if output.logprobs is None else (output.logprobs,)
+        finish_reason = ending.finish_reason
+        if token_ids or prompt_logprobs or finish_reason is not None:
+            self._events.append(
+                TokenDelta(
+                    request.id, sequence.index, token_ids, logprobs, prompt_logprobs, finish_reason, ending.stop_reason
+                )
             )
-        )
         if finish_reason is not None:
             self._end_sequence(sequence, finish_reason)
 
@@ -91,7 +94,10 @@ class Ledger:
         """Sequences end for a reason from outside: a stop string, a cancellation, a deadline."""
         for sequence in sequences:
             if sequence.status is not SequenceStatus.FINISHED:
-                self._events.append(TokenDelta(sequence.request.id, sequence.index, finish_reason=reason))
+                token_ids, logprobs = _release_all(sequence)
+                self._events.append(
+                    TokenDelta(sequence.request.id, sequence.index, token_ids, logprobs, finish_reason=reason)
+                )
                 self._end_sequence(sequence, reason)
 
     def fail(self, request: Request, error: TokenmillError) -> None:
@@ -120,15 +126,58 @@ class Ledger:
         del self.requests[request.id]
 
 
-def _ending(sequence: Sequence, token_id: int) -> tuple[FinishReason | None, bool]:
-    """Whether the token, already appended, ends the sequence, and whether it is part of the answer."""
+class _Ending(NamedTuple):
+    """Whether and why a token ends its sequence, and how many of the last tokens are not part of the answer then."""
+
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None
+    num_dropped_tokens: int = 0
+
+
+_GOES_ON = _Ending()
+_TOO_LONG = _Ending("length")
+
+
+def _ending(sequence: Sequence, token_id: int) -> _Ending:
+    """What the token, already appended, means for its sequence. A stop word goes before an end token that ends it."""
     request = sequence.request
+    if request.stop_words is not None:
+        sequence.stop_word_state = request.stop_words.advance(sequence.stop_word_state, token_id)
+        num_matched = request.stop_words.num_matched_tokens(sequence.stop_word_state)
+        if num_matched and sequence.num_generated_tokens - num_matched >= request.min_tokens:
+            is_shown = request.inputs.sampling.include_stop_str_in_output
+            return _Ending("stop", token_id, 0 if is_shown else num_matched)
     if token_id in request.ending_token_ids and sequence.num_generated_tokens > request.min_tokens:
-        is_stop_token = token_id in request.stop_token_ids
-        return "stop", is_stop_token and request.inputs.sampling.include_stop_str_in_output
-    if len(sequence.token_ids) >= sequence.max_length:
-        return "length", True
-    return None, True
+        if token_id not in request.stop_token_ids:
+            return _Ending("stop", None, 1)
+        return _Ending("stop", token_id, 0 if request.inputs.sampling.include_stop_str_in_output else 1)
+    return _TOO_LONG if len(sequence.token_ids) >= sequence.max_length else _GOES_ON
+
+
+_Tokens: TypeAlias = tuple[tuple[int, ...], tuple[TokenLogprobs, ...]]
+"""Token ids, and their log-probabilities if there are any."""
+
+
+def _release(sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None, ending: _Ending) -> _Tokens:
+    """Hold the token back, then let go of all held ones that are not, and cannot become, part of a stop word."""
+    request = sequence.request
+    assert request.stop_words is not None
+    sequence.held.append((token_id, logprobs))
+    if ending.finish_reason is not None:
+        del sequence.held[len(sequence.held) - ending.num_dropped_tokens :]
+        return _release_all(sequence)
+    if request.inputs.sampling.include_stop_str_in_output:
+        return _release_all(sequence)
+    kept = sequence.held[len(sequence.held) - request.stop_words.num_open_tokens(sequence.stop_word_state) :]
+    del sequence.held[len(sequence.held) - len(kept) :]
+    released = _release_all(sequence)
+    sequence.held = kept
+    return released
+
+
+def _release_all(sequence: Sequence) -> _Tokens:
+    held, sequence.held = sequence.held, []
+    return tuple(token_id for token_id, _ in held), tuple(entry for _, entry in held if entry is not None)
 
 
 def _undelivered_prompt_logprobs(sequence: Sequence, row: Row, output: RowOutput) -> tuple[TokenLogprobs, ...]:

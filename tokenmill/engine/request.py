@@ -20,6 +20,9 @@ class GenerationRequest:
             `ignore_eos`).
         stop_token_ids: tokens of the caller that end a sequence with `stop` and `stop_reason`.
         bad_words: token sequences that must not be generated.
+        stop_words: token sequences of the caller that end a sequence with `stop`, and the last of their tokens as
+            `stop_reason`. They are not part of the answer, and no token of one is told before it is known not to be,
+            unless `include_stop_str_in_output`.
         priority: higher runs first under the priority queue; its cached blocks are evicted later under any.
         arrival_time: `time.monotonic()` at submission, seconds.
     """
@@ -33,3 +36,4 @@ class GenerationRequest:
     bad_words: tuple[tuple[int, ...], ...] = ()
     priority: float = 0.5
     arrival_time: float = 0.0
+    stop_words: tuple[tuple[int, ...], ...] = ()

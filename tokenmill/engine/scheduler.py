@@ -16,7 +16,7 @@ overlaps steps); plans are committed in the order in which they were made. The r
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from tokenmill.engine import policies
 from tokenmill.engine.admission import Admission
@@ -26,7 +26,7 @@ from tokenmill.engine.placement import Placement
 from tokenmill.engine.plan import BatchPlan, Row, RowOutput, StepOutput
 from tokenmill.engine.plan_draft import PlanDraft
 from tokenmill.engine.request import GenerationRequest
-from tokenmill.engine.sequence import Sequence, SequenceStatus, make_request
+from tokenmill.engine.sequence import Request, Sequence, SequenceStatus, make_request
 from tokenmill.engine.settings import SchedulerSettings
 from tokenmill.engine.validation import check_request
 from tokenmill.errors import InvalidLogitsError, TokenmillError
@@ -143,6 +143,11 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether a step would do anything: compute, commit or deliver events."""
         return bool(self._ledger.requests or self._in_flight or self._ledger.has_events)
+
+    @property
+    def requests(self) -> Mapping[int, Request]:
+        """The requests that have not ended, by id, in order of arrival."""
+        return self._ledger.requests
 
     def stats(self) -> EngineStats:
         """A snapshot."""

@@ -18,7 +18,8 @@ from enum import Enum, auto
 from typing import TypeAlias
 
 from tokenmill.engine.request import GenerationRequest
-from tokenmill.outputs import RequestMetrics
+from tokenmill.engine.stop_words import StopWords
+from tokenmill.outputs import RequestMetrics, TokenLogprobs
 
 Rank: TypeAlias = tuple[float, int, int]
 """Order between sequences, best first: minus the priority (0 under fcfs), order of arrival, sequence index."""
@@ -53,6 +54,8 @@ class Sequence:
         num_prompt_logprobs: prompt log-probabilities delivered.
         last_lost_step: the last step planned before its latest preemption: what this step and earlier ones computed is
             gone from the cache; tokens that they sample still count.
+        stop_word_state: of `Request.stop_words`, after the last token.
+        held: last tokens of the answer that may turn out to be part of a stop word, with their log-probabilities.
     """
 
     request: Request
@@ -70,6 +73,8 @@ class Sequence:
     num_prompt_logprobs: int = 0
     num_preemptions: int = 0
     last_lost_step: int = -1
+    stop_word_state: int = 0
+    held: list[tuple[int, TokenLogprobs | None]] = field(default_factory=list)
 
     @property
     def num_tokens_in_flight(self) -> int:
@@ -96,7 +101,8 @@ class Request:
         metrics: when things happened; goes out with the terminal event.
         stop_token_ids: the caller's stop tokens.
         ending_token_ids: those and the model's end tokens.
-        min_tokens: tokens of the answer before any of these may end it.
+        min_tokens: tokens of the answer before any of these, or a stop word, may end it.
+        stop_words: the caller's stop words; None if there are none.
         sequences: by sequence index.
         num_unfinished: sequences that have not ended.
         siblings_are_pending: the other sequences wait for sequence 0 to compute the prompt.
@@ -107,6 +113,7 @@ class Request:
     stop_token_ids: frozenset[int]
     ending_token_ids: frozenset[int]
     min_tokens: int
+    stop_words: StopWords | None = None
     sequences: list[Sequence] = field(default_factory=list)
     num_unfinished: int = 0
     siblings_are_pending: bool = False
@@ -136,6 +143,7 @@ def make_request(inputs: GenerationRequest, rank: tuple[float, int], max_seq_len
         stop_token_ids=stop_token_ids,
         ending_token_ids=stop_token_ids | frozenset(inputs.end_ids),
         min_tokens=inputs.sampling.min_tokens or 0,
+        stop_words=StopWords(inputs.stop_words) if inputs.stop_words else None,
     )
     num_prompt_tokens = request.num_prompt_tokens
     for index in range(inputs.sampling.num_sequences):

@@ -7,6 +7,7 @@ from math import isfinite
 from typing import Protocol
 
 from tokenmill.engine.request import GenerationRequest
+from tokenmill.engine.stop_words import MAX_STOP_WORD_TOKENS
 from tokenmill.errors import InvalidParameterError, PromptTooLongError, RequestTooLargeError
 
 MAX_TOKEN_ID = 2**31 - 1
@@ -51,8 +52,8 @@ def check_request(inputs: GenerationRequest, limits: RequestLimits, kv: CacheLim
         known_ids: request ids in use.
 
     Raises:
-        InvalidParameterError: the prompt is empty, the id is in use, the priority is not a number, or it asks for too
-            many sequences.
+        InvalidParameterError: the prompt is empty, the id is in use, the priority is not a number, the stop words are
+            empty or too long, or it asks for too many sequences.
         PromptTooLongError: the prompt leaves no room for an answer within `max_seq_len`.
         RequestTooLargeError: it can never fit a step or the cache, even alone.
     """
@@ -78,6 +79,7 @@ def check_request(inputs: GenerationRequest, limits: RequestLimits, kv: CacheLim
             field="prompt",
             remedy="Set enable_chunked_prefill=True or raise max_num_tokens.",
         )
+    _check_stop_words(inputs)
     num_slots = min(limits.max_batch_size, limits.max_num_tokens)
     if sampling.num_sequences > num_slots:
         raise InvalidParameterError(
@@ -93,6 +95,18 @@ def check_request(inputs: GenerationRequest, limits: RequestLimits, kv: CacheLim
             f"{kv.tokens_per_block}); the cache has {kv.num_blocks} blocks.",
             field="max_tokens",
             remedy="Lower max_tokens, shorten the prompt, or enlarge the cache (KvCacheConfig.max_tokens).",
+        )
+
+
+def _check_stop_words(inputs: GenerationRequest) -> None:
+    if not all(inputs.stop_words):
+        raise InvalidParameterError("stop_words holds an empty word.", field="stop_words", remedy="Remove it.")
+    num_tokens = sum(map(len, inputs.stop_words))
+    if num_tokens > MAX_STOP_WORD_TOKENS:
+        raise InvalidParameterError(
+            f"The stop words have {num_tokens} tokens together; at most {MAX_STOP_WORD_TOKENS} are allowed.",
+            field="stop_words",
+            remedy="Give fewer or shorter ones.",
         )
 
 

@@ -77,8 +77,12 @@ class BaseWorker(ABC):
         return None if since is None else time.monotonic() - since
 
     def stats(self) -> EngineStats:
-        """A snapshot of the engine."""
+        """A snapshot of the engine, records of steps included."""
         return self._engine.stats()
+
+    def counters(self) -> EngineStats:
+        """The same without records, which may be many."""
+        return self._engine.scheduler.stats()
 
     # ---- the engine's thread ---------------------------------------------------------------------------------
 
@@ -88,7 +92,7 @@ class BaseWorker(ABC):
             self._take_commands()
             if self._engine.has_work and not self._stopping:
                 started = time.monotonic()
-                events = self._engine.step()
+                events = self._engine.advance()
                 self._record(started)
                 self._progress_time = time.monotonic()
                 if events:
@@ -145,7 +149,7 @@ class BaseWorker(ABC):
         self._stopping = True
 
     def _record(self, started: float) -> None:
-        now, last = self._engine.stats(), self._last
+        now, last = self.counters(), self._last
         if now.num_steps == last.num_steps:
             return
         self._last = now

@@ -220,10 +220,8 @@ class Coordinator:
         error = process.check(self.clock)
         if error is not None:
             self._bury(process, error)
-        try:
-            process.restart_if_due(self.clock)
-        except TokenmillError:
-            logger.exception("%s cannot be restarted.", process.name)
+        process.restart_if_due(self.clock)
+        if process.state == "failed":
             self._give_up_if_hopeless()
 
     def _bury(self, process: SupervisedProcess, error: TokenmillError) -> None:

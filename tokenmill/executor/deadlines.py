@@ -5,22 +5,32 @@ from __future__ import annotations
 import heapq
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
+from typing import Final
 
 from tokenmill.executor.managed_thread import ManagedThread
+
+_MIN_ENTRIES: Final = 1000  # below this many, requests that ended are not worth looking for
 
 
 class DeadlineTimer:
     """Deadlines by request. Its thread is started with the first deadline.
 
     Args:
-        on_expired: called with a request id on the timer's thread. Requests that ended before are not taken out; the
-            callee knows.
+        open_requests: requests that are under way; those that ended are forgotten now and then.
+        on_expired: called with a request id on the timer's thread, even if the request has ended.
         on_error: called when the timer fails.
     """
 
-    def __init__(self, on_expired: Callable[[int], None], on_error: Callable[[Exception], None]) -> None:
+    def __init__(
+        self,
+        open_requests: Container[int],
+        on_expired: Callable[[int], None],
+        on_error: Callable[[Exception], None],
+    ) -> None:
+        self._open_requests = open_requests
         self._on_expired = on_expired
+        self._max_entries = _MIN_ENTRIES
         self._heap: list[tuple[float, int]] = []
         self._changed = threading.Condition()
         self._closed = False
@@ -31,6 +41,10 @@ class DeadlineTimer:
         """Call for `request_id` at `deadline` (seconds of `time.monotonic`)."""
         with self._changed:
             heapq.heappush(self._heap, (deadline, request_id))
+            if len(self._heap) > self._max_entries:
+                self._heap = [entry for entry in self._heap if entry[1] in self._open_requests]
+                heapq.heapify(self._heap)
+                self._max_entries = max(_MIN_ENTRIES, 2 * len(self._heap))
             if not self._has_started and not self._closed:
                 self._has_started = True
                 self._thread.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from tokenmill.config import LlmArgs
 from tokenmill.engine.core import EngineCore
 from tokenmill.engine.scheduler import Scheduler
 from tokenmill.engine.settings import SchedulerSettings
+from tokenmill.engine.step_recorder import StepRecorder
 from tokenmill.errors import UnsupportedFeatureError
 from tokenmill.executor.description import EngineDescription
 from tokenmill.kv_cache.manager import KvCacheManager
@@ -20,8 +22,15 @@ from tokenmill.kv_cache.tensors import allocate_caches
 from tokenmill.models.base import CausalLM
 from tokenmill.models.config import ModelConfig
 from tokenmill.ops.platform import free_memory
-from tokenmill.runtime.memory_planner import MemoryRequest, plan_memory
-from tokenmill.runtime.model_loader import load_model, resolve_device, resolve_dtype, resolve_max_seq_len
+from tokenmill.runtime.memory_planner import MeasuredMemory, MemoryRequest, plan_memory
+from tokenmill.runtime.memory_probe import measure_activations
+from tokenmill.runtime.model_loader import (
+    load_model,
+    resolve_cache_dtype,
+    resolve_device,
+    resolve_dtype,
+    resolve_max_seq_len,
+)
 from tokenmill.runtime.model_runner import ModelRunner
 from tokenmill.runtime.slot_state import SlotState
 from tokenmill.sampling.slot_params import SlotSamplingParams
@@ -46,7 +55,7 @@ def build_engine(
         torch.set_num_threads(args.num_threads)
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
-    cache_dtype = dtype if args.kv_cache_config.dtype == "auto" else resolve_dtype(args.kv_cache_config.dtype, device)
+    cache_dtype = resolve_cache_dtype(args.kv_cache_config.dtype, dtype, device)
     checkpoint = open_checkpoint(Path(args.model), config_only=args.load_format == "dummy")
     config = ModelConfig.from_hf(checkpoint.hf_config)
     max_seq_len = resolve_max_seq_len(args, config)
@@ -73,12 +82,30 @@ def build_engine(
         memory=memory,
     )
     model = load_model(args, config, checkpoint, device, dtype, backend, on_progress)
-    runner = _make_runner(description, model, device, cache_dtype)
-    return EngineCore(_make_scheduler(args, description), runner), description
+    slots = SlotState(args.max_batch_size, max_seq_len, memory.tokens_per_block, device)
+    if device.type == "cuda":
+        measured = _measure(model, slots, args, cache_dtype)
+        free = free_memory(device) // num_sharing + measured.weights
+        memory = plan_memory(config, request, args.kv_cache_config, free, measured)
+        description = replace(description, memory=memory)
+    runner = _make_runner(description, model, slots, cache_dtype, use_graphs=args.enable_cuda_graphs)
+    overlap = device.type == "cuda" and not args.disable_overlap_scheduler  # elsewhere host and device are one
+    records = args.stats_config
+    recorder = StepRecorder(records.iter_stats_max_iterations, records.request_stats_max_iterations)
+    return EngineCore(_make_scheduler(args, description), runner, recorder, overlap=overlap), description
+
+
+def _measure(model: CausalLM, slots: SlotState, args: LlmArgs, cache_dtype: torch.dtype) -> MeasuredMemory:
+    """What weights and the largest step take on the GPU; compiles the kernels of large steps on the way."""
+    torch.cuda.empty_cache()
+    weights = torch.cuda.memory_allocated(slots.device)
+    return MeasuredMemory(
+        weights, measure_activations(model, slots, args.max_num_tokens, args.max_batch_size, cache_dtype)
+    )
 
 
 def _make_runner(
-    description: EngineDescription, model: CausalLM, device: torch.device, cache_dtype: torch.dtype
+    description: EngineDescription, model: CausalLM, slots: SlotState, cache_dtype: torch.dtype, *, use_graphs: bool
 ) -> ModelRunner:
     config, memory = description.model, description.memory
     caches = allocate_caches(
@@ -88,10 +115,11 @@ def _make_runner(
         config.num_key_value_heads,
         config.head_dim,
         cache_dtype,
-        device,
+        slots.device,
     )
-    slots = SlotState(description.max_batch_size, description.max_seq_len, memory.tokens_per_block, device)
-    return ModelRunner(model, caches, slots, SlotSamplingParams(description.max_batch_size, config.vocab_size, device))
+    # One more for the scratch slot.
+    sampling = SlotSamplingParams(description.max_batch_size + 1, config.vocab_size, slots.device)
+    return ModelRunner(model, caches, slots, sampling, use_graphs=use_graphs)
 
 
 def _make_scheduler(args: LlmArgs, description: EngineDescription) -> Scheduler:

@@ -65,7 +65,7 @@ class GenerationExecutor(ABC):
         self._tokenizer = tokenizer
         self._grace_period = grace_period
         self._table = RequestTable(max_requests)
-        self._deadlines = DeadlineTimer(self._expire, self._table.fail)
+        self._deadlines = DeadlineTimer(self._table, self._expire, self._table.fail)
         self._request_ids = itertools.count(1)
         self._iterations = IterationResultQueue()
 

@@ -133,8 +133,7 @@ class RequestTable:
 
     def fail(self, cause: Exception) -> None:
         """What runs the requests has ended with an error: no caller may wait for it."""
-        error = EngineError(f"The engine ended with {type(cause).__name__}: {cause}.", remedy="Create the LLM anew.")
-        error.__cause__ = cause
+        error = cause if isinstance(cause, TokenmillError) else _as_engine_error(cause)
         self.close(error)
         self.finish_all(error)
 
@@ -142,3 +141,9 @@ class RequestTable:
         """Wait for the last request to end; False if it has not within `timeout` seconds."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._entries, timeout)
+
+
+def _as_engine_error(cause: Exception) -> EngineError:
+    error = EngineError(f"The engine ended with {type(cause).__name__}: {cause}.", remedy="Create the LLM anew.")
+    error.__cause__ = cause
+    return error

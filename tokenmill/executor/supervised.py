@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 SILENT_SECONDS: Final = 1.7
 """A process that was not heard for so long is not counted on."""
+_SERVING: Final = ("ready", "silent", "stalled")  # it has started and is not known to be dead
 _STABLE_SECONDS: Final = 10.0  # a process that served for so long is restarted without a wait
 _STACK_SECONDS: Final = 1.0
 
@@ -135,12 +136,12 @@ class SupervisedProcess:
 
     def send(self, message: ToProcess) -> None:
         """Send to a process that is ready; whatever was meant for one before it is dropped."""
-        if self.child is not None and self.state in ("ready", "silent"):
+        if self.child is not None and self.state in _SERVING:
             self.child.send(message)
 
     def send_encoded(self, data: bytes) -> None:
         """The same for an encoded message."""
-        if self.child is not None and self.state in ("ready", "silent"):
+        if self.child is not None and self.state in _SERVING:
             self.child.send_encoded(data)
 
     def progressed(self, now: float) -> None:
@@ -199,7 +200,7 @@ class SupervisedProcess:
     def bury(self, error: TokenmillError, now: float, *, may_restart: bool) -> None:
         """The process is dead, or is killed now: free what it had, and decide when the next one comes."""
         assert self.child is not None
-        was_stable = self.state in ("ready", "silent", "stalled") and now - self._since > _STABLE_SECONDS
+        was_stable = self.state in _SERVING and now - self._since > _STABLE_SECONDS
         self.last_death = error
         self.num_deaths += 1
         self.child.close()
@@ -208,6 +209,10 @@ class SupervisedProcess:
         self.child = None
         self.has_work = False
         self._num_quick_deaths = 1 if was_stable else self._num_quick_deaths + 1
+        self._decide(now, may_restart=may_restart)
+
+    def _decide(self, now: float, *, may_restart: bool) -> None:
+        """After a death: restart, or give up?"""
         self._deaths.append(now)
         while now - self._deaths[0] > self._config.restart_window:
             self._deaths.popleft()
@@ -220,14 +225,17 @@ class SupervisedProcess:
             self._enter("waiting_to_restart", now)
 
     def restart_if_due(self, now: float) -> None:
-        """Start the next process when the wait after the last one's death is over.
-
-        Raises:
-            WorkerStartError: the operating system refuses.
-        """
-        if self.state == "waiting_to_restart" and now - self._since >= self._backoff():
-            self.num_restarts += 1
+        """Start the next process when the wait after the last one's death is over."""
+        if self.state != "waiting_to_restart" or now - self._since < self._backoff():
+            return
+        self.num_restarts += 1
+        try:
             self.start(now)
+        except WorkerStartError as error:  # as good as a death
+            logger.error("%s", error)
+            self.last_death = error
+            self._num_quick_deaths += 1
+            self._decide(now, may_restart=True)
 
     def stop(self, now: float) -> None:
         """No process from now on; kills the one that lives."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -39,6 +40,7 @@ from tokenmill.executor.messages import (
 )
 from tokenmill.executor.postproc import Ended, Postprocessed, Postprocessor
 from tokenmill.outputs import RequestMetrics
+from tokenmill.telemetry.stats import EngineStats
 from tokenmill.tokenization import Tokenizer, load_tokenizer
 
 
@@ -50,15 +52,24 @@ class GenerationExecutorWorker(BaseWorker):
         postprocessor: None: events go to postprocessing workers.
         child: the connection to the proxy.
         start: what the proxy asked for.
+        records_requests: whether the engine keeps records of requests.
     """
 
     def __init__(
-        self, engine: EngineCore, postprocessor: Postprocessor | None, child: Child, start: StartWorker
+        self,
+        engine: EngineCore,
+        postprocessor: Postprocessor | None,
+        child: Child,
+        start: StartWorker,
+        *,
+        records_requests: bool,
     ) -> None:
         super().__init__(engine, postprocessor, replica=start.replica)
         self._child = child
+        self._records_requests = records_requests
         self._interval = start.heartbeat_interval
         self._postproc_of: dict[int, int] = {}
+        self._request_ids: dict[int, int] = {}  # by attempt, for records of requests
         self._requests = request_codec()
         self._batches = to_process_codec()
 
@@ -69,7 +80,7 @@ class GenerationExecutorWorker(BaseWorker):
         self.run()
 
     def deliver(self, result: Postprocessed) -> None:
-        self._child.send(StepOutputs(result.outputs, result.ended, stats=self.stats()))
+        self._child.send(StepOutputs(result.outputs, result.ended, stats=self.counters()))
 
     def deliver_raw(self, deltas: list[TokenDelta], ended: list[Ended]) -> None:
         """Sort a step's events by postprocessing worker."""
@@ -84,7 +95,7 @@ class GenerationExecutorWorker(BaseWorker):
             batch_of(one.request_id).ended.append(one)
             del self._postproc_of[one.request_id]
         encoded = [(index, self._batches.encode(batch)) for index, batch in batches.items()]
-        self._child.send(EngineEvents(encoded, self.stats()))
+        self._child.send(EngineEvents(encoded, self.counters()))
 
     # ---- the other threads -----------------------------------------------------------------------------------
 
@@ -107,11 +118,14 @@ class GenerationExecutorWorker(BaseWorker):
 
     def _take(self, message: Submit) -> None:
         try:
-            request = replace(self._requests.decode(message.request), request_id=message.attempt)
+            request = self._requests.decode(message.request)
+            request_id, request = request.request_id, replace(request, request_id=message.attempt)
         except ProtocolError as error:
             ended = Ended(message.attempt, RequestMetrics(arrival_time=0.0), error)
             self._child.send(StepOutputs([], [ended]))
             return
+        if self._records_requests:
+            self._request_ids[message.attempt] = request_id
         if self._postprocessor is None:
             self.call(lambda: self._postproc_of.__setitem__(message.attempt, message.postproc))
         self.submit(request)
@@ -125,25 +139,40 @@ class GenerationExecutorWorker(BaseWorker):
         self._child.send(IntegrityReport(call, problem))
 
     def _heartbeat(self) -> Heartbeat:
-        return Heartbeat(self.has_work, self.stats(), self.iterations.get_all())
+        return Heartbeat(self.has_work, self._with_request_ids(self.stats()), self.iterations.get_all())
+
+    def _with_request_ids(self, stats: EngineStats) -> EngineStats:
+        """The engine knows attempts; records for callers name requests."""
+        if not stats.recent_requests:
+            return stats
+        records = []
+        for step in stats.recent_requests:
+            requests = [replace(one, request_id=self._request_ids[one.request_id]) for one in step.requests]
+            records.append(replace(step, requests=tuple(requests)))
+        oldest = min((one.request_id for one in stats.recent_requests[0].requests), default=0)
+        for attempt in [attempt for attempt in list(self._request_ids) if attempt < oldest]:
+            del self._request_ids[attempt]
+        return replace(stats, recent_requests=tuple(records))
 
 
 def run_worker(child: Child) -> None:
     """The job of a worker process: build the engine that the proxy asks for, and serve."""
     start = child.receive()
     assert isinstance(start, StartWorker), f"{start} is no start"
+    args = LlmArgs(**json.loads(start.args))
     try:
-        engine, description, tokenizer = _build(child, start)
+        engine, description, tokenizer = _build(child, start, args)
     except Exception as error:  # whatever a model or a machine raises while it loads is the proxy's to tell
         child.start_failed(error)
         return
     postprocessor = None if start.num_postproc else Postprocessor(tokenizer)
-    worker = GenerationExecutorWorker(engine, postprocessor, child, start)
+    records_requests = args.stats_config.request_stats_max_iterations > 0
+    worker = GenerationExecutorWorker(engine, postprocessor, child, start, records_requests=records_requests)
     child.send(Ready(description))
     worker.serve()
 
 
-def _build(child: Child, start: StartWorker) -> tuple[EngineCore, EngineDescription, Tokenizer | None]:
+def _build(child: Child, start: StartWorker, args: LlmArgs) -> tuple[EngineCore, EngineDescription, Tokenizer | None]:
     tokenizers: list[Tokenizer] = []
     loading = ManagedThread(
         lambda: tokenizers.append(_load(start.tokenizer)) if start.tokenizer else None,
@@ -153,10 +182,11 @@ def _build(child: Child, start: StartWorker) -> tuple[EngineCore, EngineDescript
     loading.start()
     from tokenmill.executor.engine_factory import build_engine  # torch, while the tokenizer loads
 
-    args = _own_args(start)
     num_sharing = args.num_replicas if start.cache_tokens is None else 1
     engine, description = build_engine(
-        args, lambda what, done, total: child.send(Progress(what, done, total)), num_sharing=num_sharing
+        _own_share(start, args),
+        lambda what, done, total: child.send(Progress(what, done, total)),
+        num_sharing=num_sharing,
     )
     loading.join()
     if loading.error is not None:
@@ -168,9 +198,8 @@ def _load(location: TokenizerLocation) -> Tokenizer:
     return load_tokenizer(location.path, mode=location.mode)
 
 
-def _own_args(start: StartWorker) -> LlmArgs:
+def _own_share(start: StartWorker, args: LlmArgs) -> LlmArgs:
     """The user's arguments, with what one replica of several takes for itself."""
-    args = LlmArgs(**json.loads(start.args))
     if start.cache_tokens is not None:
         cache = args.kv_cache_config.model_copy(update={"max_tokens": start.cache_tokens})
         args = args.model_copy(update={"kv_cache_config": cache})
@@ -182,6 +211,7 @@ def _own_args(start: StartWorker) -> LlmArgs:
     if args.device in ("auto", "cuda") and cuda.device_count() > 1:
         args = args.model_copy(update={"device": f"cuda:{start.replica % cuda.device_count()}"})
     elif args.num_threads is None and (args.device == "cpu" or not cuda.is_available()):
-        num_threads = max(1, len(os.sched_getaffinity(0)) // num_replicas)
+        num_cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        num_threads = max(1, num_cores // num_replicas)
         args = args.model_copy(update={"num_threads": num_threads})
     return args

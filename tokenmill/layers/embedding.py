@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from torch.nn import functional
 from tokenmill.layers.context import LayerContext
 from tokenmill.layers.weights import Shard, WeightTarget, join_name
 from tokenmill.parallel.group import ParallelGroup
-from tokenmill.quantization.base import LinearMethod
+from tokenmill.quantization.base import ConvertsWhileLoading, LinearMethod
 from tokenmill.quantization.unquantized import UnquantizedLinear
 
 
@@ -100,5 +101,8 @@ class LMHead(nn.Module):
         if self._is_tied:
             return
         shard = Shard(0, self.first_token, self.vocab_size) if self.group.size > 1 else None
-        for name, parameter in self.named_parameters(prefix):
-            yield name, WeightTarget(parameter.data[: self.num_tokens], shard)
+        for name, parameter in self.named_parameters():
+            store = None
+            if isinstance(self.method, ConvertsWhileLoading):
+                store = partial(self.method.store, self, name, 0)
+            yield join_name(prefix, name), WeightTarget(parameter.data[: self.num_tokens], shard, store)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
 from tokenmill.layers.context import LayerContext
 from tokenmill.layers.weights import Shard, WeightTarget, join_name
-from tokenmill.quantization.base import ParameterAxes
+from tokenmill.quantization.base import ConvertsWhileLoading, ParameterAxes
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,10 @@ class LinearBase(nn.Module):
                 per_element = self.in_features // destination.shape[axes.input]
                 first, full_size = self._source_inputs
                 shard = Shard(axes.input, first // per_element, full_size // per_element)
-            yield join_name(prefix, name), WeightTarget(destination, shard)
+            store = None
+            if name != "bias" and isinstance(self.method, ConvertsWhileLoading):
+                store = partial(self.method.store, self, name, start)
+            yield join_name(prefix, name), WeightTarget(destination, shard, store)
 
 
 class MergedColumnLinear(LinearBase):

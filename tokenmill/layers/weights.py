@@ -8,7 +8,7 @@ layer's targets take only this rank's part of the tensor. The loader in `checkpo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -33,10 +33,12 @@ class WeightTarget:
     Args:
         destination: filled by `load`.
         shard: which part of the checkpoint tensor goes there; None: all of it.
+        store: takes that part in, if more is to be done than to copy it.
     """
 
     destination: torch.Tensor
     shard: Shard | None = None
+    store: Callable[[torch.Tensor], None] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -57,7 +59,10 @@ class WeightTarget:
         if self.shard is not None:
             tensor = tensor.narrow(self.shard.axis, self.shard.start, self.destination.shape[self.shard.axis])
         with torch.no_grad():
-            self.destination.copy_(tensor)
+            if self.store is not None:
+                self.store(tensor)
+            else:
+                self.destination.copy_(tensor)
 
 
 @runtime_checkable

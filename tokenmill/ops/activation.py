@@ -12,8 +12,10 @@ import torch
 from torch.nn import functional
 
 from tokenmill.errors import UnsupportedFeatureError, did_you_mean
+from tokenmill.ops.fp8 import QuantizedRows, per_token_quantize_fp8
 
 GatedActivation: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+QuantizedActivation: TypeAlias = Callable[[torch.Tensor], QuantizedRows]
 
 
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
@@ -26,6 +28,44 @@ def gelu_tanh_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """`gelu(gate) * up` with the tanh form of GELU; gate_up: [..., 2 I], gate first; returns [..., I]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return functional.gelu(gate, approximate="tanh") * up
+
+
+def silu_and_mul_triton(gate_up: torch.Tensor) -> torch.Tensor:
+    """One pass, in float32."""
+    from tokenmill.ops.triton import activation as kernels
+
+    return kernels.silu_and_mul(gate_up)
+
+
+def gelu_tanh_and_mul_triton(gate_up: torch.Tensor) -> torch.Tensor:
+    """One pass, in float32."""
+    from tokenmill.ops.triton import activation as kernels
+
+    return kernels.gelu_tanh_and_mul(gate_up)
+
+
+def silu_and_mul_fp8_triton(gate_up: torch.Tensor) -> QuantizedRows:
+    """One pass, quantization included."""
+    from tokenmill.ops.triton import activation as kernels
+
+    return QuantizedRows(*kernels.silu_and_mul_fp8(gate_up))
+
+
+def gelu_tanh_and_mul_fp8_triton(gate_up: torch.Tensor) -> QuantizedRows:
+    """One pass, quantization included."""
+    from tokenmill.ops.triton import activation as kernels
+
+    return QuantizedRows(*kernels.gelu_tanh_and_mul_fp8(gate_up))
+
+
+def silu_and_mul_fp8(gate_up: torch.Tensor) -> QuantizedRows:
+    """`silu_and_mul`, then `per_token_quantize_fp8`."""
+    return per_token_quantize_fp8(silu_and_mul(gate_up))
+
+
+def gelu_tanh_and_mul_fp8(gate_up: torch.Tensor) -> QuantizedRows:
+    """`gelu_tanh_and_mul`, then `per_token_quantize_fp8`."""
+    return per_token_quantize_fp8(gelu_tanh_and_mul(gate_up))
 
 
 def silu_and_mul_reference(gate_up: torch.Tensor) -> torch.Tensor:
@@ -42,15 +82,29 @@ def gelu_tanh_and_mul_reference(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 IMPLEMENTATIONS: Mapping[str, Mapping[str, GatedActivation]] = MappingProxyType({
-    "silu": MappingProxyType({"reference": silu_and_mul_reference, "torch": silu_and_mul}),
-    "gelu_pytorch_tanh": MappingProxyType({"reference": gelu_tanh_and_mul_reference, "torch": gelu_tanh_and_mul}),
+    "silu": MappingProxyType({
+        "reference": silu_and_mul_reference,
+        "torch": silu_and_mul,
+        "triton": silu_and_mul_triton,
+    }),
+    "gelu_pytorch_tanh": MappingProxyType({
+        "reference": gelu_tanh_and_mul_reference,
+        "torch": gelu_tanh_and_mul,
+        "triton": gelu_tanh_and_mul_triton,
+    }),
 })  # fmt: skip
 """By the activation's Hugging Face name, then by implementation."""
+
+FP8_IMPLEMENTATIONS: Mapping[str, Mapping[str, QuantizedActivation]] = MappingProxyType({
+    "silu": MappingProxyType({"torch": silu_and_mul_fp8, "triton": silu_and_mul_fp8_triton}),
+    "gelu_pytorch_tanh": MappingProxyType({"torch": gelu_tanh_and_mul_fp8, "triton": gelu_tanh_and_mul_fp8_triton}),
+})  # fmt: skip
+"""The same, quantized to float8 for each token: from [T, 2 I]."""
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> str:
     """Name of the implementation for tensors of this device and type."""
-    return "torch"
+    return "triton" if device.type == "cuda" else "torch"
 
 
 def gated_activation(name: str, device: torch.device, dtype: torch.dtype) -> GatedActivation:
@@ -59,10 +113,24 @@ def gated_activation(name: str, device: torch.device, dtype: torch.dtype) -> Gat
     Raises:
         UnsupportedFeatureError: no such activation (`field` is `hidden_act`).
     """
+    _check(name)
+    return IMPLEMENTATIONS[name][choose(device, dtype)]
+
+
+def gated_activation_fp8(name: str, device: torch.device, dtype: torch.dtype) -> QuantizedActivation:
+    """`gated_activation` with its result quantized: [T, 2 I] to rows of [T, I].
+
+    Raises:
+        UnsupportedFeatureError: no such activation (`field` is `hidden_act`).
+    """
+    _check(name)
+    return FP8_IMPLEMENTATIONS[name][choose(device, dtype)]
+
+
+def _check(name: str) -> None:
     if name not in IMPLEMENTATIONS:
         raise UnsupportedFeatureError(
             f"The activation '{name}' is not supported.",
             field="hidden_act",
             remedy=did_you_mean(name, IMPLEMENTATIONS),
         )
-    return IMPLEMENTATIONS[name][choose(device, dtype)]

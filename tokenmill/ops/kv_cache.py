@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 import torch
 
+CopyBlocks: TypeAlias = Callable[[Sequence[tuple[torch.Tensor, torch.Tensor]], torch.Tensor, torch.Tensor], None]
 WriteKv: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
@@ -67,9 +68,39 @@ def copy_blocks(
         caches: (keys, values) of each layer, [N, B, G, D] each; changed in place.
         source, destination: [number of copies] int64; no block is both a source and a destination.
     """
+    COPY_IMPLEMENTATIONS[choose_copy(source.device)](caches, source, destination)
+
+
+def copy_blocks_torch(
+    caches: Sequence[tuple[torch.Tensor, torch.Tensor]], source: torch.Tensor, destination: torch.Tensor
+) -> None:
+    """One indexed copy for each cache tensor."""
     for key_cache, value_cache in caches:
         key_cache.index_copy_(0, destination, key_cache.index_select(0, source))
         value_cache.index_copy_(0, destination, value_cache.index_select(0, source))
+
+
+def copy_blocks_triton(
+    caches: Sequence[tuple[torch.Tensor, torch.Tensor]], source: torch.Tensor, destination: torch.Tensor
+) -> None:
+    """All layers in one launch; layers of different layouts (sliding and full ones, say) one launch for each layout."""
+    from tokenmill.ops.triton import kv_cache as kernels
+
+    by_layout: dict[tuple[object, ...], list[torch.Tensor]] = {}
+    for tensor in (tensor for cache in caches for tensor in cache):
+        by_layout.setdefault((tensor.shape, tensor.dtype), []).append(tensor)
+    for alike in by_layout.values():
+        kernels.copy_blocks(alike, source, destination)
+
+
+COPY_IMPLEMENTATIONS: Mapping[str, CopyBlocks] = MappingProxyType(
+    {"torch": copy_blocks_torch, "triton": copy_blocks_triton}
+)
+
+
+def choose_copy(device: torch.device) -> str:
+    """Name of the implementation of `copy_blocks` for caches on this device."""
+    return "triton" if device.type == "cuda" else "torch"
 
 
 IMPLEMENTATIONS: Mapping[str, WriteKv] = MappingProxyType({"reference": write_kv_reference, "torch": write_kv_torch})

@@ -1,7 +1,8 @@
-"""Matrix product with a weight, and the packing of a weight into the layout that its product runs fastest in.
+"""Matrix product with a weight, and the preparation of a weight for the product that is fastest on its device.
 
 On a CPU with oneDNN a packed weight makes the product 1.2 to 3 times faster in bfloat16 and up to 4 times in float32
-than `F.linear`, which reorders the weight on every call. Called by `quantization.unquantized`.
+than `F.linear`, which reorders the weight on every call. On a GPU products of few rows read the weight once, as fast as
+memory gives it; `linear_plan` says which product takes which way. Called by `quantization.unquantized`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from tokenmill.ops.linear_plan import matvec_plan, num_arrivals, small_batch_plan
 from tokenmill.ops.platform import computes_bfloat16
 
 PACKING_NUM_ROWS = 16
@@ -32,17 +34,34 @@ class PackedWeight:
     in_features: int
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor | PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+@dataclass(frozen=True, slots=True)
+class StreamedWeight:
+    """A weight on a GPU with the counters that products of few rows need.
+
+    Args:
+        data: [O, I], contiguous.
+        arrivals: from `new_arrivals`; belongs to this weight alone.
+    """
+
+    data: torch.Tensor
+    arrivals: torch.Tensor
+
+
+def linear(
+    x: torch.Tensor, weight: torch.Tensor | PackedWeight | StreamedWeight, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     """`x @ weight.T + bias`.
 
     Args:
         x: [T, I].
-        weight: [O, I], plain or packed.
+        weight: [O, I], plain or prepared.
         bias: [O].
 
     Returns:
         [T, O], of x's type; sums are accumulated in float32.
     """
+    if isinstance(weight, StreamedWeight):
+        return linear_streamed(x, weight, bias)
     num_rows = x.shape[0]
     if isinstance(weight, PackedWeight):
         if num_rows == 0:  # oneDNN refuses empty products
@@ -70,17 +89,45 @@ def linear_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
     return (product if bias is None else product + bias.float()).to(x.dtype)
 
 
+def linear_streamed(x: torch.Tensor, weight: StreamedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Few rows by the kernels of `ops.triton.linear`, more by cuBLAS."""
+    from tokenmill.ops.triton.linear import matvec, small_batch
+
+    num_rows = x.shape[0]
+    out_features, in_features = weight.data.shape
+    if num_rows == 1:
+        return matvec(_rows(x), weight.data, None, bias, matvec_plan(out_features, in_features, x.element_size()))
+    plan = small_batch_plan(num_rows, out_features, in_features, x.element_size())
+    if plan.kernel == "library":
+        return functional.linear(x, weight.data, bias)
+    return small_batch(_rows(x), None, weight.data, None, bias, weight.arrivals, plan, x.dtype)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def choose(device: torch.device, dtype: torch.dtype) -> str:
-    """`onednn` (packed weights) or `torch` (plain weights) for tensors of this device and type."""
-    if device.type != "cpu" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # a torch built without oneDNN
+    """`onednn` (packed weights), `triton` (streamed weights) or `torch` (plain weights)."""
+    if device.type == "cuda":
+        return "triton" if dtype in (torch.bfloat16, torch.float16) else "torch"
+    if device.type != "cpu" or not torch._C._has_mkldnn:
         return "torch"
     is_fast = dtype == torch.float32 or (dtype == torch.bfloat16 and computes_bfloat16(device))
     return "onednn" if is_fast else "torch"
 
 
-def pack_linear_weight(weight: torch.Tensor) -> torch.Tensor | PackedWeight:
-    """A packed copy of `weight` [O, I] where this device and type have a packed product, else `weight` itself."""
-    if choose(weight.device, weight.dtype) != "onednn":
+def pack_linear_weight(weight: torch.Tensor) -> torch.Tensor | PackedWeight | StreamedWeight:
+    """`weight` [O, I] prepared for `linear`: packed into a copy, or itself with what its product needs, or itself."""
+    implementation = choose(weight.device, weight.dtype)
+    if implementation == "triton" and weight.is_contiguous():
+        return StreamedWeight(weight.detach(), new_arrivals(weight))
+    if implementation != "onednn":
         return weight
     data = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACKING_NUM_ROWS)
     return PackedWeight(data=data, out_features=weight.shape[0], in_features=weight.shape[1])
+
+
+def new_arrivals(weight: torch.Tensor) -> torch.Tensor:
+    """The counters that a weight [O, I] needs when several programs share its input features."""
+    return torch.zeros(num_arrivals(weight.shape[0]), dtype=torch.int32, device=weight.device)

@@ -15,6 +15,18 @@ def computes_bfloat16(device: torch.device) -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def num_multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; cores of a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return os.cpu_count() or 1
+
+
+def is_hopper_or_newer(device: torch.device) -> bool:
+    """Whether the device copies whole tiles by itself, and starts a kernel while the one before it still runs."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def free_memory(device: torch.device) -> int:
     """Free memory of the device in bytes; for a CPU what the kernel could give without swapping."""
     if device.type == "cuda":

@@ -1,4 +1,5 @@
-"""Root-mean-square normalization (https://arxiv.org/abs/1910.07467), alone and fused with the residual addition.
+"""Root-mean-square normalization (https://arxiv.org/abs/1910.07467), alone and fused with the residual addition
+before it and the quantization after it.
 
 Computed in float32 inside, whatever the type of the input. Called by `layers.norm`.
 """
@@ -12,6 +13,9 @@ from typing import TypeAlias
 import torch
 from torch.nn import functional
 
+from tokenmill.ops.fp8 import QuantizedRows, per_token_quantize_fp8
+
+AddRmsNorm: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]
 RmsNorm: TypeAlias = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 
 
@@ -33,8 +37,29 @@ def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add `x` to the residual stream, then normalize it: (`rms_norm(residual + x)`, `residual + x`), all [..., D]."""
-    residual = residual + x
-    return rms_norm(residual, weight, eps), residual
+    return ADD_IMPLEMENTATIONS[choose(x.device, x.dtype)](x, residual, weight, eps)
+
+
+def rms_norm_fp8(x: torch.Tensor, weight: torch.Tensor, eps: float) -> QuantizedRows:
+    """`per_token_quantize_fp8(rms_norm(x, weight, eps))` of x [T, D], in one pass where there is a kernel for it."""
+    if choose(x.device, x.dtype) == "triton":
+        from tokenmill.ops.triton import rms_norm as kernels
+
+        return QuantizedRows(*kernels.rms_norm_fp8(x, weight, eps))
+    return per_token_quantize_fp8(rms_norm(x, weight, eps))
+
+
+def add_rms_norm_fp8(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[QuantizedRows, torch.Tensor]:
+    """`add_rms_norm` of [T, D] with its first result quantized, in one pass where there is a kernel for it."""
+    if choose(x.device, x.dtype) == "triton":
+        from tokenmill.ops.triton import rms_norm as kernels
+
+        values, scales, total = kernels.add_rms_norm_fp8(x, residual, weight, eps)
+        return QuantizedRows(values, scales), total
+    normalized, total = add_rms_norm(x, residual, weight, eps)
+    return per_token_quantize_fp8(normalized), total
 
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -51,9 +76,46 @@ def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.T
     return functional.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
 
 
-IMPLEMENTATIONS: Mapping[str, RmsNorm] = MappingProxyType({"reference": rms_norm_reference, "torch": rms_norm_torch})
+def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """One pass over x."""
+    from tokenmill.ops.triton import rms_norm as kernels
+
+    return kernels.rms_norm(x, weight, eps)
+
+
+def add_rms_norm_torch(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum and norm one after the other."""
+    residual = residual + x
+    return rms_norm_torch(residual, weight, eps), residual
+
+
+def add_rms_norm_reference(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition of `add_rms_norm`: the norm sees the sum as it is rounded to the stream's type."""
+    residual = residual + x
+    return rms_norm_reference(residual, weight, eps), residual
+
+
+def add_rms_norm_triton(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One pass over x and the residual."""
+    from tokenmill.ops.triton import rms_norm as kernels
+
+    return kernels.add_rms_norm(x, residual, weight, eps)
+
+
+IMPLEMENTATIONS: Mapping[str, RmsNorm] = MappingProxyType(
+    {"reference": rms_norm_reference, "torch": rms_norm_torch, "triton": rms_norm_triton}
+)
+ADD_IMPLEMENTATIONS: Mapping[str, AddRmsNorm] = MappingProxyType(
+    {"reference": add_rms_norm_reference, "torch": add_rms_norm_torch, "triton": add_rms_norm_triton}
+)
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> str:
     """Name of the implementation for tensors of this device and type."""
-    return "torch"
+    return "triton" if device.type == "cuda" else "torch"

@@ -43,9 +43,18 @@ def apply_rope_torch(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tenso
     return torch.addcmul(x * cos, swapped, signed_sin).to(x.dtype)
 
 
-IMPLEMENTATIONS: Mapping[str, Rope] = MappingProxyType({"reference": apply_rope_reference, "torch": apply_rope_torch})
+def apply_rope_triton(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
+    """One pass over x, which may be a slice of heads."""
+    from tokenmill.ops.triton import rope as kernels
+
+    return kernels.apply_rope(x, cos, signed_sin)
+
+
+IMPLEMENTATIONS: Mapping[str, Rope] = MappingProxyType(
+    {"reference": apply_rope_reference, "torch": apply_rope_torch, "triton": apply_rope_triton}
+)
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> str:
     """Name of the implementation for tensors of this device and type."""
-    return "torch"
+    return "triton" if device.type == "cuda" else "torch"

@@ -7,7 +7,7 @@ A layer asks the factory in its `LayerContext` for a method (one object per laye
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import nn
@@ -38,6 +38,18 @@ class LinearMethod(Protocol):
 
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """[T, in_features] to [T, out_features]."""
+        ...
+
+
+@runtime_checkable
+class ConvertsWhileLoading(Protocol):
+    """A `LinearMethod` whose parameters are not what the checkpoint holds: tensors are converted as they arrive.
+
+    So a model is never in memory in two forms.
+    """
+
+    def store(self, layer: nn.Module, name: str, start: int, tensor: torch.Tensor) -> None:
+        """Take in `tensor`, this rank's part of a projection: the output features from `start` of parameter `name`."""
         ...
 
 

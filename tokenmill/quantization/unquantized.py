@@ -1,4 +1,4 @@
-"""`UnquantizedLinear`: a plain weight matrix, packed for the device after loading where that is faster."""
+"""`UnquantizedLinear`: a plain weight matrix, prepared for its device after loading where that is faster."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from tokenmill.ops.linear import PackedWeight, linear, pack_linear_weight
+from tokenmill.ops.linear import PackedWeight, StreamedWeight, linear, pack_linear_weight
 from tokenmill.quantization.base import ParameterAxes
 
 
@@ -16,7 +16,7 @@ class UnquantizedLinear:
 
     def __init__(self) -> None:
         self._plain: torch.Tensor | None = None
-        self._weight: torch.Tensor | PackedWeight | None = None
+        self._weight: torch.Tensor | PackedWeight | StreamedWeight | None = None
 
     def create_weights(
         self, layer: nn.Module, in_features: int, out_features: int, dtype: torch.dtype, device: torch.device
@@ -33,7 +33,7 @@ class UnquantizedLinear:
         self._weight = weight
 
     def process_after_loading(self, layer: nn.Module) -> None:
-        """Pack the weight; the plain one is freed unless another layer owns it. A second call changes nothing."""
+        """Prepare the weight; a plain one that was copied is freed unless another layer owns it. Repeatable."""
         if self._plain is None:
             return
         self._weight = pack_linear_weight(self._plain.data)

@@ -71,13 +71,26 @@ class MemoryRequest:
     is_cpu: bool
 
 
+@dataclass(frozen=True, slots=True)
+class MeasuredMemory:
+    """Bytes found on the device, which take the place of predictions: the loaded weights, the largest step."""
+
+    weights: int
+    activations: int
+
+
 def plan_memory(
-    model: ModelConfig, request: MemoryRequest, kv_cache_config: KvCacheConfig, free: int | None
+    model: ModelConfig,
+    request: MemoryRequest,
+    kv_cache_config: KvCacheConfig,
+    free: int | None,
+    measured: MeasuredMemory | None = None,
 ) -> MemoryPlan:
     """Plan for `free` bytes of memory with nothing loaded yet.
 
     Args:
         free: bytes; None plans the cache that `max_batch_size` sequences of `max_seq_len` need.
+        measured: what is known once the weights are loaded.
 
     Raises:
         OutOfMemoryError: not even one block fits beside the weights, or `max_tokens` does not.
@@ -89,6 +102,8 @@ def plan_memory(
         weights += model.vocab_size * model.hidden_size * request.weight_bytes
     slots = request.max_batch_size * (request.max_seq_len * 8 + -(-request.max_seq_len // block) * 4)
     activations = _activation_bytes(model, request)
+    if measured is not None:
+        weights, activations = measured.weights, measured.activations
     fixed = weights + slots + activations
     num_blocks = _num_cache_blocks(request, kv_cache_config, None if free is None else free - fixed, kv_bytes_per_token)
     plan = MemoryPlan(

@@ -10,13 +10,14 @@ from tokenmill.attention.base import AttentionBackend
 from tokenmill.checkpoints.base import Checkpoint
 from tokenmill.checkpoints.loading import fill_dummy, load_weights
 from tokenmill.config import LlmArgs
-from tokenmill.errors import InvalidParameterError
+from tokenmill.errors import InvalidParameterError, UnsupportedFeatureError
 from tokenmill.layers.context import LayerContext
 from tokenmill.layers.weights import finalize_weights, weight_targets
 from tokenmill.models import load_model_class
 from tokenmill.models.base import CausalLM
 from tokenmill.models.config import ModelConfig
 from tokenmill.ops.platform import computes_bfloat16
+from tokenmill.quantization.select import linear_method_for
 
 
 def resolve_device(name: str) -> torch.device:
@@ -54,6 +55,25 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
+def resolve_cache_dtype(name: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type that `KvCacheConfig.dtype` means for a model of `dtype`.
+
+    Raises:
+        UnsupportedFeatureError: float8 on a device without it.
+    """
+    if name == "auto":
+        return dtype
+    if name == "fp8":
+        if device.type != "cuda":
+            raise UnsupportedFeatureError(
+                f"A cache of float8 does not work on the device '{device.type}'.",
+                field="dtype",
+                remedy="Leave KvCacheConfig.dtype at 'auto'.",
+            )
+        return torch.float8_e4m3fn
+    return resolve_dtype(name, device)
+
+
 def resolve_max_seq_len(args: LlmArgs, config: ModelConfig) -> int:
     """The longest sequence: what the user said, else the model's context.
 
@@ -86,7 +106,9 @@ def load_model(
         CheckpointError: tensors are missing, left over or of the wrong shape.
         UnsupportedFeatureError: the architecture is not supported.
     """
-    context = LayerContext(dtype=dtype, device=device, backend=backend)
+    context = LayerContext(
+        dtype=dtype, device=device, backend=backend, linear_method=linear_method_for(args.quantization)
+    )
     model = load_model_class(config.model_type)(config, context)
     targets = weight_targets(model)
     if args.load_format == "dummy":

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from tokenmill.attention.base import LayerCache
@@ -16,7 +17,10 @@ from tokenmill.engine.plan import BatchPlan, BlockCopy, NewSlot, Row, RowOutput,
 from tokenmill.layers.forward_batch import ForwardBatch
 from tokenmill.models.base import CausalLM
 from tokenmill.ops.kv_cache import copy_blocks
-from tokenmill.runtime.slot_state import SlotState, StepInputs
+from tokenmill.ops.upload import upload
+from tokenmill.runtime.slot_state import SlotState
+from tokenmill.runtime.step_graphs import StepGraphs, StepResult, StepSize
+from tokenmill.runtime.step_inputs import StepInputs, inputs_of_rows
 from tokenmill.sampling.logprobs import LogprobTensors, prompt_logprobs, to_token_logprobs
 from tokenmill.sampling.sampled_tokens import TokenReadback
 from tokenmill.sampling.sampler import Sampler
@@ -32,12 +36,14 @@ class LaunchedStep:
         sampled_rows: indices of the plan's rows that sample.
         readback: their tokens, on the way to the host; None when no row samples.
         prompt_logprobs: by row index, for the rows that asked: the tensors, and how many most likely tokens to tell.
+        reads_all: whether `readback` holds all rows of the plan, not the sampled ones alone.
     """
 
     plan: BatchPlan
     sampled_rows: tuple[int, ...]
     readback: TokenReadback | None
     prompt_logprobs: dict[int, tuple[LogprobTensors, int]]
+    reads_all: bool = False
 
 
 class ModelRunner:
@@ -48,10 +54,17 @@ class ModelRunner:
         caches: keys and values of each layer.
         slots: tokens and block tables by slot.
         sampling: sampling parameters by slot.
+        use_graphs: replay decode steps from CUDA graphs, on a GPU.
     """
 
     def __init__(
-        self, model: CausalLM, caches: tuple[LayerCache, ...], slots: SlotState, sampling: SlotSamplingParams
+        self,
+        model: CausalLM,
+        caches: tuple[LayerCache, ...],
+        slots: SlotState,
+        sampling: SlotSamplingParams,
+        *,
+        use_graphs: bool = True,
     ) -> None:
         self._model = model
         self._caches = caches
@@ -59,6 +72,9 @@ class ModelRunner:
         self._sampling = sampling
         self._sampler = Sampler(sampling)
         self._assigned: dict[int, NewSlot] = {}
+        self._graphs: StepGraphs | None = None
+        if slots.device.type == "cuda" and use_graphs:
+            self._graphs = StepGraphs(self._step, slots, max_batch_size=slots.scratch_slot)
 
     def run(self, plan: BatchPlan) -> StepOutput:
         """Launch and collect."""
@@ -72,8 +88,13 @@ class ModelRunner:
         self._sampling.assign(plan.new_slots)
         self._assigned.update((new.slot, new) for new in plan.new_slots)
         self._slots.append_blocks(plan.new_blocks)
-        inputs = StepInputs(plan.rows, self._slots)
-        hidden = self._model(ForwardBatch(inputs.input_ids, inputs.positions, inputs.attention, self._caches))
+        if self._graphs is not None:
+            greedy = self._sampling.is_plain_greedy([row.slot for row in plan.rows])
+            size = self._graphs.size_of(plan.rows, greedy=greedy)
+            if size is not None:
+                return self._launch_graph(plan, self._graphs, size)
+        inputs = inputs_of_rows(plan.rows, self._slots)
+        hidden = self._forward(inputs)
         sampled_rows = tuple(index for index, row in enumerate(plan.rows) if row.sample)
         return LaunchedStep(
             plan=plan,
@@ -93,6 +114,8 @@ class ModelRunner:
         for index, entries in of_prompts.items():
             outputs[index] = RowOutput(prompt_logprobs=entries)
         sampled = pending.readback.wait() if pending.readback is not None else []
+        if pending.reads_all:
+            sampled = [sampled[index] for index in pending.sampled_rows]
         for index, (token_id, logprobs) in zip(pending.sampled_rows, sampled, strict=True):
             outputs[index] = RowOutput(
                 token_id=token_id,
@@ -106,9 +129,15 @@ class ModelRunner:
 
     def _copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
         if copies:
-            pairs = torch.tensor([[copy.source, copy.destination] for copy in copies], dtype=torch.int64)
-            source, destination = pairs.to(self._slots.device, non_blocking=True).unbind(1)
+            pairs = np.array([[copy.source, copy.destination] for copy in copies], np.int64)
+            source, destination = upload(pairs, self._slots.device).unbind(1)
             copy_blocks(self._caches, source, destination)
+
+    def _forward(self, inputs: StepInputs) -> torch.Tensor:  # [T, hidden]
+        hidden: torch.Tensor = self._model(
+            ForwardBatch(inputs.input_ids, inputs.positions, inputs.attention, self._caches)
+        )
+        return hidden
 
     def _sample(
         self, rows: Sequence[Row], sampled_rows: tuple[int, ...], inputs: StepInputs, hidden: torch.Tensor
@@ -116,18 +145,54 @@ class ModelRunner:
         """Tokens of the sampled rows, written to their slots as the next step's input."""
         last, slots, positions = inputs.last_token_index, inputs.slots, inputs.next_positions
         if len(sampled_rows) < len(rows):
-            index = torch.tensor(sampled_rows, dtype=torch.int64).to(slots.device, non_blocking=True)
+            index = upload(np.array(sampled_rows, np.int64), slots.device)
             last, slots, positions = last[index], slots[index], positions[index]
+        logits = self._model.compute_logits(hidden[last])  # [sampled, V]
+        return self._choose(logits, slots, positions, [rows[row] for row in sampled_rows])
+
+    def _choose(
+        self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, rows: Sequence[Row]
+    ) -> TokenReadback:
         sampled = self._sampler.sample(
-            self._model.compute_logits(hidden[last]),  # [sampled, V]
+            logits,
             slots,
-            [rows[row].slot for row in sampled_rows],
+            [row.slot for row in rows],
             positions,
             self._slots.token_ids,
-            max_position=max(rows[row].start + rows[row].num_tokens for row in sampled_rows),
+            max_position=max(row.start + row.num_tokens for row in rows),
         )
         self._slots.token_ids[slots, positions] = sampled.token_ids
         return TokenReadback(sampled)
+
+    # ---- steps from graphs -----------------------------------------------------------------------------------
+
+    def _launch_graph(self, plan: BatchPlan, graphs: StepGraphs, size: StepSize) -> LaunchedStep:
+        """A step of a size that is captured."""
+        rows = plan.rows
+        sampled_rows = tuple(index for index, row in enumerate(rows) if row.sample)
+        result = graphs.run(rows, size)
+        if not sampled_rows:
+            return LaunchedStep(plan, (), None, {})
+        if result.sampled is not None:
+            # Rows that do not sample gave a token, too, which went nowhere: all rows are read, and theirs left out.
+            return LaunchedStep(plan, sampled_rows, TokenReadback(result.sampled.first(len(rows))), {}, reads_all=True)
+        assert result.logits is not None
+        index = upload(np.array(sampled_rows, np.int64), self._slots.device)
+        slots, positions = result.inputs.slots[index], result.inputs.next_positions[index]
+        readback = self._choose(result.logits[index], slots, positions, [rows[row] for row in sampled_rows])
+        return LaunchedStep(plan, sampled_rows, readback, {})
+
+    def _step(self, inputs: StepInputs, greedy: bool) -> StepResult:
+        """What is captured: the model, the logits of each row's last token, and for greedy rows the choice."""
+        hidden = self._forward(inputs)
+        logits = self._model.compute_logits(hidden[inputs.last_token_index])
+        if not greedy:
+            return StepResult(inputs, logits, None)
+        sampled = self._sampler.most_likely(logits)
+        self._slots.token_ids[inputs.target_slots, inputs.next_positions] = sampled.token_ids
+        return StepResult(inputs, None, sampled)
+
+    # ---- prompt log-probabilities ----------------------------------------------------------------------------
 
     def _prompt_logprobs(self, rows: Sequence[Row], hidden: torch.Tensor) -> dict[int, tuple[LogprobTensors, int]]:
         """Log-probabilities of the prompt tokens that follow each position of the rows that asked."""

@@ -34,6 +34,11 @@ class SampledTokens:
     logprob_rows: tuple[int, ...] = ()
     num_logprobs: tuple[int, ...] = ()
 
+    def first(self, count: int) -> SampledTokens:
+        """The first rows alone: a padded batch without its padding. Not for rows with log-probabilities."""
+        assert self.logprobs is None, "rows with log-probabilities are not padded"
+        return SampledTokens(self.token_ids[:count], self.invalid[:count])
+
 
 class SampledRow(NamedTuple):
     """One row's answer on the host: the token (None if the row was invalid), and its log-probabilities if wanted."""

@@ -68,14 +68,20 @@ class Sampler:
         assert logits.shape == (len(slot_list), self._params.vocab_size)
         if max_position is not None:
             token_buffer = token_buffer[:, : max(1, max_position)]
-        row_max, token_ids = logits.max(dim=-1)  # of equal logits the first; NaN if any is NaN
-        invalid = ~row_max.isfinite()
+        greedy = self.most_likely(logits)
+        token_ids, invalid = greedy.token_ids, greedy.invalid
         needs = self._params.batch_needs(slot_list)
         if needs.flags:
             rows = _Rows(slots, positions.to(torch.int64), token_buffer)
             token_ids, invalid = self._choose_in_slices(logits, invalid, rows, slot_list)
-        token_ids = token_ids.masked_fill(invalid, 0)
+            token_ids = token_ids.masked_fill(invalid, 0)
         return self._with_logprobs(logits, slots, slot_list, token_ids, invalid)
+
+    def most_likely(self, logits: torch.Tensor) -> SampledTokens:
+        """The most likely token of each row of `logits` [R, V]; of equal ones the first. Fit for a CUDA graph."""
+        row_max, token_ids = logits.max(dim=-1)  # NaN if any is NaN
+        invalid = ~row_max.isfinite()
+        return SampledTokens(token_ids.masked_fill(invalid, 0), invalid)
 
     def _choose_in_slices(
         self, logits: torch.Tensor, invalid: torch.Tensor, rows: _Rows, slot_list: Sequence[int]

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from tokenmill.engine.plan import NewSlot
+from tokenmill.ops.upload import upload
 from tokenmill.sampling.random import stream_key
-from tokenmill.sampling.slot_lists import SlotLists, upload
+from tokenmill.sampling.slot_lists import SlotLists
 from tokenmill.sampling_params import SamplingParams
 
 _MIN_TEMPERATURE = 1e-30
@@ -128,6 +129,11 @@ class SlotSamplingParams:
     def slot_needs(self, slot: int) -> SlotNeeds:
         """What `slot` calls for."""
         return self._needs[slot]
+
+    def is_plain_greedy(self, slot_list: Sequence[int]) -> bool:
+        """Whether every slot takes the most likely token and wants nothing else: no edits, no log-probabilities."""
+        needs = self._needs
+        return all(needs[slot].flags == 0 and needs[slot].num_logprobs is None for slot in slot_list)
 
     def batch_needs(self, slot_list: Sequence[int]) -> BatchNeeds:
         """What the slots of a batch call for together; host integers only."""

@@ -7,6 +7,79 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
+from typing import Literal, TypeAlias, TypeVar
+
+RequestStage: TypeAlias = Literal["waiting", "prefill", "decode", "finished"]
+"""Where a request is: not started, computing its prompt, generating, or ended in the step that is recorded."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestProgress:
+    """One request at the end of one step.
+
+    Args:
+        request_id: whose.
+        stage: see `RequestStage`.
+        num_prefilled_tokens: prompt tokens whose keys and values are in the cache.
+        num_generated_tokens: tokens sampled, over all its sequences.
+        is_scheduled: the step computed something for it.
+        is_preempted: one of its sequences lost its blocks and waits to resume.
+    """
+
+    request_id: int
+    stage: RequestStage
+    num_prefilled_tokens: int
+    num_generated_tokens: int
+    is_scheduled: bool
+    is_preempted: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestSteps:
+    """All requests in the engine at the end of one step.
+
+    Args:
+        step: number of the step, as in `StepStats`.
+        end_time: `time.monotonic()`, seconds.
+        requests: those that are open, and those that ended since the step before.
+    """
+
+    step: int
+    end_time: float
+    requests: tuple[RequestProgress, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepStats:
+    """What one step did.
+
+    Args:
+        step: number of the step, from 0 on.
+        end_time: `time.monotonic()` when its results were taken in, seconds.
+        duration: from the plan to the results, seconds. Overlapped steps overlap.
+        num_running, num_waiting: sequences with a slot and in the waiting queue, after it.
+        num_admitted: sequences that took a slot, resumed ones included.
+        num_prefills, num_decodes: sequences that computed prompt tokens (or, resumed, earlier ones), and one new token.
+        num_prompt_tokens: prompt tokens computed.
+        num_generated_tokens: tokens sampled.
+        num_preemptions, num_finished: sequences preempted, and requests that ended, since the step before.
+        kv_cache: the paged cache after it.
+    """
+
+    step: int
+    end_time: float
+    duration: float
+    num_running: int
+    num_waiting: int
+    num_admitted: int
+    num_prefills: int
+    num_decodes: int
+    num_prompt_tokens: int
+    num_generated_tokens: int
+    num_preemptions: int
+    num_finished: int
+    kv_cache: KvCacheStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +178,8 @@ class EngineStats:
         num_preemptions: times a running sequence was put back to the queue.
         num_finished: requests that ended, by outcome (`stop`, `length`, `cancelled`, or an error's code).
         last_step_time: `time.monotonic()` at the end of the last step, seconds; None before the first.
+        recent_steps: the last steps, oldest first; as many as `StatsConfig.iter_stats_max_iterations`.
+        recent_requests: the requests in the last steps; as many as `StatsConfig.request_stats_max_iterations`.
         kv_cache: the paged cache.
         num_rejected: requests refused because the queue was full.
         workers: the worker processes.
@@ -118,13 +193,15 @@ class EngineStats:
     num_preemptions: int = 0
     num_finished: dict[str, int] = field(default_factory=dict)
     last_step_time: float | None = None
+    recent_steps: tuple[StepStats, ...] = ()
+    recent_requests: tuple[RequestSteps, ...] = ()
     kv_cache: KvCacheStats = field(default_factory=KvCacheStats)
     num_rejected: int = 0
     workers: WorkerStats = field(default_factory=WorkerStats)
 
 
 def merge_stats(parts: Iterable[EngineStats]) -> EngineStats:
-    """Several engines as one: sums, and the latest step."""
+    """Several engines as one: sums, the latest step, and records of steps in the order of their ends."""
     parts = list(parts)
     num_finished: dict[str, int] = {}
     for part in parts:
@@ -140,6 +217,8 @@ def merge_stats(parts: Iterable[EngineStats]) -> EngineStats:
         num_preemptions=sum(part.num_preemptions for part in parts),
         num_finished=num_finished,
         last_step_time=max((part.last_step_time for part in parts if part.last_step_time is not None), default=None),
+        recent_steps=_by_end_time(part.recent_steps for part in parts),
+        recent_requests=_by_end_time(part.recent_requests for part in parts),
         kv_cache=KvCacheStats(
             num_blocks=sum(cache.num_blocks for cache in caches),
             num_free_blocks=sum(cache.num_free_blocks for cache in caches),
@@ -151,3 +230,10 @@ def merge_stats(parts: Iterable[EngineStats]) -> EngineStats:
         ),
         num_rejected=sum(part.num_rejected for part in parts),
     )
+
+
+_Record = TypeVar("_Record", StepStats, RequestSteps)
+
+
+def _by_end_time(records: Iterable[tuple[_Record, ...]]) -> tuple[_Record, ...]:
+    return tuple(sorted(chain.from_iterable(records), key=lambda record: record.end_time))

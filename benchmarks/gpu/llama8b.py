@@ -1,0 +1,182 @@
+"""Llama-3.1-8B's shape with random weights on one GPU: latency of one stream, throughput of many, start time.
+
+    python -m benchmarks.gpu.llama8b --work 128/128/1
+    python -m benchmarks.gpu.llama8b --work 128/128/1 128/128/2048 1000/1000/512 --quantization fp8 --profile 64
+
+Work is input length / output length / requests. Prompts are random token ids, greedy, end token off, no prefix cache,
+token ids in and out. Each work runs once unmeasured with short answers (kernels compile), then measured. With
+`--profile ROWS` the kernels of one decode step of that many rows are listed with their share of the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.result_file import RESULTS, Row, print_rows, write_result
+from tokenmill import LLM, KvCacheConfig, SamplingParams
+
+LLAMA_8B: dict[str, Any] = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 4096,
+    "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "rope_theta": 500000.0, "hidden_act": "silu",
+    "rope_scaling": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "tie_word_embeddings": False, "eos_token_id": 128009, "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+GOALS = {
+    ("tpot", "128/128/1", "bf16"): (5.4, {"vLLM 0.26": 6.47}, 4.9),
+    ("tpot", "128/128/1", "fp8"): (3.1, {"vLLM 0.26": 4.30}, 2.6),
+    ("ttft", "128/128/1", "bf16"): (9.0, {"vLLM 0.26": 16.3}, 5.0),
+    ("ttft", "128/128/1", "fp8"): (7.0, {"vLLM 0.26": 13.3}, 3.0),
+    ("throughput", "128/128/2048", "bf16"): (18000.0, {"vLLM 0.26": 13046.0}, 24000.0),
+    ("throughput", "128/128/2048", "fp8"): (29000.0, {"vLLM 0.26": 16183.0, "TensorRT-LLM 1.0": 28312.0}, 40000.0),
+    ("throughput", "1000/1000/512", "bf16"): (9000.0, {"vLLM 0.26": 7221.0}, 11000.0),
+    ("throughput", "1000/1000/768", "fp8"): (15500.0, {"vLLM 0.26": 11089.0, "TensorRT-LLM 1.0": 15220.0}, 18000.0),
+    ("throughput", "2048/128/512", "bf16"): (2400.0, {"vLLM 0.26": 1920.0}, 2700.0),
+    ("throughput", "2048/128/512", "fp8"): (3700.0, {"vLLM 0.26": 3055.0, "TensorRT-LLM 1.0": 3450.0}, 4800.0),
+    ("start", "", "bf16"): (20.0, {"vLLM 0.26": 95.0}, None),
+    ("start", "", "fp8"): (20.0, {"vLLM 0.26": 95.0}, None),
+}
+"""(metric, work, weights) -> goal, what others reach, limit."""
+
+
+def main() -> None:
+    """Measure, print, write."""
+    options = parse_arguments()
+    weights = options.quantization or "bf16"
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(LLAMA_8B))
+        started = time.perf_counter()
+        llm = make_llm(Path(folder), options)
+        generate(llm, [[1] * 16], 1)
+        rows = [row("start", "", weights, "engine start to first token", time.perf_counter() - started, "s")]
+    with llm:
+        print(f"cache: {llm.description.memory.cache_tokens:,} tokens", flush=True)
+        for work in options.work:
+            measured = measure(llm, work, weights, options.repeats)
+            print_rows(measured)
+            rows += measured
+        for num_rows in options.profile:
+            profile_decode(llm, num_rows)
+    print_rows(rows)
+    name = f"llama8b_{weights}"
+    output = options.output or RESULTS / f"{name}.json"
+    write_result(output, name, rows, device=torch.cuda.get_device_name())
+    print("written to", output)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Llama-3.1-8B's shape on one GPU.")
+    parser.add_argument("--work", nargs="+", default=["128/128/1"], help="input/output/requests")
+    parser.add_argument("--quantization", choices=["fp8"], default=None)
+    parser.add_argument("--kv-dtype", default="auto")
+    parser.add_argument("--max-batch-size", type=int, default=1024)
+    parser.add_argument("--max-num-tokens", type=int, default=8192)
+    parser.add_argument("--max-seq-len", type=int, default=4096)
+    parser.add_argument("--repeats", type=int, default=5, help="measurements of one-request work; the median counts")
+    parser.add_argument(
+        "--profile", type=int, nargs="*", default=[], help="list the kernels of a step of that many rows"
+    )
+    parser.add_argument("--output", type=Path, default=None)
+    return parser.parse_args()
+
+
+def make_llm(folder: Path, options: argparse.Namespace) -> LLM:
+    """An engine with random weights made on the GPU."""
+    extra = {} if options.quantization is None else {"quantization": options.quantization}
+    return LLM(
+        folder,
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        dtype="bfloat16",
+        max_batch_size=options.max_batch_size,
+        max_num_tokens=options.max_num_tokens,
+        max_seq_len=options.max_seq_len,
+        kv_cache_config=KvCacheConfig(enable_block_reuse=False, dtype=options.kv_dtype),
+        **extra,
+    )
+
+
+def measure(llm: LLM, work: str, weights: str, repeats: int) -> list[Row]:
+    """Rows of one work."""
+    input_len, output_len, num_requests = (int(part) for part in work.split("/"))
+    if num_requests == 1:
+        return measure_one_stream(llm, work, weights, repeats)
+    generate(llm, prompts(num_requests, input_len, seed=1), min(output_len, 16))
+    started = time.perf_counter()
+    num_tokens = generate(llm, prompts(num_requests, input_len, seed=2), output_len)
+    seconds = time.perf_counter() - started
+    assert num_tokens == num_requests * output_len
+    return [row("throughput", work, weights, "output tokens/s", num_tokens / seconds, "tokens/s")]
+
+
+def measure_one_stream(llm: LLM, work: str, weights: str, repeats: int) -> list[Row]:
+    """Time to first token and time per output token of one request at a time."""
+    input_len, output_len, _ = (int(part) for part in work.split("/"))
+    first, per_token = [], []
+    for repeat in range(repeats + 1):
+        params = SamplingParams(max_tokens=output_len, ignore_eos=True, detokenize=False)
+        started = time.perf_counter()
+        result = llm.generate_async(prompts(1, input_len, seed=repeat)[0], params, streaming=True)
+        next(result)
+        first_token = time.perf_counter()
+        output = result.result()
+        ended = time.perf_counter()
+        assert output.outputs[0].length == output_len
+        if repeat:  # the first one compiles
+            first.append((first_token - started) * 1e3)
+            per_token.append((ended - first_token) / (output_len - 1) * 1e3)
+    return [
+        row("tpot", work, weights, "time per output token", statistics.median(per_token), "ms"),
+        row("ttft", work, weights, "time to first token", statistics.median(first), "ms"),
+    ]
+
+
+def prompts(count: int, length: int, seed: int) -> list[list[int]]:
+    """Random token ids, below the special tokens."""
+    generator = random.Random(seed)
+    return [[generator.randrange(100000) for _ in range(length)] for _ in range(count)]
+
+
+def generate(llm: LLM, token_ids: Sequence[list[int]], output_len: int) -> int:
+    """Run all prompts; the number of tokens that came out."""
+    params = SamplingParams(max_tokens=output_len, ignore_eos=True, detokenize=False)
+    outputs: list[Any] = llm.generate(list(token_ids), params, use_tqdm=False)
+    return sum(output.outputs[0].length for output in outputs)
+
+
+def profile_decode(llm: LLM, num_rows: int) -> None:
+    """Print where the time of decode steps of `num_rows` rows goes, by kernel."""
+    steps = 40
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        generate(llm, prompts(num_rows, 64, seed=3), steps)
+        torch.cuda.synchronize()
+    events = sorted(profile.key_averages(), key=lambda event: -event.device_time_total)
+    print(f"kernels of {steps} steps of {num_rows} rows, prefill included")
+    for event in events[:22]:
+        print(f"{event.device_time_total / 1e3:10.2f} ms {event.count:7} x  {event.key[:100]}")
+
+
+def row(metric: str, work: str, weights: str, name: str, value: float, unit: str) -> Row:
+    """A row with its goal, peers and limit."""
+    goal, peer, limit = GOALS.get((metric, work, weights), (None, None, None))
+    is_upper_goal = metric != "throughput"
+    return Row(f"Llama 8B {weights} {work}".strip(), name, value, unit, goal, peer, limit, is_upper_goal)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,284 @@
+"""Times every op of `tokenmill.ops` at the shapes of Llama 3.1 8B, beside torch's way and the device's limit.
+
+    python -m benchmarks.gpu.ops [--rows 1 16 256] [--out benchmarks/results/gpu_ops.json]
+
+Prints a table and writes the file. The last lines time all of a model's layers but their attention, as a decode step
+runs them: one CUDA graph, in which kernels may begin while the one before them ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+from benchmarks.gpu.timing import (
+    BF16_FLOPS,
+    FP8_FLOPS,
+    READ_BANDWIDTH,
+    Row,
+    event_time,
+    graph_time,
+    host_time,
+    num_sets,
+    write_results,
+)
+from tokenmill.ops.activation import FP8_IMPLEMENTATIONS, silu_and_mul, silu_and_mul_triton
+from tokenmill.ops.fp8 import Fp8Weight, per_token_quantize_fp8, scaled_linear, weight_only_linear
+from tokenmill.ops.kv_cache import copy_blocks, copy_blocks_torch
+from tokenmill.ops.linear import StreamedWeight, linear, new_arrivals
+from tokenmill.ops.rms_norm import add_rms_norm, add_rms_norm_fp8, add_rms_norm_torch, rms_norm, rms_norm_torch
+from tokenmill.ops.rope import apply_rope, apply_rope_torch
+
+HIDDEN, INTERMEDIATE, HEAD_DIM = 4096, 14336, 128
+NUM_HEADS, NUM_KV_HEADS, NUM_LAYERS = 32, 8, 32
+LINEARS = {
+    "qkv": (6144, HIDDEN),
+    "o": (HIDDEN, HIDDEN),
+    "gate_up": (2 * INTERMEDIATE, HIDDEN),
+    "down": (HIDDEN, INTERMEDIATE),
+    "lm_head": (128256, HIDDEN),
+}
+BF16 = torch.bfloat16
+Calls = Sequence[Callable[[], object]]
+silu_and_mul_fp8 = FP8_IMPLEMENTATIONS["silu"]["triton"]
+
+
+def normal(*shape: int) -> torch.Tensor:
+    """Random numbers on the GPU."""
+    return torch.randn(*shape, device="cuda", dtype=BF16)
+
+
+def timed(work: str, calls: Calls, peer: Calls | None, limit: float, goal: float | None = None) -> Row:
+    """A row in microseconds; `limit` and `goal` in seconds."""
+    peer_time = None if peer is None else graph_time(peer) * 1e6
+    return Row(work, "time", graph_time(calls) * 1e6, "us", goal and goal * 1e6, peer_time, limit * 1e6)
+
+
+def row_ops(num_rows: int) -> Iterator[Row]:
+    """Norms, rotary embedding, activation and quantization."""
+    wide = 2 * num_rows  # bytes of one column of bf16
+    weight = normal(HIDDEN)
+    sets = num_sets(wide * HIDDEN * 2)
+    xs = [(normal(num_rows, HIDDEN), normal(num_rows, HIDDEN)) for _ in range(sets)]
+    yield timed(
+        f"rms_norm rows {num_rows}",
+        [lambda x=x: rms_norm(x, weight, 1e-5) for x, _ in xs],
+        [lambda x=x: rms_norm_torch(x, weight, 1e-5) for x, _ in xs],
+        2 * wide * HIDDEN / READ_BANDWIDTH,
+    )
+    yield timed(
+        f"add_rms_norm rows {num_rows}",
+        [lambda x=x, r=r: add_rms_norm(x, r, weight, 1e-5) for x, r in xs],
+        [lambda x=x, r=r: add_rms_norm_torch(x, r, weight, 1e-5) for x, r in xs],
+        4 * wide * HIDDEN / READ_BANDWIDTH,
+    )
+    yield timed(
+        f"add_rms_norm_fp8 rows {num_rows}",
+        [lambda x=x, r=r: add_rms_norm_fp8(x, r, weight, 1e-5) for x, r in xs],
+        [lambda x=x, r=r: per_token_quantize_fp8(add_rms_norm(x, r, weight, 1e-5)[0]) for x, r in xs],
+        3.5 * wide * HIDDEN / READ_BANDWIDTH,
+    )
+    yield timed(
+        f"per_token_quantize_fp8 rows {num_rows}",
+        [lambda x=x: per_token_quantize_fp8(x) for x, _ in xs],
+        None,
+        1.5 * wide * HIDDEN / READ_BANDWIDTH,
+    )
+    del xs
+    yield from _activations(num_rows, wide)
+    yield from _ropes(num_rows, wide)
+
+
+def _activations(num_rows: int, wide: int) -> Iterator[Row]:
+    gate_ups = [normal(num_rows, 2 * INTERMEDIATE) for _ in range(num_sets(wide * INTERMEDIATE * 2))]
+    yield timed(
+        f"silu_and_mul rows {num_rows}",
+        [lambda x=x: silu_and_mul_triton(x) for x in gate_ups],
+        [lambda x=x: silu_and_mul(x) for x in gate_ups],
+        3 * wide * INTERMEDIATE / READ_BANDWIDTH,
+    )
+    yield timed(
+        f"silu_and_mul_fp8 rows {num_rows}",
+        [lambda x=x: silu_and_mul_fp8(x) for x in gate_ups],
+        [lambda x=x: per_token_quantize_fp8(silu_and_mul_triton(x)) for x in gate_ups],
+        2.5 * wide * INTERMEDIATE / READ_BANDWIDTH,
+    )
+
+
+def _ropes(num_rows: int, wide: int) -> Iterator[Row]:
+    heads, rotated = NUM_HEADS + 2 * NUM_KV_HEADS, NUM_HEADS + NUM_KV_HEADS
+    qkvs = [normal(num_rows, heads, HEAD_DIM) for _ in range(num_sets(wide * heads * HEAD_DIM))]
+    cos = torch.ones(num_rows, 1, HEAD_DIM, device="cuda")
+    sin = torch.zeros(num_rows, 1, HEAD_DIM, device="cuda")
+    limit = (2 * wide * rotated * HEAD_DIM + num_rows * HEAD_DIM * 4) / READ_BANDWIDTH
+    yield timed(
+        f"apply_rope rows {num_rows}",
+        [lambda x=x: apply_rope(x[:, :rotated], cos, sin) for x in qkvs],
+        [lambda x=x: apply_rope_torch(x[:, :rotated], cos, sin) for x in qkvs],
+        limit,
+    )
+
+
+def linears(name: str, all_rows: Sequence[int]) -> Iterator[Row]:
+    """One linear layer in bf16 and, but for the head, in float8."""
+    out_features, in_features = LINEARS[name]
+    size = out_features * in_features
+    weights = [normal(out_features, in_features) for _ in range(num_sets(2 * size))]
+    streamed = [StreamedWeight(weight, new_arrivals(weight)) for weight in weights]
+    for num_rows in all_rows:
+        x = normal(num_rows, in_features)
+        moved = 2 * (size + num_rows * (in_features + out_features))
+        limit = max(moved / READ_BANDWIDTH, 2 * num_rows * size / BF16_FLOPS)
+        yield timed(
+            f"linear bf16 {name} rows {num_rows}",
+            [lambda w=w, x=x: linear(x, w) for w in streamed],
+            [lambda w=w, x=x: functional.linear(x, w) for w in weights],
+            limit,
+            limit / 0.9 if num_rows == 1 else None,
+        )
+    del weights, streamed
+    if name == "lm_head":
+        return
+    quantized = [Fp8Weight.of(per_token_quantize_fp8(normal(out_features, in_features))) for _ in range(num_sets(size))]
+    for num_rows in all_rows:
+        yield from _fp8_linear(name, num_rows, quantized)
+
+
+def _fp8_linear(name: str, num_rows: int, weights: list[Fp8Weight]) -> Iterator[Row]:
+    out_features, in_features = LINEARS[name]
+    size = out_features * in_features
+    x = normal(num_rows, in_features)
+    rows = per_token_quantize_fp8(x)
+    moved = size + num_rows * (in_features + 2 * out_features)
+    limit = max(moved / READ_BANDWIDTH, 2 * num_rows * size / FP8_FLOPS)
+
+    def library(weight: Fp8Weight, fast: bool) -> torch.Tensor:
+        scales = rows.scales[:, None], weight.scales[None, :]
+        return torch._scaled_mm(rows.values, weight.values.t(), *scales, out_dtype=BF16, use_fast_accum=fast)
+
+    fast = [lambda w=w: library(w, True) for w in weights]
+    if num_rows == 1:
+        calls = [lambda w=w: weight_only_linear(x, w) for w in weights]
+        yield timed(f"linear fp8 weight-only {name} rows 1", calls, fast, limit, limit / 0.85)
+        return
+    calls = [lambda w=w: scaled_linear(rows, w, None, BF16) for w in weights]
+    yield timed(f"linear fp8 {name} rows {num_rows}", calls, fast, limit)
+    if num_rows >= 256:
+        exact = [lambda w=w: library(w, False) for w in weights]
+        yield timed(f"linear fp8 {name} rows {num_rows}, library with exact sums", exact, fast, limit)
+
+
+def other() -> Iterator[Row]:
+    """Copies of cache blocks, and host time of eager launches."""
+    caches = [(normal(256, 32, NUM_KV_HEADS, HEAD_DIM), normal(256, 32, NUM_KV_HEADS, HEAD_DIM)) for _ in range(32)]
+    source, destination = torch.arange(8, device="cuda"), torch.arange(100, 108, device="cuda")
+    moved = 2 * 8 * sum(tensor[0].nbytes for cache in caches for tensor in cache)
+    for function in (copy_blocks, copy_blocks_torch):
+        function(caches, source, destination)
+    times = [
+        min(event_time(lambda f=f: f(caches, source, destination)) for _ in range(5)) * 1e6
+        for f in (copy_blocks, copy_blocks_torch)
+    ]
+    yield Row("copy_blocks 8 blocks 32 layers", "time", times[0], "us", None, times[1], moved / READ_BANDWIDTH * 1e6)
+    x, weight = normal(1, HIDDEN), normal(HIDDEN, HIDDEN)
+    streamed, norm = StreamedWeight(weight, new_arrivals(weight)), normal(HIDDEN)
+    for work, call, peer in (
+        ("rms_norm", lambda: rms_norm(x, norm, 1e-5), lambda: rms_norm_torch(x, norm, 1e-5)),
+        ("linear bf16 rows 1", lambda: linear(x, streamed), lambda: functional.linear(x, weight)),
+    ):
+        yield Row(f"{work}, eager", "host time", host_time(call) * 1e6, "us", None, host_time(peer) * 1e6, None)
+
+
+def decoder_layers(num_rows: int, fp8: bool) -> Row:
+    """All layers but their attention, as one graph; the time of one layer."""
+    names = [name for name in LINEARS if name != "lm_head"]
+    element = 1 if fp8 else 2
+    layers = []
+    for _ in range(NUM_LAYERS):
+        weights = {name: normal(*LINEARS[name]) * 0.02 for name in names}
+        layers.append({
+            name: Fp8Weight.of(per_token_quantize_fp8(weight)) if fp8 else StreamedWeight(weight, new_arrivals(weight))
+            for name, weight in weights.items()
+        })  # fmt: skip
+    x, weight = normal(num_rows, HIDDEN), normal(HIDDEN)
+    cos = torch.ones(num_rows, 1, HEAD_DIM, device="cuda")
+    step = _fp8_step if fp8 and num_rows > 1 else _step
+    calls = [lambda: step(x, layers, weight, cos, torch.zeros_like(cos))]
+    size = sum(out_features * in_features for name, (out_features, in_features) in LINEARS.items() if name in names)
+    limit = max(element * size / READ_BANDWIDTH, 2 * num_rows * size / (FP8_FLOPS if fp8 else BF16_FLOPS))
+    seconds = graph_time(calls, launches=1) / NUM_LAYERS
+    work = f"decoder layer without attention {'fp8' if fp8 else 'bf16'} rows {num_rows}"
+    return Row(work, "time", seconds * 1e6, "us", None, None, limit * 1e6)
+
+
+def _step(
+    x: torch.Tensor, layers: Sequence[dict[str, object]], norm: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    def product(x: torch.Tensor, weight: object) -> torch.Tensor:
+        return weight_only_linear(x, weight) if isinstance(weight, Fp8Weight) else linear(x, weight)  # type: ignore[arg-type]
+
+    residual = x
+    for layer in layers:
+        hidden, residual = add_rms_norm(x, residual, norm, 1e-5)
+        qkv = product(hidden, layer["qkv"])
+        rotated = apply_rope(qkv.view(x.shape[0], -1, HEAD_DIM)[:, : NUM_HEADS + NUM_KV_HEADS], cos, sin)
+        x = product(rotated.flatten(1)[:, :HIDDEN], layer["o"])
+        hidden, residual = add_rms_norm(x, residual, norm, 1e-5)
+        x = product(silu_and_mul_triton(product(hidden, layer["gate_up"])), layer["down"])
+    return x
+
+
+def _fp8_step(
+    x: torch.Tensor, layers: Sequence[dict[str, Fp8Weight]], norm: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    residual = x
+    for layer in layers:
+        rows, residual = add_rms_norm_fp8(x, residual, norm, 1e-5)
+        qkv = scaled_linear(rows, layer["qkv"], None, BF16)
+        rotated = apply_rope(qkv.view(x.shape[0], -1, HEAD_DIM)[:, : NUM_HEADS + NUM_KV_HEADS], cos, sin)
+        x = scaled_linear(per_token_quantize_fp8(rotated.flatten(1)[:, :HIDDEN]), layer["o"], None, BF16)
+        rows, residual = add_rms_norm_fp8(x, residual, norm, 1e-5)
+        rows = silu_and_mul_fp8(scaled_linear(rows, layer["gate_up"], None, BF16))
+        x = scaled_linear(rows, layer["down"], None, BF16)
+    return x
+
+
+def show(row: Row) -> None:
+    """One line of the table."""
+    peer = "" if row.peer is None else f"  peer {row.peer:9.1f}"
+    limit = "" if row.limit is None else f"  limit {row.limit:8.1f}  reached {row.limit / row.value:5.1%}"
+    goal = "" if row.goal is None else ("  goal met" if row.value <= row.goal else "  goal MISSED")
+    print(f"{row.work:52} {row.value:9.1f} {row.unit}{peer}{limit}{goal}", flush=True)
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 4, 8, 16, 64, 128, 256, 512, 2048])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu_ops.json"))
+    options = parser.parse_args()
+    rows: list[Row] = []
+
+    def collect(found: Iterator[Row]) -> None:
+        for row in found:
+            rows.append(row)
+            show(row)
+        torch.cuda.empty_cache()
+
+    for num_rows in options.rows:
+        collect(row_ops(num_rows))
+    for name in LINEARS:
+        collect(linears(name, options.rows))
+    collect(other())
+    for fp8 in (False, True):
+        for num_rows in (1, 16, 64, 128, 256, 512):
+            collect(iter([decoder_layers(num_rows, fp8)]))
+    write_results("ops", rows, options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""The engine on a GPU gives the tokens of the CPU, however its steps are run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.tiny_checkpoint import write_tiny_model
+from tokenmill import LLM, KvCacheConfig, SamplingParams, SchedulerConfig
+from tokenmill.config import CapacitySchedulerPolicy
+
+pytestmark = [pytest.mark.gpu, pytest.mark.spec("H3")]
+
+LENGTHS = (1, 2, 7, 31, 32, 33, 64, 100, 150, 200, 3, 17)
+PROMPTS = [[(7 * index + 13 * length) % 300 for index in range(length)] for length in LENGTHS]
+GREEDY = SamplingParams(max_tokens=40, ignore_eos=True)
+NO_REUSE = KvCacheConfig(max_tokens=8192, tokens_per_block=16, enable_block_reuse=False)
+
+WAYS: dict[str, dict[str, Any]] = {
+    "graphs and overlap": {},
+    "eager": {"enable_cuda_graphs": False},
+    "graphs, no overlap": {"disable_overlap_scheduler": True},
+    "eager, no overlap": {"enable_cuda_graphs": False, "disable_overlap_scheduler": True},
+    "chunked": {"max_num_tokens": 24},
+    "one at a time": {"max_batch_size": 1},
+    "prefix cache": {"kv_cache_config": KvCacheConfig(max_tokens=8192, tokens_per_block=16)},
+    "preempted": {
+        "kv_cache_config": KvCacheConfig(max_tokens=480, tokens_per_block=16),
+        "scheduler_config": SchedulerConfig(capacity_scheduler_policy=CapacitySchedulerPolicy.MAX_UTILIZATION),
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _exact_float32() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def make_llm(model_dir: Path, **changes: Any) -> LLM:
+    options: dict[str, Any] = {"dtype": "float32", "max_batch_size": 8, "max_seq_len": 512, "kv_cache_config": NO_REUSE}
+    return LLM(model_dir, **{**options, **changes})
+
+
+def tokens_of(llm: LLM, params: SamplingParams = GREEDY) -> list[list[int]]:
+    outputs: Any = llm.generate(PROMPTS, params, use_tqdm=False)
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+@pytest.fixture(scope="module")
+def expected(model_dir: Path) -> list[list[int]]:
+    with make_llm(model_dir, device="cpu") as llm:
+        return tokens_of(llm)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_greedy_tokens_are_those_of_the_cpu(model_dir: Path, expected: list[list[int]], way: str) -> None:
+    with make_llm(model_dir, **WAYS[way]) as llm:
+        assert llm.description.device.startswith("cuda")
+        assert tokens_of(llm) == expected
+        if way == "preempted":
+            assert llm.stats().num_preemptions > 0
+        assert tokens_of(llm) == expected  # a second time: on used slots, blocks and graphs
+        llm.check_integrity()
+
+
+def test_sampling_and_logprobs_beside_greedy_rows(model_dir: Path) -> None:
+    params = [
+        SamplingParams(max_tokens=12, temperature=0.9, top_p=0.9, seed=index, ignore_eos=True, logprobs=2)
+        if index % 2
+        else SamplingParams(max_tokens=12, ignore_eos=True)
+        for index in range(len(PROMPTS))
+    ]
+    with make_llm(model_dir) as gpu, make_llm(model_dir, device="cpu") as cpu:
+        on_gpu: Any = gpu.generate(PROMPTS, params, use_tqdm=False)
+        on_cpu: Any = cpu.generate(PROMPTS, params, use_tqdm=False)
+    for one, two in zip(on_gpu, on_cpu, strict=True):
+        assert one.outputs[0].token_ids == two.outputs[0].token_ids
+        assert len(one.outputs[0].logprobs) == len(two.outputs[0].logprobs)
+        if two.outputs[0].cumulative_logprob is not None:
+            assert one.outputs[0].cumulative_logprob == pytest.approx(two.outputs[0].cumulative_logprob, abs=1e-2)
+
+
+def test_a_cache_beyond_memory_is_refused_and_memory_is_given_back(model_dir: Path) -> None:
+    from tokenmill.errors import OutOfMemoryError
+
+    with pytest.raises(OutOfMemoryError):
+        make_llm(model_dir, kv_cache_config=KvCacheConfig(max_tokens=10**9))
+    with make_llm(model_dir) as llm:
+        assert len(tokens_of(llm)) == len(PROMPTS)

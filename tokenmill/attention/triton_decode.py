@@ -1,0 +1,389 @@
+"""Attention of rows of one token (decode) by split-context flash decoding. Called by `triton.py`.
+
+A program takes the query heads of one key/value head of one row, padded to 16, and a part of the row's cached tokens.
+The row's own key and value come from the inputs; the program of the first part also writes them to the cache, so a
+decode step needs no separate write. With more than one part, a second kernel combines them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from tokenmill.attention.base import AttentionMetadata, AttentionSpec, LayerCache
+from tokenmill.attention.triton_common import (
+    PagedCache,
+    Result,
+    Scoring,
+    StridedHeads,
+    cache_slots,
+    load_blocks,
+    load_tile,
+    operand_type,
+    paged,
+    scores_base2,
+    scoring,
+    soft_cap_base2,
+    softmax_step,
+    store_result,
+    strided,
+    to_cached,
+    triton_type,
+)
+from tokenmill.ops.platform import is_hopper_or_newer
+
+MAX_SPLITS = 64
+"""Parts of a row's context at most, where the number is free: more cost more to combine than they gain."""
+
+
+class DecodeTiles(NamedTuple):
+    """How the decode kernel is cut.
+
+    Args:
+        block_n: cached tokens in one step of the loop.
+        num_warps: of a program.
+        num_stages: steps whose loads are under way at a time.
+        programs_per_multiprocessor: what the number of splits aims at.
+    """
+
+    block_n: int
+    num_warps: int
+    num_stages: int
+    programs_per_multiprocessor: int
+
+
+class Partial(NamedTuple):
+    """What the parts of a row leave for the combining kernel.
+
+    Args:
+        sums: [R, H, splits, D] float32, of values, not divided by the totals.
+        softmax: [R, H, splits, 2] float32, maximum (base 2) and total.
+    """
+
+    sums: torch.Tensor
+    softmax: torch.Tensor
+
+
+def decode_tiles(head_dim: int, cache_itemsize: int) -> DecodeTiles:
+    """Tiles by head size and bytes of a cached number: small ones, so that many programs have loads under way."""
+    return DecodeTiles(32, 2, 3, 2)
+
+
+def choose_num_splits(num_programs: int, max_kv_len: int, num_multiprocessors: int, tiles: DecodeTiles) -> int:
+    """Parts that each row's context is cut into, from what is fixed when a CUDA graph is captured.
+
+    Args:
+        num_programs: rows times key/value heads.
+        max_kv_len: upper bound of the rows' cached tokens.
+        num_multiprocessors: of the device.
+        tiles: of the kernel.
+    """
+    wanted = num_multiprocessors * tiles.programs_per_multiprocessor // num_programs
+    return max(1, min(wanted, triton.cdiv(max_kv_len, tiles.block_n), MAX_SPLITS))
+
+
+@triton.jit
+def _visible_range(
+    kv_len: tl.tensor, window: tl.constexpr, block_n: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """First visible cached position, the same rounded down to a tile, and the end; the row's own token not counted."""
+    end = tl.maximum(kv_len - 1, 0)
+    first = end * 0
+    if window > 0:
+        first = tl.maximum(kv_len - window, 0)
+    return first, tl.minimum(first // block_n * block_n, end), end
+
+
+@triton.jit
+def _tokens_per_split(
+    num_tokens: tl.tensor, num_splits: tl.tensor, fixed: tl.constexpr, block_n: tl.constexpr
+) -> tl.tensor:
+    """A whole number of tiles; `fixed` if given, whatever the batch."""
+    if fixed > 0:
+        tokens = num_tokens * 0 + fixed
+    else:
+        tokens = tl.maximum(tl.cdiv(tl.cdiv(num_tokens, num_splits), block_n), 1) * block_n
+    return tokens
+
+
+@triton.jit
+def _attend_part(
+    query: tl.tensor,  # [block_m, block_d]
+    cache: PagedCache,
+    table: tl.tensor,  # pointer
+    kv_head: tl.tensor,
+    first_visible: tl.tensor,
+    start: tl.tensor,
+    end: tl.tensor,
+    factor: tl.tensor,
+    num_kv_heads: tl.constexpr,
+    head_dim: tl.constexpr,
+    tokens_per_block: tl.constexpr,
+    cap: tl.constexpr,
+    operands: tl.constexpr,
+    block_m: tl.constexpr,
+    block_n: tl.constexpr,
+    block_d: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Attend to cached positions start to end: sum of values [block_m, block_d], maximum and total [block_m]."""
+    offsets = tl.arange(0, block_n)
+    maximum = tl.full([block_m], float("-inf"), tl.float32)
+    total = tl.zeros([block_m], tl.float32)
+    values = tl.zeros([block_m, block_d], tl.float32)
+    blocks = load_blocks(table, start, first_visible, tl.maximum(end, 1), tokens_per_block, block_n)
+    for tile in range(start, end, block_n):
+        positions = tile + offsets
+        inside = (positions >= first_visible) & (positions < end)
+        rows = cache_slots(blocks, positions, tokens_per_block) * (num_kv_heads * head_dim) + kv_head * head_dim
+        blocks = load_blocks(table, tile + block_n, first_visible, end, tokens_per_block, block_n)
+        key = load_tile(cache.key_data, rows, inside, head_dim, block_d, True).to(operands)
+        products = tl.dot(query, tl.trans(key), input_precision="ieee")
+        weights, decay, maximum, total = softmax_step(products, inside[None, :], maximum, total, factor, cap, True)
+        value = load_tile(cache.value_data, rows, inside, head_dim, block_d, True).to(operands)
+        values = tl.dot(weights.to(operands), value, values * decay[:, None], input_precision="ieee")
+    return values, maximum, total
+
+
+@triton.jit
+def _attend_own(
+    query: tl.tensor,  # [block_m, block_d]
+    own_key: tl.tensor,  # [block_d] as it lies in the cache
+    own_value: tl.tensor,
+    values: tl.tensor,  # [block_m, block_d] summed so far
+    maximum: tl.tensor,  # [block_m]
+    total: tl.tensor,
+    factor: tl.tensor,
+    cap: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Attend to the row's own token too."""
+    products = tl.sum(query.to(tl.float32) * own_key.to(tl.float32)[None, :], 1)
+    scores = scores_base2(products, factor, cap)
+    new_maximum = tl.maximum(maximum, scores)
+    decay = tl.exp2(maximum - new_maximum)
+    weight = tl.exp2(scores - new_maximum)
+    values = values * decay[:, None] + weight[:, None] * own_value.to(tl.float32)[None, :]
+    return values, new_maximum, total * decay + weight
+
+
+@triton.jit
+def _load_own(
+    heads: StridedHeads, row: tl.tensor, kv_head: tl.tensor, head_dim: tl.constexpr, block_d: tl.constexpr
+) -> tl.tensor:
+    """[block_d] key or value of the row's own token."""
+    dims = tl.arange(0, block_d)
+    pointers = heads.data + row * heads.token_stride + kv_head * heads.head_stride + dims
+    return tl.load(pointers, mask=dims < head_dim, other=0.0)
+
+
+@triton.jit(
+    do_not_specialize=["table_stride", "num_splits"],
+    do_not_specialize_on_alignment=["kv_lens", "block_tables", "slot_mapping"],
+)
+def _decode_kernel(
+    query: StridedHeads,
+    key: StridedHeads,
+    value: StridedHeads,
+    cache: PagedCache,
+    kv_lens: tl.tensor,
+    block_tables: tl.tensor,
+    table_stride: int,
+    slot_mapping: tl.tensor,
+    result: Result,
+    partial: Partial | None,
+    score: Scoring,
+    num_splits: int,
+    num_kv_heads: tl.constexpr,
+    group: tl.constexpr,
+    head_dim: tl.constexpr,
+    tokens_per_block: tl.constexpr,
+    window: tl.constexpr,
+    cap: tl.constexpr,
+    operands: tl.constexpr,
+    fixed: tl.constexpr,
+    block_m: tl.constexpr,
+    block_n: tl.constexpr,
+    block_d: tl.constexpr,
+    dependent_launch: tl.constexpr,
+) -> None:
+    """Grid: key/value heads, splits, rows."""
+    if dependent_launch:
+        tl.extra.cuda.gdc_launch_dependents()  # the combining kernel waits on the device, not in the queue
+    kv_head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    lanes, dims = tl.arange(0, block_m), tl.arange(0, block_d)
+    heads, is_head, is_dim = kv_head * group + lanes, lanes < group, dims < head_dim
+    kv_len = tl.load(kv_lens + row)  # all that does not depend on it is loaded before it is looked at
+    rows = row * query.token_stride + heads * query.head_stride
+    q = load_tile(query.data, rows, is_head, head_dim, block_d, True).to(operands)
+    own_key = _load_own(key, row, kv_head, head_dim, block_d)
+    own_value = _load_own(value, row, kv_head, head_dim, block_d)
+    first_visible, first, end = _visible_range(kv_len, window, block_n)
+    tokens = _tokens_per_split(end - first, num_splits, fixed, block_n)
+    start = first + split * tokens
+    if (start < end) | (split == 0):
+        values, maximum, total = _attend_part(
+            q, cache, block_tables + row * table_stride, kv_head, first_visible, start, tl.minimum(start + tokens, end),
+            score.factor, num_kv_heads, head_dim, tokens_per_block, cap, operands, block_m, block_n, block_d,
+        )  # fmt: skip
+        if split == 0:
+            cached_key = to_cached(own_key, score.key_scale, cache.key_data)
+            cached_value = to_cached(own_value, score.value_scale, cache.value_data)
+            slot = (tl.load(slot_mapping + row) * num_kv_heads + kv_head) * head_dim
+            tl.store(cache.key_data + slot + dims, cached_key, mask=is_dim)
+            tl.store(cache.value_data + slot + dims, cached_value, mask=is_dim)
+            values, maximum, total = _attend_own(q, cached_key, cached_value, values, maximum, total, score.factor, cap)
+        places = row * (num_kv_heads * group) + heads
+        if partial is not None:
+            parts = places * num_splits + split
+            tl.store(partial.softmax + parts * 2, maximum, mask=is_head)
+            tl.store(partial.softmax + parts * 2 + 1, total, mask=is_head)
+            tl.store(partial.sums + parts[:, None] * head_dim + dims, values, mask=is_head[:, None] & is_dim)
+        else:
+            store_result(values, maximum, total, places, heads, is_head, result, score.value_scale, head_dim, block_d)
+
+
+@triton.jit(do_not_specialize=["num_splits"], do_not_specialize_on_alignment=["kv_lens"])
+def _combine_kernel(
+    partial: Partial,
+    kv_lens: tl.tensor,
+    result: Result,
+    value_scale: float,
+    num_splits: int,
+    num_heads: tl.constexpr,
+    head_dim: tl.constexpr,
+    window: tl.constexpr,
+    fixed: tl.constexpr,
+    block_n: tl.constexpr,
+    chunk: tl.constexpr,
+    block_d: tl.constexpr,
+    dependent_launch: tl.constexpr,
+) -> None:
+    """Grid: heads, rows. The parts that had work are known from the row's length; the others hold anything."""
+    head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    _, first, end = _visible_range(tl.load(kv_lens + row), window, block_n)
+    used = tl.maximum(tl.cdiv(end - first, _tokens_per_split(end - first, num_splits, fixed, block_n)), 1)
+    if dependent_launch:
+        tl.extra.cuda.gdc_wait()
+    base = (row * num_heads + head) * num_splits
+    dims = tl.arange(0, block_d)
+    maximum, total = float("-inf"), 0.0
+    values = tl.zeros([block_d], tl.float32)
+    for start in range(0, used, chunk):
+        parts = start + tl.arange(0, chunk)
+        is_used = parts < used
+        pointers = partial.sums + (base + parts)[:, None] * head_dim + dims[None, :]
+        part_values = tl.load(pointers, mask=is_used[:, None] & (dims < head_dim)[None, :], other=0.0)
+        part_maxima = tl.load(partial.softmax + (base + parts) * 2, is_used, other=float("-inf"))
+        part_totals = tl.load(partial.softmax + (base + parts) * 2 + 1, is_used, other=0.0)
+        new_maximum = tl.maximum(maximum, tl.max(part_maxima, 0))
+        decay, weights = tl.exp2(maximum - new_maximum), tl.exp2(part_maxima - new_maximum)
+        total = total * decay + tl.sum(part_totals * weights, 0)
+        values = values * decay + tl.sum(part_values * weights[:, None], 0)
+        maximum = new_maximum
+    lane = tl.arange(0, 1)
+    store_result(
+        values[None, :], maximum + lane, total + lane, row * num_heads + head + lane, head + lane, lane == 0, result,
+        value_scale, head_dim, block_d,
+    )  # fmt: skip
+
+
+def decode_attention(
+    spec: AttentionSpec,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: LayerCache,
+    metadata: AttentionMetadata,
+    result: Result,
+    *,
+    num_splits: int,
+    fixed_split_tokens: int = 0,
+    tiles: DecodeTiles | None = None,
+) -> None:
+    """Write the key and value of each of the first R rows to the cache and attend to all of the row's tokens.
+
+    Launches depend on shapes and host numbers alone, so they can be captured in a CUDA graph and replayed with other
+    lengths, block tables and slots. A row of length 0 is padding: it reads nothing of the cache, and its key and value
+    go to its slot.
+
+    Args:
+        spec: the layer.
+        query, key, value: [R, H, D], [R, G, D], [R, G, D], any strides but 1 along D.
+        cache: two tensors [N, B, G, D]; changed in place.
+        metadata: its `kv_lens`, `block_tables` and `slot_mapping` are read.
+        result: of the R rows, written.
+        num_splits: see `choose_num_splits`.
+        fixed_split_tokens: tokens of a part, a multiple of the tile; 0: as even as possible. Fixed, a row's result does
+            not depend on the batch; `num_splits` of them must cover the longest row.
+        tiles: for tuning.
+    """
+    num_rows, num_heads, head_dim = query.shape
+    tiles = tiles or decode_tiles(head_dim, cache[0].element_size())
+    partial = None
+    if num_splits > 1:
+        sums = query.new_empty(num_rows, num_heads, num_splits, head_dim, dtype=torch.float32)
+        partial = Partial(sums, query.new_empty(num_rows, num_heads, num_splits, 2, dtype=torch.float32))
+    cut = {
+        "head_dim": head_dim,
+        "window": spec.sliding_window or 0,
+        "fixed": fixed_split_tokens,
+        "block_n": tiles.block_n,
+        "block_d": max(16, triton.next_power_of_2(head_dim)),
+        "dependent_launch": num_splits > 1 and is_hopper_or_newer(query.device),
+    }
+    _launch_decode(spec, query, key, value, cache, metadata, result, partial, num_splits, tiles, cut)
+    if num_splits > 1:
+        options = {"launch_pdl": True} if cut["dependent_launch"] else {}
+        _combine_kernel[(num_heads, num_rows)](
+            partial,
+            metadata.kv_lens,
+            result,
+            spec.value_scale,
+            num_splits,
+            num_heads=num_heads,
+            chunk=16 if fixed_split_tokens else min(triton.next_power_of_2(num_splits), 64),  # fixes the order of sums
+            num_warps=4,
+            **cut,
+            **options,
+        )
+
+
+def _launch_decode(
+    spec: AttentionSpec,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: LayerCache,
+    metadata: AttentionMetadata,
+    result: Result,
+    partial: Partial | None,
+    num_splits: int,
+    tiles: DecodeTiles,
+    cut: dict[str, int],
+) -> None:
+    group = spec.num_heads // spec.num_kv_heads
+    _decode_kernel[(spec.num_kv_heads, num_splits, query.shape[0])](
+        strided(query),
+        strided(key),
+        strided(value),
+        paged(cache),
+        metadata.kv_lens,
+        metadata.block_tables,
+        metadata.block_tables.stride(0),
+        metadata.slot_mapping,
+        result,
+        partial,
+        scoring(spec),
+        num_splits,
+        num_kv_heads=spec.num_kv_heads,
+        group=group,
+        tokens_per_block=cache[0].shape[1],
+        cap=soft_cap_base2(spec),
+        operands=triton_type(operand_type(query.dtype, cache[0].dtype)),
+        block_m=max(16, triton.next_power_of_2(group)),
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        **cut,
+    )

@@ -1,0 +1,138 @@
+"""Which kernel multiplies a few rows with a weight on a GPU, and its block sizes. Pure arithmetic: no torch, no triton.
+
+`matvec` and `small_batch` are the kernels of `ops.triton.linear`; `library` is the vendor's product. The numbers were
+found by `python -m benchmarks.gpu.tune_linear` on an H100 (docs/log.md, 2026-11-22): for each type and number of rows
+one choice of blocks is good for every layer of an 8B model, so there is a rule and no table of shapes. Called by
+`ops.linear` and `ops.fp8`.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+NUM_MULTIPROCESSORS = 132
+MAX_SPLITS = 8
+MIN_PROGRAMS = 96
+"""Fewer programs than this leave too much of the device idle: input features are split until there are as many."""
+MIN_BLOCKS_PER_SPLIT = 4
+MATVEC_BLOCK_OUT = 4
+MATVEC_ELEMENTS_PER_WARP = 2048
+MATVEC_WARPS_IN_FLIGHT = 16
+"""Warps of `matvec` that a multiprocessor holds: its registers allow no more."""
+MIN_MATVEC_PROGRAMS = 768
+MIN_BLOCK_ROWS = 16
+
+
+class StreamPlan(NamedTuple):
+    """How a product of a few rows is computed.
+
+    Args:
+        kernel: what computes it.
+        block_out, block_in: output and input features that a program holds at a time.
+        block_rows: rows that a program computes (`small_batch`), a power of two.
+        num_warps: warps of a program.
+        num_stages: blocks of input features in flight (`small_batch`).
+        num_splits: programs that share the input features of one block of output features (`small_batch`).
+    """
+
+    kernel: Literal["matvec", "small_batch", "library"]
+    block_out: int = 0
+    block_in: int = 0
+    num_warps: int = 4
+    num_stages: int = 1
+    num_splits: int = 1
+    block_rows: int = 1
+
+
+class SmallBatchBlocks(NamedTuple):
+    """Blocks of `small_batch` up to a number of rows, for outputs up to a number of features."""
+
+    max_rows: int
+    block_in: int
+    num_stages: int
+    block_out: int = 64
+    num_warps: int = 4
+    max_block_rows: int = 128
+    max_out_features: int = 2**31
+
+
+SMALL_BATCH_16BIT = (
+    SmallBatchBlocks(32, 128, 6),
+    SmallBatchBlocks(64, 128, 4),
+)
+SMALL_BATCH_FP8 = (
+    SmallBatchBlocks(32, 256, 6),
+    SmallBatchBlocks(64, 256, 4),
+    SmallBatchBlocks(128, 256, 6, max_block_rows=64, max_out_features=5120),
+    SmallBatchBlocks(128, 256, 4, max_out_features=8192),
+    SmallBatchBlocks(256, 256, 4, max_out_features=5120),
+)
+"""Both operands float8; the first line that fits counts. What none covers is the library's: of many rows it shares the
+reads better, but where the output is narrow it leaves most of the device idle.
+"""
+MAX_COUNTED_ROW_BLOCKS = 4
+"""Blocks of rows that counters are made for, with the smallest blocks of output features."""
+
+
+@lru_cache(maxsize=4096)
+def matvec_plan(out_features: int, in_features: int, weight_bytes: int) -> StreamPlan:
+    """The plan for one row of bfloat16 or float16 and a weight [O, I] of `weight_bytes` an element."""
+    block_out = MATVEC_BLOCK_OUT
+    while block_out > 1 and out_features // block_out < MIN_MATVEC_PROGRAMS:
+        block_out //= 2
+    wide, narrow = (2048, 1024) if weight_bytes > 1 else (1024, 2048)
+    block_in = narrow if _occupancy(out_features, narrow) > 1.1 * _occupancy(out_features, wide) else wide
+    block_in = min(block_in, _power_of_two_from(in_features))
+    while in_features % block_in and block_in > 512 and in_features % 512 == 0:
+        block_in //= 2
+    num_warps = max(1, block_out * block_in // MATVEC_ELEMENTS_PER_WARP)
+    return StreamPlan("matvec", block_out, block_in, num_warps)
+
+
+def _occupancy(out_features: int, block_in: int) -> float:
+    """How full the device is on average while programs of `block_in` columns come and go in waves."""
+    features_in_flight = NUM_MULTIPROCESSORS * MATVEC_WARPS_IN_FLIGHT * MATVEC_ELEMENTS_PER_WARP // block_in
+    waves = out_features / features_in_flight
+    return waves / -(-out_features // features_in_flight)
+
+
+@lru_cache(maxsize=4096)
+def small_batch_plan(num_rows: int, out_features: int, in_features: int, weight_bytes: int) -> StreamPlan:
+    """The plan for some rows and a weight [O, I] of their type, `weight_bytes` an element."""
+    for blocks in SMALL_BATCH_FP8 if weight_bytes == 1 else SMALL_BATCH_16BIT:
+        if 0 < num_rows <= blocks.max_rows and out_features <= blocks.max_out_features:
+            block_rows = min(blocks.max_block_rows, max(MIN_BLOCK_ROWS, _power_of_two_from(num_rows)))
+            num_blocks = -(-out_features // blocks.block_out) * -(-num_rows // block_rows)
+            return StreamPlan(
+                "small_batch",
+                blocks.block_out,
+                blocks.block_in,
+                blocks.num_warps,
+                blocks.num_stages,
+                num_splits_for(num_blocks, -(-in_features // blocks.block_in)),
+                block_rows,
+            )
+    return StreamPlan("library")
+
+
+def num_splits_for(num_blocks: int, num_blocks_in: int) -> int:
+    """A power of two, for blocks of the result and of input features: programs enough, but some work for each."""
+    num_splits = 1
+    while (
+        num_splits < MAX_SPLITS
+        and num_blocks * num_splits < MIN_PROGRAMS
+        and num_blocks_in // (2 * num_splits) >= MIN_BLOCKS_PER_SPLIT
+    ):
+        num_splits *= 2
+    return num_splits
+
+
+def num_arrivals(out_features: int) -> int:
+    """Counters that the products with a weight of so many output features need."""
+    smallest = min(blocks.block_out for blocks in (*SMALL_BATCH_16BIT, *SMALL_BATCH_FP8))
+    return MAX_COUNTED_ROW_BLOCKS * -(-out_features // smallest)
+
+
+def _power_of_two_from(number: int) -> int:
+    return 1 << max(number - 1, 0).bit_length()

@@ -1,0 +1,71 @@
+"""Quantization of rows to float8_e4m3fn with a scale for each row: alone, and as the last step of other kernels.
+
+Called by `ops.fp8`; `quantized` is called inside the kernels of `rms_norm.py` and `activation.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from tokenmill.ops.triton.launch import as_rows, can_overlap, warps_for
+
+FP8_MAX = tl.constexpr(448.0)
+INVERSE_FP8_MAX = tl.constexpr(1.0 / 448.0)
+MIN_SCALE = tl.constexpr(1.1754943508222875e-38)  # the smallest normal float32: its inverse is finite
+
+
+@triton.jit
+def quantized(values: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """float8_e4m3fn [rows, columns] and scales [rows] of float32 values [rows, columns]."""
+    largest = tl.max(tl.abs(values), axis=1)
+    scales = tl.maximum(largest * INVERSE_FP8_MAX, MIN_SCALE)
+    scaled = values * tl.div_rn(1.0, scales)[:, None]
+    return tl.clamp(scaled, -FP8_MAX, FP8_MAX).to(tl.float8e4nv), scales
+
+
+@triton.jit
+def _quantize_kernel(
+    x: tl.tensor,
+    values: tl.tensor,
+    scales: tl.tensor,
+    row_stride: int,
+    size: int,
+    block_size: tl.constexpr,
+    overlaps: tl.constexpr,
+) -> None:
+    """One program a row."""
+    if overlaps:
+        gdc_launch_dependents()
+        gdc_wait()
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, block_size)
+    inside = columns < size
+    loaded = tl.load(x + row * row_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    quantized_values, row_scales = quantized(loaded[None, :])
+    tl.store(values + row * size + columns[None, :], quantized_values, mask=inside[None, :])
+    tl.store(scales + row + tl.zeros([1], tl.int32), row_scales)
+
+
+def per_token_quantize_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values [T, D] float8_e4m3fn and scales [T] float32 of x [T, D]."""
+    rows = as_rows(x)
+    num_rows, size = rows.shape
+    values = torch.empty(num_rows, size, dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty(num_rows, dtype=torch.float32, device=x.device)
+    if num_rows:
+        block_size = triton.next_power_of_2(size)
+        _quantize_kernel[(num_rows,)](
+            rows,
+            values,
+            scales,
+            rows.stride(0),
+            size,
+            block_size=block_size,
+            overlaps=can_overlap(x.device),
+            num_warps=warps_for(block_size),
+            launch_pdl=can_overlap(x.device),
+        )
+    return values, scales

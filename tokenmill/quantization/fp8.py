@@ -1,0 +1,78 @@
+"""`Fp8Linear`: weights in float8_e4m3fn with a scale for each output feature, made from whatever the checkpoint holds.
+
+One row (a single sequence's decode) is multiplied as it is; more rows are quantized, with a scale for each of them. On
+an H100 one row of an 8B model's layer takes 84 us the first way and 95 us the second, sixteen rows 105 us and 96 us
+(docs/log.md, 2026-11-22). Memory never holds more than the float8 weights and one block of a tensor beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from tokenmill.ops.fp8 import (
+    FP8_DTYPE,
+    Fp8Weight,
+    QuantizedRows,
+    per_token_quantize_fp8,
+    scaled_linear,
+    weight_only_linear,
+)
+from tokenmill.quantization.base import ParameterAxes
+
+BLOCK_ELEMENTS = 16 * 2**20
+"""Weights that are converted at a time: what is in memory twice."""
+
+
+class Fp8Linear:
+    """A weight of 8-bit floats: `weight` [out_features, in_features] and `weight_scale` [out_features] on its layer."""
+
+    def __init__(self) -> None:
+        self._weight: Fp8Weight | None = None
+
+    def create_weights(
+        self, layer: nn.Module, in_features: int, out_features: int, dtype: torch.dtype, device: torch.device
+    ) -> Mapping[str, ParameterAxes]:
+        """Register the parameter `weight`, which a checkpoint fills through `store`, and the buffer `weight_scale`."""
+        values = torch.empty(out_features, in_features, dtype=FP8_DTYPE, device=device)
+        layer.register_parameter("weight", nn.Parameter(values, requires_grad=False))
+        layer.register_buffer("weight_scale", torch.ones(out_features, dtype=torch.float32, device=device))
+        return {"weight": ParameterAxes(output=0, input=1)}
+
+    def store(self, layer: nn.Module, name: str, start: int, tensor: torch.Tensor) -> None:
+        """Quantize `tensor` [features, in_features] into the output features from `start`."""
+        assert name == "weight", f"there is no parameter '{name}' to fill"
+        values, scales = layer.get_parameter("weight").data, layer.get_buffer("weight_scale")
+        rows_per_block = max(1, BLOCK_ELEMENTS // tensor.shape[1])
+        for first in range(0, tensor.shape[0], rows_per_block):
+            block = tensor[first : first + rows_per_block].to(values.device)
+            quantized = per_token_quantize_fp8(block)
+            rows = slice(start + first, start + first + block.shape[0])
+            values[rows] = quantized.values
+            scales[rows] = quantized.scales
+
+    def process_after_loading(self, layer: nn.Module) -> None:
+        """Join values and scales. A second call changes nothing."""
+        values = layer.get_parameter("weight").data
+        self._weight = Fp8Weight.of(QuantizedRows(values, layer.get_buffer("weight_scale")))
+
+    def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """[T, in_features] to [T, out_features]."""
+        if self.takes_quantized(x.shape[0]):
+            return self.apply_quantized(per_token_quantize_fp8(x), bias, x.dtype)
+        return weight_only_linear(x, self._filled, bias)
+
+    def takes_quantized(self, num_rows: int) -> bool:
+        """Whether so many rows are quantized: then the op before this layer may as well do it in passing."""
+        return num_rows != 1
+
+    def apply_quantized(self, x: QuantizedRows, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        """Rows [T, in_features], quantized already, to [T, out_features] of type `dtype`."""
+        return scaled_linear(x, self._filled, bias, dtype)
+
+    @property
+    def _filled(self) -> Fp8Weight:
+        assert self._weight is not None, "process_after_loading was not called"
+        return self._weight

@@ -1,0 +1,38 @@
+"""From the name of a quantization to the methods of a model's linear layers. Called where a model is built."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias, get_args
+
+from tokenmill.errors import InvalidParameterError, did_you_mean
+from tokenmill.quantization.base import LinearMethod, LinearMethodFactory
+from tokenmill.quantization.fp8 import Fp8Linear
+from tokenmill.quantization.unquantized import UnquantizedLinear, unquantized
+
+Quantization: TypeAlias = Literal["none", "fp8"]
+
+
+def linear_method_for(name: Quantization | None, *, quantize_lm_head: bool = False) -> LinearMethodFactory:
+    """What makes the method of each linear layer when the weights are quantized as they are loaded.
+
+    Args:
+        name: `fp8`: 8-bit floats (`quantization.fp8`); `none` or None: weights stay in the model's type.
+        quantize_lm_head: quantize the output head too. Logits are where rounding shows most, so it is not the default.
+
+    Raises:
+        InvalidParameterError: no such quantization (`field` is `quantization`).
+    """
+    if name is None or name == "none":
+        return unquantized
+    if name != "fp8":
+        raise InvalidParameterError(
+            f"The quantization '{name}' is not supported.",
+            field="quantization",
+            remedy=did_you_mean(name, get_args(Quantization)),
+        )
+
+    def method_of(layer_name: str) -> LinearMethod:
+        is_head = layer_name.rpartition(".")[2] == "lm_head"
+        return UnquantizedLinear() if is_head and not quantize_lm_head else Fp8Linear()
+
+    return method_of

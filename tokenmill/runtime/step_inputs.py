@@ -1,0 +1,135 @@
+"""`StepInputs`: what one step reads, computed on the device from slots, for a plan's rows or for a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from tokenmill.attention.base import AttentionMetadata
+from tokenmill.engine.plan import Row
+from tokenmill.ops.upload import upload
+from tokenmill.runtime.slot_state import SlotState
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """R rows of T tokens in all.
+
+    Args:
+        slots: [R] int64, each row's slot.
+        target_slots: [R] int64, where the row's sampled token goes; the scratch slot's is nobody's.
+        next_positions: [R] int64, position of the token that the row would sample.
+        last_token_index: [R] int64, index among the T tokens of each row's last one.
+        input_ids: [T] int64.
+        positions: [T] int64.
+        attention: for the attention backend.
+    """
+
+    slots: torch.Tensor
+    target_slots: torch.Tensor
+    next_positions: torch.Tensor
+    last_token_index: torch.Tensor
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    attention: AttentionMetadata
+
+
+def inputs_of_rows(rows: Sequence[Row], state: SlotState) -> StepInputs:
+    """Inputs of any step, those of one token first."""
+    device, block_size = state.device, state.tokens_per_block
+    query_lens = tuple(row.num_tokens for row in rows)
+    kv_lens_host = tuple(row.start + row.num_tokens for row in rows)
+    host = np.array([[row.slot for row in rows], [row.start for row in rows], query_lens], np.int64)
+    slots, starts, lens = upload(host, device)  # [R] each
+    ends = lens.cumsum(0)  # [R]
+    num_tokens, num_rows = sum(query_lens), len(rows)
+    if num_tokens == num_rows:
+        positions, token_slots = starts, slots
+    else:
+        row_of_token = torch.repeat_interleave(
+            torch.arange(num_rows, device=device), lens, output_size=num_tokens
+        )  # [T]
+        offset = starts - (ends - lens)  # [R], position minus index
+        positions = torch.arange(num_tokens, device=device) + offset[row_of_token]
+        token_slots = slots[row_of_token]
+    query_start = torch.zeros(num_rows + 1, dtype=torch.int32, device=device)
+    query_start[1:] = ends
+    next_positions = starts + lens
+    blocks = state.block_tables[token_slots, positions // block_size].long()  # [T]
+    attention = AttentionMetadata(
+        query_start=query_start,
+        kv_lens=next_positions.int(),
+        block_tables=state.block_tables[:, : -(-max(kv_lens_host) // block_size)][slots],
+        slot_mapping=blocks * block_size + positions % block_size,
+        num_decode_rows=query_lens.count(1),
+        query_lens=query_lens,
+        kv_lens_host=kv_lens_host,
+    )
+    token_ids = state.token_ids[token_slots, positions]
+    return StepInputs(slots, slots, next_positions, ends - 1, token_ids, positions, attention)
+
+
+def inputs_of_decode(rows: torch.Tensor, state: SlotState, max_kv_len: int) -> StepInputs:
+    """Inputs of a step of one token for each row, from device tensors alone: a CUDA graph can be captured of it.
+
+    Args:
+        rows: [2, R] int64: slots, and positions to compute; a row of the scratch slot and position -1 is padding.
+        state: the slots.
+        max_kv_len: no row has more tokens, its new one included.
+    """
+    slots, starts = rows
+    positions = starts.clamp(min=0)
+    index = torch.arange(slots.shape[0] + 1, device=slots.device)
+    attention = _attention_of_graph(index, starts + 1, slots, slots, positions, state, max_kv_len, 1)
+    token_ids = state.token_ids[slots, positions]
+    return StepInputs(slots, slots, positions + 1, index[:-1], token_ids, positions, attention)
+
+
+def inputs_of_prompts(rows: torch.Tensor, num_tokens: int, state: SlotState, max_kv_len: int) -> StepInputs:
+    """Inputs of a step with prompts, padded to `num_tokens`, from device tensors alone; for CUDA graphs.
+
+    Args:
+        rows: [4, R] int64: slots, starts, lengths and target slots; a row of the scratch slot and length 0 is padding.
+        num_tokens: T, at least the sum of the lengths; the tokens beyond it are computed for nobody.
+        state: the slots.
+        max_kv_len: no row has more tokens, its new ones included.
+    """
+    slots, starts, lens, target_slots = rows
+    ends = lens.cumsum(0)
+    index = torch.arange(num_tokens, device=slots.device)
+    is_padding = index >= ends[-1]
+    row_of_token = torch.searchsorted(ends, index, right=True).clamp(max=slots.shape[0] - 1)  # [T]
+    positions = (index + (starts - (ends - lens))[row_of_token]).masked_fill(is_padding, 0)
+    token_slots = slots[row_of_token].masked_fill(is_padding, state.scratch_slot)
+    query_start = torch.cat((ends.new_zeros(1), ends))
+    kv_lens = starts + lens
+    attention = _attention_of_graph(query_start, kv_lens, slots, token_slots, positions, state, max_kv_len, num_tokens)
+    token_ids = state.token_ids[token_slots, positions]
+    return StepInputs(slots, target_slots, kv_lens, (ends - 1).clamp(min=0), token_ids, positions, attention)
+
+
+def _attention_of_graph(
+    query_start: torch.Tensor,
+    kv_lens: torch.Tensor,
+    slots: torch.Tensor,
+    token_slots: torch.Tensor,
+    positions: torch.Tensor,
+    state: SlotState,
+    max_kv_len: int,
+    max_query_len: int,
+) -> AttentionMetadata:
+    block_size, num_rows = state.tokens_per_block, slots.shape[0]
+    blocks = state.block_tables[token_slots, positions // block_size].long()  # [T]; the scratch slot's are block 0
+    return AttentionMetadata(
+        query_start=query_start.int(),
+        kv_lens=kv_lens.int(),
+        block_tables=state.block_tables[:, : -(-max_kv_len // block_size)][slots],
+        slot_mapping=blocks * block_size + positions % block_size,
+        num_decode_rows=num_rows if max_query_len == 1 else 0,
+        query_lens=(max_query_len,) * num_rows,
+        kv_lens_host=(),
+        max_kv_len=max_kv_len,
+    )
