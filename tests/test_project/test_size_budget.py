@@ -36,9 +36,6 @@ EXEMPTIONS: dict[str, Exemption] = {
         date(2026, 11, 22),
         "the seam between callers and engines: submit, abort, health, statistics, shutdown and `with`",
     ),
-    "tokenmill/server/schemas.py::SamplingFields": Exemption(
-        date(2026, 11, 22), "one field for each parameter that the protocol's completions have in common"
-    ),
     "tokenmill/sampling_params.py::SamplingParams": Exemption(
         date(2026, 11, 22), "one field for each parameter of TensorRT-LLM's SamplingParams, whose names scripts use"
     ),
