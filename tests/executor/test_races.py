@@ -183,7 +183,7 @@ def test_a_shutdown_in_the_middle_ends_every_request_once(tiny_model_dir: Path, 
 
     def shut_down() -> None:
         time.sleep(delay)
-        executor.shutdown()
+        executor.shutdown(grace_period=0.1)
 
     run_threads(*[submit_until_refused] * 3, *[abort_until_shut_down] * 2, *[shut_down] * 3)
     assert len(refusals) == 3
