@@ -178,7 +178,7 @@ def run_schemathesis(outcome: FuzzOutcome, url: str, folder: Path, *, seed: int,
     folder.mkdir()
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join((str(FOLDER), str(ROOT))),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(FOLDER), str(ROOT), os.environ.get("PYTHONPATH")))),
         "SCHEMATHESIS_HOOKS": "fuzz_checks",
         "FUZZ_VOCAB_SIZE": str(VOCAB_SIZE),
     }

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tokenmill.version import __version__
 
 if TYPE_CHECKING:
-    from tokenmill.config import KvCacheConfig, SchedulerConfig
+    from tokenmill.config import KvCacheConfig, SchedulerConfig, WorkerConfig
     from tokenmill.llm import LLM
     from tokenmill.outputs import CompletionOutput, RequestOutput
     from tokenmill.sampling_params import SamplingParams
@@ -23,6 +23,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "SchedulerConfig",
+    "WorkerConfig",
     "__version__",
 ]
 
@@ -33,6 +34,7 @@ _HOME = {
     "RequestOutput": "tokenmill.outputs",
     "SamplingParams": "tokenmill.sampling_params",
     "SchedulerConfig": "tokenmill.config",
+    "WorkerConfig": "tokenmill.config",
 }
 
 

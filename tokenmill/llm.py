@@ -164,13 +164,14 @@ class LLM:
         use_tqdm: bool = True,
         *,
         priority: float = 0.5,
+        timeout: float | None = None,
         **template: Any,
     ) -> RequestOutput | list[RequestOutput]:
         """Answer one conversation or many, and wait.
 
         Args:
             messages: a list of {"role", "content"} dictionaries, or a list of such lists.
-            sampling_params, use_tqdm, priority: as in `generate`.
+            sampling_params, use_tqdm, priority, timeout: as in `generate`.
             template: passed to `Tokenizer.apply_chat_template` (`add_generation_prompt`, `chat_template`, ...).
 
         Raises:
@@ -179,10 +180,12 @@ class LLM:
         if len(messages) == 0 or is_conversation(messages):
             conversation: Any = messages
             prompt = {"prompt_token_ids": self._inputs.apply_chat_template(conversation, template)}
-            return self.generate(prompt, _single(sampling_params), use_tqdm, priority=priority)
+            return self.generate(prompt, _single(sampling_params), use_tqdm, priority=priority, timeout=timeout)
         conversations: Sequence[Any] = messages
         prompts = [{"prompt_token_ids": self._inputs.apply_chat_template(one, template)} for one in conversations]
-        outputs: list[RequestOutput] = self.generate(prompts, sampling_params, use_tqdm, priority=priority)
+        outputs: list[RequestOutput] = self.generate(
+            prompts, sampling_params, use_tqdm, priority=priority, timeout=timeout
+        )
         return outputs
 
     def chat_async(

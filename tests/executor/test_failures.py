@@ -5,6 +5,7 @@ What a request gives after a second attempt is compared with the engine in this 
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import time
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import zmq
 
@@ -41,9 +43,19 @@ def expected(reference: LLM) -> list[RequestOutput]:
 
 
 @pytest.fixture(scope="module")
-def two_replicas(model_dir: Path) -> Iterator[LLM]:
+def two_replicas(model_dir: Path, expected: list[RequestOutput]) -> Iterator[LLM]:
     with make_llm(model_dir, num_replicas=2, worker_config=QUICK) as llm:
+        before = holdings(llm)
         yield llm
+        assert llm.stats().workers.num_restarts > 5
+        wait_until(lambda: holdings(llm) == before)
+
+
+def holdings(llm: LLM) -> tuple[int, int, int]:
+    """Descriptors and children of this process, and files of the executor: what must not grow with restarts."""
+    gc.collect()
+    process = psutil.Process()
+    return process.num_fds(), len(process.children(recursive=True)), len(list(proxy(llm)._folder.path.iterdir()))
 
 
 @pytest.fixture

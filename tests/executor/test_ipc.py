@@ -285,6 +285,7 @@ def test_the_folder_is_private_and_goes(folder: IpcFolder) -> None:
     assert [path.name for path in folder.path.iterdir() if path.is_socket()] == ["queue.sock"]
     sender.close()
     receiver.close()
+    assert [path.name for path in folder.path.iterdir()] == ["lock"]
     folder.close()
     folder.close()
     assert not folder.path.exists()

@@ -21,7 +21,7 @@ import pytest
 from tests.executor.conftest import MODES, NAN_TOKEN, make_llm, wait_until
 from tests.support.source_tree import ROOT
 from tokenmill import SamplingParams
-from tokenmill.config import WorkerConfig
+from tokenmill.config import LlmArgs, WorkerConfig
 from tokenmill.errors import (
     CheckpointError,
     ExecutorShutdownError,
@@ -29,6 +29,7 @@ from tokenmill.errors import (
     TokenmillError,
     WorkerStartError,
 )
+from tokenmill.executor.executor import GenerationExecutor
 
 pytestmark = pytest.mark.spec("B2")
 
@@ -132,6 +133,22 @@ class TestStart:
             assert footprint()["folders"] == before["folders"]
         assert errors[0].to_dict() == errors[1].to_dict()
 
+    def test_progress_of_loading_reaches_the_caller(self, model_dir: Path) -> None:
+        seen: list[list[tuple[str, int, int]]] = []
+        for replicas in (0, 1):
+            calls: list[tuple[str, int, int]] = []
+            args = LlmArgs(model=model_dir, num_replicas=replicas, device="cpu", num_threads=1)
+
+            def on_progress(what: str, done: int, total: int, calls: list[tuple[str, int, int]] = calls) -> None:
+                calls.append((what, done, total))
+
+            with GenerationExecutor.create(args, None, on_progress) as executor:
+                assert executor.generate_async([5, 6]).result(30).outputs[0].token_ids
+            seen.append(calls)
+        assert seen[0] == seen[1]
+        assert len(seen[0]) > 3
+        assert seen[0][-1][1] == seen[0][-1][2]
+
     def test_a_tokenizer_that_cannot_be_loaded(self, model_dir: Path, tmp_path: Path) -> None:
         (tmp_path / "tokenizer.json").write_text("{")
         with pytest.raises(CheckpointError, match="damaged"):
@@ -220,6 +237,22 @@ def test_ctrl_c_ends_everything(model_dir: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: parent and workers get it
     assert process.wait(20.0) != 0
     assert not any(is_alive(pid) for pid in facts["pids"])
+    assert not Path(facts["folder"]).exists()
+    close(process)
+
+
+def test_a_fork_of_the_caller_ends_nothing(model_dir: Path) -> None:
+    ending = """
+        if os.fork() == 0:
+            sys.exit()  # runs what is registered for the end of the process
+        os.wait()
+        time.sleep(0.2)
+        print(llm.generate("rain", SamplingParams(max_tokens=3, detokenize=False)).finished, flush=True)
+    """
+    process, facts = run_script(model_dir, ending)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "True\n"
+    assert process.wait(20.0) == 0
     assert not Path(facts["folder"]).exists()
     close(process)
 

@@ -133,7 +133,7 @@ def _kill_engine(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("the floor is gone")
 
     executor: Any = server.llm._executor
-    monkeypatch.setattr(executor._engine, "step", fail)
+    monkeypatch.setattr(executor._engine, "advance", fail)
 
 
 def test_leaving_is_nothing_to_log(server: LiveServer, caplog: pytest.LogCaptureFixture) -> None:

@@ -39,14 +39,14 @@ def stuck_engine(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """From now on no step of the in-process engine ends, until the context does."""
     goes_on = threading.Event()
     engine: Any = llm._executor._engine  # type: ignore[attr-defined]
-    step = engine.step
+    advance = engine.advance
 
-    def blocked_step() -> Any:
+    def blocked_advance() -> Any:
         goes_on.wait(30)
-        return step()
+        return advance()
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "step", blocked_step)
+        patch.setattr(engine, "advance", blocked_advance)
         yield
         goes_on.set()
 

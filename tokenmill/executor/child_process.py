@@ -68,7 +68,7 @@ class ChildProcess:
         except OSError as error:
             self._close_queues()
             raise WorkerStartError(f"The process {name} cannot be started: {error}.") from error
-        self._pidfd = os.pidfd_open(self.pid) if hasattr(os, "pidfd_open") else None
+        self._pidfd = _open_pidfd(self.pid)
 
     @property
     def pid(self) -> int:
@@ -182,6 +182,16 @@ class ChildProcess:
 
     def _log_size(self) -> int:
         return self._log_file.stat().st_size
+
+
+def _open_pidfd(pid: int) -> int | None:
+    """Something to poll that tells of the process's end at once; None where the system has no such thing."""
+    if sys.platform != "linux":
+        return None
+    try:
+        return os.pidfd_open(pid)
+    except OSError:  # an old or a restricted kernel; the end is then noticed a fraction of a second later
+        return None
 
 
 def _spawn(arguments: list[str], log_file: Path) -> subprocess.Popen[bytes]:

@@ -100,6 +100,7 @@ class IpcQueue(Generic[Message]):
         else:
             self.socket.connect(address)
         self.address = address
+        self._file = Path(address.removeprefix("ipc://")) if bind and address.startswith("ipc://") else None
 
     def _secure(self, keys: CurveKeys, is_server: bool) -> None:
         self.socket.curve_publickey = keys.public
@@ -162,6 +163,8 @@ class IpcQueue(Generic[Message]):
             self._authenticator.stop()
         if self._owns_context:
             self._context.term()
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)  # ZeroMQ leaves it behind
 
 
 class _OnePeer:

@@ -8,6 +8,7 @@ again whose worker died before anything of them was handed out, and restarts wha
 from __future__ import annotations
 
 import atexit
+import os
 import queue
 import threading
 import time
@@ -62,6 +63,7 @@ class GenerationExecutorProxy(GenerationExecutor):
         self._by_priority = args.scheduler_config.waiting_queue_policy == "priority"
         self._progress: queue.SimpleQueue[Progress] = queue.SimpleQueue()
         self._stop_lock = threading.Lock()
+        self._pid = os.getpid()
         self._folder = IpcFolder()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
@@ -132,10 +134,10 @@ class GenerationExecutorProxy(GenerationExecutor):
                 error = self._coordinator.started.get(timeout=0.05 if on_progress else None)
             except queue.Empty:
                 self._show_progress(on_progress)
-                if (error := self._table.closed_by) is None:
-                    continue
+                continue
             if error is not None:
                 raise error
+            self._show_progress(on_progress)
             return
 
     def _show_progress(self, on_progress: ProgressCallback | None) -> None:
@@ -221,6 +223,8 @@ class GenerationExecutorProxy(GenerationExecutor):
         self._coordinator.call(lambda: self._flow.cancel(request_id, reason, self._coordinator.clock))
 
     def _stop(self) -> None:
+        if os.getpid() != self._pid:
+            return  # a fork of the caller's process ends; nothing here is its own
         with self._stop_lock:
             if self._thread.is_alive:
                 self._coordinator.stop()
