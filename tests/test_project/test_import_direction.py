@@ -78,6 +78,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "sampling",
     ),
     "engine.plan": (),  # what crosses the Runner seam
+    "program": (),  # what crosses from the builder to the executors of programs
     "engine.request": (),  # what a caller asks for
     "kv_cache.tensors": ("attention.base", "ops"),
     "sampling": ("ops", "engine.plan"),

@@ -1,0 +1,1 @@
+"""A model compiled to a program: what `builder/` writes, an engine directory holds and `runtime/` executes."""
