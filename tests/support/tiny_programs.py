@@ -90,9 +90,7 @@ class ProgramWriter:
         add_one = self.config.model_type.startswith("gemma3") and name.endswith("norm.weight")
         self.weights[name] = tensor.float() + 1.0 if add_one else tensor.float()
         parts = () if is_constant else (WeightPart(name, tensor.shape[0]),)
-        self._listed.append(
-            Weight(name, tuple(tensor.shape), parts=parts, transform="add_one" if add_one else "none")
-        )
+        self._listed.append(Weight(name, tuple(tensor.shape), parts=parts, transform="add_one" if add_one else "none"))
 
     def _rotation(self, name: str, rope: RopeConfig) -> str:
         self._add_weight(f"{name}.frequencies", inverse_frequencies(rope, self.config.head_dim))

@@ -1,5 +1,5 @@
-"""The operations of a `Program` in torch: one function for each kind, which prepares an operation once and gives what
-runs it in each step. Numbers go through `tokenmill.ops` and an attention backend, as in the layers of the torch backend.
+"""The operations of a `Program` in torch: one function for each kind, which prepares an operation once and gives
+what runs it in each step. Numbers go through `tokenmill.ops` and an attention backend, as in the torch backend's layers.
 
 Values of an `int8_group32` buffer are kept as the floats that the integers stand for. Called by `torch_program`.
 """
@@ -185,9 +185,7 @@ def _gated_activation(operation: Operation, prepared: Preparation) -> Execute:
     return lambda values, step: write(values, activate(torch.cat((read_gate(values), read_up(values)), dim=-1)))
 
 
-def _gated(
-    name: AttributeValue, prepared: Preparation, operand: Operand
-) -> Callable[[torch.Tensor], torch.Tensor]:
+def _gated(name: AttributeValue, prepared: Preparation, operand: Operand) -> Callable[[torch.Tensor], torch.Tensor]:
     assert isinstance(name, str)
     device = next(iter(prepared.weights.values())).device
     return gated_activation(name, device, prepared.compute_dtype(operand))
@@ -271,9 +269,7 @@ def _turn(x: torch.Tensor, operand: Operand, values: Values, step: TorchStep) ->
     if operand not in step.rotations:
         half, first = operand.num_columns // 2, operand.first_column
         angles = values[operand.buffer]
-        step.rotations[operand] = _as_pairs(
-            angles[:, first : first + half], angles[:, first + half : first + 2 * half]
-        )
+        step.rotations[operand] = _as_pairs(angles[:, first : first + half], angles[:, first + half : first + 2 * half])
     return apply_rope(x, *step.rotations[operand])
 
 
