@@ -1,4 +1,4 @@
-"""`ProgramExecutor`: what runs a program's steps for a runner or a session; and `TorchExecutor`, which does it by torch."""
+"""`ProgramExecutor`: what runs a program's steps for a runner or a session; `TorchExecutor` does it by torch."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """The operations of a `Program` in torch: one function for each kind, which prepares an operation once and gives
-what runs it in each step. Numbers go through `tokenmill.ops` and an attention backend, as in the torch backend's layers.
+what runs it in each step. Numbers go through `tokenmill.ops` and an attention backend, as in the torch layers.
 
 Values of an `int8_group32` buffer are kept as the floats that the integers stand for. Called by `torch_program`.
 """
