@@ -82,7 +82,9 @@ def main() -> None:
             names = list(commands)
             for name in names if index % 2 == 0 else reversed(names):
                 rounds[name].append(play(commands[name], index))
-                print(f"round {index + 1} {name:22}", *(f"{k} {v:.4g}" for k, v in rounds[name][-1].items()), flush=True)
+                print(
+                    f"round {index + 1} {name:22}", *(f"{k} {v:.4g}" for k, v in rounds[name][-1].items()), flush=True
+                )
             limits.append(measure_limits(options.threads))
     rows = make_rows(rounds, limits, options.model)
     print_rows(rows)

@@ -131,9 +131,7 @@ def load(model_path: str, num_threads: int) -> Context:
     return Context(context, llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model)), 2048)
 
 
-def generate(
-    context: Context, choose: random.Random, *, num_sequences: int, input_len: int, output_len: int
-) -> float:
+def generate(context: Context, choose: random.Random, *, num_sequences: int, input_len: int, output_len: int) -> float:
     """Seconds for random prompts and their greedy answers, all at the same time."""
     context.clear()
     prompts = [[choose.randrange(3, context.vocab_size) for _ in range(input_len)] for _ in range(num_sequences)]

@@ -1,6 +1,6 @@
 """tokenmill's turn in `compare.py`: one measurement of each work through `LLM`, printed as JSON.
 
-    python -m benchmarks.cpu.play_tokenmill MODEL --backend engine --threads 2 --seed 0
+python -m benchmarks.cpu.play_tokenmill MODEL --backend engine --threads 2 --seed 0
 """
 
 from __future__ import annotations
