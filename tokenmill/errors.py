@@ -11,6 +11,7 @@
         CheckpointError              a checkpoint file is damaged, incomplete or of the wrong kind
       ExecutorError                  the layer between callers and engines
         QueueFullError               too many requests wait; try again later
+        RateLimitError               a client sends more requests than it may
         RequestTimeoutError          the request's deadline passed
         RequestCancelledError        the request was cancelled
         ExecutorShutdownError        the executor is shut down
@@ -127,6 +128,13 @@ class QueueFullError(ExecutorError):
     """Too many requests wait already."""
 
     code = "queue_full"
+    http_status = 429
+
+
+class RateLimitError(ExecutorError):
+    """A client sends more requests than it may."""
+
+    code = "rate_limit_exceeded"
     http_status = 429
 
 
