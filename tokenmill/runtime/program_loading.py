@@ -111,14 +111,19 @@ def load_executor(
         EngineFileError: the engine's weights were stripped.
         UnsupportedFeatureError: it needs kernels that this machine has not.
     """
-    return load_torch_executor(package, limits, cache_dtype)
+    return load_torch_executor(package, limits, cache_dtype, torch.device("cpu"))
 
 
 def load_torch_executor(
-    package: EnginePackage, limits: StepLimits, cache_dtype: torch.dtype, *, attn_backend: str = "auto"
+    package: EnginePackage,
+    limits: StepLimits,
+    cache_dtype: torch.dtype,
+    device: torch.device,
+    *,
+    attn_backend: str = "auto",
 ) -> ProgramExecutor:
-    """An executor that computes with torch on the CPU. Raises as `load_torch_program`."""
-    device = torch.device("cpu")
-    program = load_torch_program(package, device, attn_backend=attn_backend)
+    """An executor that computes with torch. Raises as `load_torch_program`."""
+    keep = tuple(package.config.debug_outputs.values())
+    program = load_torch_program(package, device, attn_backend=attn_backend, keep=keep)
     caches = allocate_program_caches(package.program, limits.num_blocks, limits.tokens_per_block, cache_dtype, device)
-    return TorchExecutor(program, caches, limits.arrays())
+    return TorchExecutor(program, caches, limits.arrays(), device)
