@@ -15,7 +15,8 @@ import torch
 
 from tokenmill.attention.base import AttentionBackend
 from tokenmill.layers.forward_batch import ForwardBatch
-from tokenmill.program.program import Buffer, Operand, Operation, Program
+from tokenmill.program.program import Operand, Operation, Program
+from tokenmill.runtime.program_parts import split_program
 from tokenmill.runtime.torch_operations import PREPARE, Execute, Preparation, TorchStep, Values
 
 Times: TypeAlias = dict[str, float]
@@ -44,13 +45,11 @@ class TorchProgram:
         self.vocab_size = program.output.columns
         self._buffers = {buffer.name: buffer for buffer in (*program.inputs, *program.buffers, program.output)}
         prepared = Preparation(self._buffers, weights, backend)
-        is_head = [self._reads_rows(operation) for operation in program.operations]
-        head = [operation for operation, of_head in zip(program.operations, is_head, strict=True) if of_head]
-        body = [operation for operation, of_head in zip(program.operations, is_head, strict=True) if not of_head]
-        self._hidden = self._hidden_buffers(head)
+        parts = split_program(program)
+        self._hidden = parts.hidden
         self.keep = frozenset(keep)
-        self._body = self._prepare(body, prepared, keep=[buffer.name for buffer in self._hidden])
-        self._head = self._prepare(head, prepared, keep=[program.output.name])
+        self._body = self._prepare(parts.body, prepared, keep=[buffer.name for buffer in self._hidden])
+        self._head = self._prepare(parts.head, prepared, keep=[program.output.name])
 
     @torch.inference_mode()
     def __call__(self, batch: ForwardBatch) -> torch.Tensor:
@@ -97,16 +96,6 @@ class TorchProgram:
         return values
 
     # ---- preparation -----------------------------------------------------------------------------------------
-
-    def _reads_rows(self, operation: Operation) -> bool:
-        """Whether the operation belongs to the part of the program that computes rows, not tokens."""
-        operands = (*operation.inputs.values(), *operation.outputs.values())
-        return any(self._buffers[operand.buffer].rows == "rows" for operand in operands)
-
-    def _hidden_buffers(self, head: Sequence[Operation]) -> list[Buffer]:
-        """What the head reads of the tokens, in order of name."""
-        read = {operand.buffer for operation in head for operand in operation.inputs.values()}
-        return [self._buffers[name] for name in sorted(read) if self._buffers[name].rows == "tokens"]
 
     def _prepare(
         self, operations: Sequence[Operation], prepared: Preparation, *, keep: Sequence[str]
