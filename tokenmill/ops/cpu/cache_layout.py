@@ -1,4 +1,4 @@
-"""Memory layout of the paged cache that the CPU kernels read and write: made so that no kernel has to transpose or pack.
+"""Memory layout of the paged cache that the CPU kernels read and write, so that no kernel has to transpose or pack.
 
 Of one layer, with N blocks of B tokens, G key/value heads of D columns; B and D are rounded up to multiples of 16:
 
@@ -33,8 +33,8 @@ STEP_TABLE_STRIDE: Final = 32
 STEP_SIZE: Final = 5
 """The step's rows for `attention` and the cache writers: `STEP_SIZE` int64 that the executor fills before every step.
 
-Byte offsets of: number of rows R; addresses of int32 `query_starts` [R + 1], `kv_lens` [R] (this step's tokens included)
-and `block_tables` [R, ...]; bytes from one row's block table to the next one's.
+Byte offsets of: number of rows R; addresses of int32 `query_starts` [R + 1], `kv_lens` [R] (this step's tokens too) and
+`block_tables` [R, ...]; bytes from one row's block table to the next one's.
 """
 
 
