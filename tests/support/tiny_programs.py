@@ -6,13 +6,19 @@ Independent of the builder, so that executors can be tested without it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from tokenmill.layers.rope import inverse_frequencies
 from tokenmill.layers.rope_config import RopeConfig
 from tokenmill.models.config import ModelConfig
+from tokenmill.program.engine_config import EngineConfig, LimitsRecord, ModelRecord, TargetRecord
+from tokenmill.program.package import EnginePackage
 from tokenmill.program.program import AttributeValue, Buffer, Operand, Operation, Program, Weight, WeightPart
+from tokenmill.version import __version__
 
 
 class ProgramWriter:
@@ -159,3 +165,26 @@ def tiny_program(config: ModelConfig, state: Mapping[str, torch.Tensor]) -> tupl
     """(program, its weights by name) of a model with the checkpoint tensors `state`."""
     writer = ProgramWriter(config, state)
     return writer.write(), writer.weights
+
+
+def tiny_package(
+    hf_config: Mapping[str, Any], state: Mapping[str, torch.Tensor], *, tokenizer: Path | None = None, **limits: int
+) -> EnginePackage:
+    """A float32 engine of a model, made without the builder."""
+    program, weights = tiny_program(ModelConfig.from_hf(hf_config), state)
+    sizes = {"max_batch_size": 8, "max_num_tokens": 256, "max_input_len": 255, "max_seq_len": 256, **limits}
+    files: dict[str, bytes | Path] = {}
+    if tokenizer is not None:
+        files = {f"tokenizer/{name}": tokenizer / name for name in ("tokenizer.json", "tokenizer_config.json")}
+    config = EngineConfig(
+        tokenmill_version=__version__,
+        model=ModelRecord(name="tiny", hf_config=dict(hf_config), checkpoint_format="safetensors", quantization="none"),
+        target=TargetRecord(device="cpu", architecture="any", instruction_set="any"),
+        limits=LimitsRecord(**sizes, max_beam_width=1),
+        dtype="float32",
+        kv_cache_dtype="float32",
+        quantization="none",
+        tokenizer="tokenizer" if tokenizer is not None else None,
+    )
+    encoded = {name: tensor.contiguous().numpy().view(np.uint8).reshape(-1) for name, tensor in weights.items()}
+    return EnginePackage(config=config, program=program, weights=encoded, files=files)

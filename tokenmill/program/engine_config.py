@@ -142,6 +142,22 @@ def decode_config(text: bytes, source: str) -> EngineConfig:
         raise EngineFileError(f"{source} cannot be read: {error}.", field="engine", remedy=_REBUILD) from None
 
 
+def read_config(path: Path) -> EngineConfig:
+    """The configuration of the engine in the directory `path`.
+
+    Raises:
+        EngineFileError: as `decode_config`, or it cannot be read.
+    """
+    file = path / CONFIG_NAME
+    try:
+        text = file.read_bytes()
+    except OSError as error:
+        raise EngineFileError(
+            f"{file} cannot be read: {error.strerror or error}.", field="engine", remedy=_REBUILD
+        ) from error
+    return decode_config(text, str(file))
+
+
 def is_engine(path: Path) -> bool:
     """Whether `path` is a directory that holds an engine, whole or not, of this or another version."""
     file = path / CONFIG_NAME
