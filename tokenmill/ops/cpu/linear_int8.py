@@ -13,7 +13,7 @@ from typing import Final
 
 from tokenmill.errors import InvalidParameterError
 from tokenmill.ops.cpu.cpu_features import DotProduct, best_dot_product
-from tokenmill.ops.cpu.dot_product import gemv_block, panel_block, prepared_group_bytes, unpack_block
+from tokenmill.ops.cpu.dot_product import PREPARED, gemv_block, panel_block, unpack_block
 from tokenmill.ops.cpu.intrinsics import argument, chunk_range, device_panel_width
 from tokenmill.ops.cpu.jit import NativeFunction, device
 from tokenmill.ops.cpu.layout import COLUMN_NUM_TOKENS, FIRST_ARGUMENT, GROUP_BYTES
@@ -46,7 +46,7 @@ PREPARED_GROUPS: Final = 24
 MAX_BLOCKS: Final = 4
 """Row blocks of a chunk."""
 
-PREPARED_BYTES: Final = 2 * PREPARED_GROUPS * prepared_group_bytes(2)
+PREPARED_BYTES: Final = 2 * PREPARED_GROUPS * ENCODINGS[-1].group_bytes
 SCRATCH_BYTES: Final = PREPARED_BYTES + TOKEN_BLOCK * MAX_BLOCKS * BLOCK_TOTALS
 """Scratch memory of one thread; ops may share it."""
 
@@ -84,9 +84,8 @@ def _one_token_kernel(encoding: int, way: int) -> NativeFunction:
 
 def _many_tokens_kernel(encoding: int, way: int) -> NativeFunction:
     group_bytes = ENCODINGS[encoding].group_bytes
-    scales = ENCODINGS[encoding].scales_per_group
-    prepared_group = prepared_group_bytes(scales)
-    prepared_block = PREPARED_GROUPS * prepared_group
+    ready = PREPARED + ENCODINGS[encoding].scales_per_group - 1
+    prepared_block = PREPARED_GROUPS * ENCODINGS[ready].group_bytes
 
     def linear_many_tokens(thread: int, num_threads: int, row: int) -> None:
         num_tokens, num_groups = argument(row, COLUMN_NUM_TOKENS), argument(row, NUM_GROUPS)
@@ -121,13 +120,13 @@ def _many_tokens_kernel(encoding: int, way: int) -> NativeFunction:
                         x = values + panel * panel_bytes
                         y = result + panel * width * stride
                         if width == 16:
-                            panel_block(way, scales, 16, 0, 8, 2, prepared, prepared_block, x, length, y, stride)
+                            panel_block(ready, way, 16, 0, 8, 2, prepared, prepared_block, x, length, y, stride)
                             y += 8 * stride
-                            panel_block(way, scales, 16, 8, 8, 2, prepared, prepared_block, x, length, y, stride)
+                            panel_block(ready, way, 16, 8, 8, 2, prepared, prepared_block, x, length, y, stride)
                         elif width == 8:
-                            panel_block(way, scales, 8, 0, 8, 2, prepared, prepared_block, x, length, y, stride)
+                            panel_block(ready, way, 8, 0, 8, 2, prepared, prepared_block, x, length, y, stride)
                         else:
-                            panel_block(way, scales, 4, 0, 4, 2, prepared, prepared_block, x, length, y, stride)
+                            panel_block(ready, way, 4, 0, 4, 2, prepared, prepared_block, x, length, y, stride)
             if gated:
                 finish_gated(row, totals, first_token, count, chunk)
             else:

@@ -80,10 +80,13 @@ ENCODINGS: Final = (
     Encoding("q6_k", 8, 4, zero_point=32, scales_per_group=2, block_columns=K_BLOCK, block_bytes=210),
     Encoding("int8_group32", 8, 2, zero_point=128),
     Encoding("int8_channel", 8, 0, zero_point=128),
+    Encoding("prepared", 8, 4, has_minimum=True),
+    Encoding("prepared_halves", 8, 4, has_minimum=True, scales_per_group=2),
 )
-"""Formats that the int8 linear kernels read; kernels are told the index."""
+"""What the inner loops read; kernels are told the index. The last two are what kernels make of others for many tokens."""
 
-FORMATS: Final = tuple(encoding.format for encoding in ENCODINGS)
+FORMATS: Final = tuple(encoding.format for encoding in ENCODINGS[:-2])
+"""Formats of packed weights."""
 
 
 def encoding_of(weight_format: str) -> Encoding:
@@ -254,6 +257,8 @@ def _write_rows(encoding: Encoding, rows: Rows, records: ByteArray, channels: Fl
     whole = len(rows.words) // ROW_BLOCK
     rest = len(rows.words) - whole * ROW_BLOCK
     for first, count, size in ((0, whole, ROW_BLOCK), (whole, int(rest > 0), rest)):
+        if count == 0:
+            continue
         begin, end = first * ROW_BLOCK, first * ROW_BLOCK + count * size
         target = records[first : first + count]
         groups = target.shape[1]
