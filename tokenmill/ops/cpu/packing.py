@@ -80,13 +80,10 @@ ENCODINGS: Final = (
     Encoding("q6_k", 8, 4, zero_point=32, scales_per_group=2, block_columns=K_BLOCK, block_bytes=210),
     Encoding("int8_group32", 8, 2, zero_point=128),
     Encoding("int8_channel", 8, 0, zero_point=128),
-    Encoding("prepared", 8, 4, has_minimum=True),
-    Encoding("prepared_halves", 8, 4, has_minimum=True, scales_per_group=2),
 )
-"""What the inner loops read; kernels are told the index. The last two are what kernels make of others for many tokens."""
+"""Formats that the int8 linear kernels read; kernels are told the index."""
 
-FORMATS: Final = tuple(encoding.format for encoding in ENCODINGS[:-2])
-"""Formats of packed weights."""
+FORMATS: Final = tuple(encoding.format for encoding in ENCODINGS)
 
 
 def encoding_of(weight_format: str) -> Encoding:
