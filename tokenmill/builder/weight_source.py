@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,15 +99,22 @@ class WeightSource:
             return np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
         return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
+    def values(self, weight: Weight) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """The weight's values, [out_features, in_features] float32."""
+        parts = [self._transformed(part.name, weight).float().numpy() for part in weight.parts]
+        return np.concatenate(parts) if len(parts) > 1 else parts[0]
+
     def _encoded_part(self, name: str, weight: Weight) -> Rows:
         tensor = self.tensors[name]
         if weight.transform == "none" and tensor.block_type and BLOCK_TYPES.get(tensor.block_type) == weight.format:
             assert tensor.load_blocks is not None
             return tensor.load_blocks()
-        values = tensor.load()
-        if weight.transform == "add_one":
-            values = values.float() + 1.0
-        return encode_rows(values.reshape(-1, values.shape[-1]), weight.format)
+        values = self._transformed(name, weight)
+        return encode_rows(values.reshape(1, -1) if values.dim() == 1 else values, weight.format)
+
+    def _transformed(self, name: str, weight: Weight) -> torch.Tensor:
+        values = self.tensors[name].load()
+        return values.float() + 1.0 if weight.transform == "add_one" else values
 
 
 def _without_layers(config: ModelConfig) -> CausalLM:

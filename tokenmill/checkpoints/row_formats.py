@@ -41,7 +41,7 @@ def encode_rows(values: torch.Tensor, format_name: str) -> Rows:
     if format_name == "int8_channel":
         return _int8(values.float(), torch.float32)
     if format_name == "int8_group32":
-        groups = functional.pad(values.float(), (0, -values.shape[1] % 32)).unflatten(1, (-1, 32))
+        groups = functional.pad(values.float(), (0, -values.shape[1] % 32)).reshape(values.shape[0], -1, 32)
         return _int8(groups, torch.float16).reshape(values.shape[0], -1)
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import quantize

@@ -13,20 +13,13 @@ from tokenmill.kv_cache.tensors import allocate_caches
 from tokenmill.program.package import EnginePackage
 from tokenmill.program.program import Program
 from tokenmill.runtime.program_executor import ProgramExecutor, TorchExecutor
+from tokenmill.runtime.program_parts import layer_caches
 from tokenmill.runtime.step_arrays import StepArrays
 from tokenmill.runtime.torch_program import TorchProgram
 from tokenmill.runtime.weight_decoding import decode_weight
 
 MIN_LOGIT_ROWS = 16
 """Rows of logits that a step has room for, at the least: log-probabilities of prompts ask for many at a time."""
-
-
-@dataclass(frozen=True, slots=True)
-class CacheShape:
-    """One layer's keys, or values, in the cache."""
-
-    num_kv_heads: int
-    head_dim: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,17 +51,6 @@ class StepLimits:
         )
 
 
-def cache_shapes(program: Program) -> tuple[CacheShape, ...]:
-    """The shape of each layer's cache, by layer."""
-    found: dict[int, CacheShape] = {}
-    for operation in program.operations:
-        if operation.kind == "attention":
-            layer, heads, head_dim = (operation.attributes[name] for name in ("layer", "num_kv_heads", "head_dim"))
-            assert isinstance(layer, int) and isinstance(heads, int) and isinstance(head_dim, int)
-            found[layer] = CacheShape(heads, head_dim)
-    return tuple(found[layer] for layer in range(len(found)))
-
-
 def load_torch_program(
     package: EnginePackage, device: torch.device, *, attn_backend: str = "auto", keep: Sequence[str] = ()
 ) -> TorchProgram:
@@ -92,7 +74,7 @@ def allocate_program_caches(
     """Keys and values of every layer, not initialized."""
     return tuple(
         allocate_caches(1, num_blocks, tokens_per_block, shape.num_kv_heads, shape.head_dim, dtype, device)[0]
-        for shape in cache_shapes(program)
+        for shape in layer_caches(program)
     )
 
 
@@ -111,14 +93,19 @@ def load_executor(
         EngineFileError: the engine's weights were stripped.
         UnsupportedFeatureError: it needs kernels that this machine has not.
     """
-    return load_torch_executor(package, limits, cache_dtype)
+    return load_torch_executor(package, limits, cache_dtype, torch.device("cpu"))
 
 
 def load_torch_executor(
-    package: EnginePackage, limits: StepLimits, cache_dtype: torch.dtype, *, attn_backend: str = "auto"
+    package: EnginePackage,
+    limits: StepLimits,
+    cache_dtype: torch.dtype,
+    device: torch.device,
+    *,
+    attn_backend: str = "auto",
 ) -> ProgramExecutor:
-    """An executor that computes with torch on the CPU. Raises as `load_torch_program`."""
-    device = torch.device("cpu")
-    program = load_torch_program(package, device, attn_backend=attn_backend)
+    """An executor that computes with torch. Raises as `load_torch_program`."""
+    keep = tuple(package.config.debug_outputs.values())
+    program = load_torch_program(package, device, attn_backend=attn_backend, keep=keep)
     caches = allocate_program_caches(package.program, limits.num_blocks, limits.tokens_per_block, cache_dtype, device)
-    return TorchExecutor(program, caches, limits.arrays())
+    return TorchExecutor(program, caches, limits.arrays(), device)

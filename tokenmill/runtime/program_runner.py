@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from tokenmill.engine.plan import BatchPlan, BlockCopy, Row
-from tokenmill.runtime.program_executor import Logits, ProgramExecutor
+from tokenmill.runtime.program_executor import ProgramExecutor, Values
 from tokenmill.runtime.slot_runner import LaunchedStep, SlotRunner
 from tokenmill.runtime.slot_state import SlotState
 from tokenmill.sampling.sampled_tokens import SampledRow
@@ -64,7 +64,7 @@ class ProgramRunner(SlotRunner):
     def _copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
         self._executor.copy_blocks([copy.source for copy in copies], [copy.destination for copy in copies])
 
-    def _most_likely(self, logits: Logits, rows: Sequence[Row]) -> HostTokens:
+    def _most_likely(self, logits: Values, rows: Sequence[Row]) -> HostTokens:
         """The most likely token of each row, of equal ones the first, written to its slot."""
         found: list[int | None] = []
         for row, row_logits in zip(rows, logits, strict=True):
@@ -76,7 +76,7 @@ class ProgramRunner(SlotRunner):
 
     @torch.inference_mode()
     def _launch_sampled(
-        self, plan: BatchPlan, sampled_rows: tuple[int, ...], rows: Sequence[Row], logits: Logits
+        self, plan: BatchPlan, sampled_rows: tuple[int, ...], rows: Sequence[Row], logits: Values
     ) -> LaunchedStep:
         """The sampler chooses; log-probabilities of prompts are computed."""
         readback = None

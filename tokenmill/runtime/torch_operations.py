@@ -107,10 +107,16 @@ def round_to_int8(x: torch.Tensor) -> torch.Tensor:
     """x [T, C] with each group of 32 columns rounded to 255 levels between minus and plus its largest magnitude."""
     num_columns = x.shape[1]
     padded = functional.pad(x.float(), (0, -num_columns % GROUP_SIZE))
-    groups = padded.unflatten(1, (-1, GROUP_SIZE))
+    groups = padded.view(padded.shape[0], padded.shape[1] // GROUP_SIZE, GROUP_SIZE)
     scales = groups.abs().amax(dim=-1, keepdim=True) / 127.0
     levels = torch.round(groups / scales.masked_fill(scales == 0.0, 1.0))
-    return (levels * scales).flatten(1)[:, :num_columns]
+    rounded: torch.Tensor = (levels * scales).flatten(1)[:, :num_columns]
+    return rounded
+
+
+def _heads(x: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """[T, heads * D] to [T, heads, D]."""
+    return x.view(x.shape[0], x.shape[1] // head_dim, head_dim)
 
 
 def _number(value: AttributeValue) -> float:
@@ -223,8 +229,8 @@ def _rms_norm(operation: Operation, prepared: Preparation) -> Execute:
     head_dim = operation.attributes.get("head_dim")
     if head_dim is None:
         return lambda values, step: write(values, rms_norm(read(values), weight, eps))
-    heads = (-1, _integer(head_dim))
-    return lambda values, step: write(values, rms_norm(read(values).unflatten(1, heads), weight, eps).flatten(1))
+    size = _integer(head_dim)
+    return lambda values, step: write(values, rms_norm(_heads(read(values), size), weight, eps).flatten(1))
 
 
 def _add_rms_norm(operation: Operation, prepared: Preparation) -> Execute:
@@ -275,10 +281,10 @@ def _turn(x: torch.Tensor, operand: Operand, values: Values, step: TorchStep) ->
 
 def _rope(operation: Operation, prepared: Preparation) -> Execute:
     read, write = prepared.reader(operation.inputs["x"]), prepared.writer(operation.outputs["y"])
-    rotation, heads = operation.inputs["rotation"], (-1, _integer(operation.attributes["head_dim"]))
+    rotation, head_dim = operation.inputs["rotation"], _integer(operation.attributes["head_dim"])
 
     def execute(values: Values, step: TorchStep) -> None:
-        write(values, _turn(read(values).unflatten(1, heads), rotation, values, step).flatten(1))
+        write(values, _turn(_heads(read(values), head_dim), rotation, values, step).flatten(1))
 
     return execute
 
@@ -288,8 +294,8 @@ def _write_cache(operation: Operation, prepared: Preparation) -> Execute:
     layer = _integer(operation.attributes["layer"])
 
     def execute(values: Values, step: TorchStep) -> None:
-        heads = (-1, step.caches[layer][0].shape[-1])
-        step.written[layer] = key(values).unflatten(1, heads), value(values).unflatten(1, heads)
+        head_dim = step.caches[layer][0].shape[-1]
+        step.written[layer] = _heads(key(values), head_dim), _heads(value(values), head_dim)
 
     return execute
 
@@ -297,7 +303,7 @@ def _write_cache(operation: Operation, prepared: Preparation) -> Execute:
 def _rope_write_cache(operation: Operation, prepared: Preparation) -> Execute:
     query, key, value = (prepared.reader(operation.inputs[role]) for role in ("query", "key", "value"))
     write, rotation = prepared.writer(operation.outputs["y"]), operation.inputs["rotation"]
-    layer, heads = _integer(operation.attributes["layer"]), (-1, _integer(operation.attributes["head_dim"]))
+    layer, head_dim = (_integer(operation.attributes[name]) for name in ("layer", "head_dim"))
     query_norm, key_norm = (
         prepared.weights[operation.weights[role]] if role in operation.weights else None
         for role in ("query_norm", "key_norm")
@@ -305,11 +311,11 @@ def _rope_write_cache(operation: Operation, prepared: Preparation) -> Execute:
     eps = _number(operation.attributes.get("eps") or 0.0)
 
     def turned(x: torch.Tensor, norm: torch.Tensor | None, values: Values, step: TorchStep) -> torch.Tensor:
-        x = x.unflatten(1, heads)
+        x = _heads(x, head_dim)
         return _turn(x if norm is None else rms_norm(x, norm, eps), rotation, values, step)
 
     def execute(values: Values, step: TorchStep) -> None:
-        step.written[layer] = turned(key(values), key_norm, values, step), value(values).unflatten(1, heads)
+        step.written[layer] = turned(key(values), key_norm, values, step), _heads(value(values), head_dim)
         write(values, turned(query(values), query_norm, values, step).flatten(1))
 
     return execute
@@ -330,7 +336,7 @@ def _attention(operation: Operation, prepared: Preparation) -> Execute:
     layer, backend = _integer(attributes["layer"]), prepared.backend
 
     def execute(values: Values, step: TorchStep) -> None:
-        query = read(values).unflatten(1, (spec.num_heads, spec.head_dim))
+        query = _heads(read(values), spec.head_dim)
         # The backend writes this step's keys and values itself, in the kernel that reads them where it has one.
         key, value = step.written.pop(layer)
         write(values, backend.forward(spec, query, key, value, step.caches[layer], step.attention).flatten(1))

@@ -7,14 +7,20 @@ program is cut where rows are selected; what the second part needs of the first 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 
 from tokenmill.attention.base import AttentionBackend
 from tokenmill.layers.forward_batch import ForwardBatch
-from tokenmill.program.program import Buffer, Operand, Operation, Program
+from tokenmill.program.program import Operand, Operation, Program
+from tokenmill.runtime.program_parts import split_program
 from tokenmill.runtime.torch_operations import PREPARE, Execute, Preparation, TorchStep, Values
+
+Times: TypeAlias = dict[str, float]
+"""Seconds by the operation's name."""
 
 
 class TorchProgram:
@@ -39,13 +45,11 @@ class TorchProgram:
         self.vocab_size = program.output.columns
         self._buffers = {buffer.name: buffer for buffer in (*program.inputs, *program.buffers, program.output)}
         prepared = Preparation(self._buffers, weights, backend)
-        is_head = [self._reads_rows(operation) for operation in program.operations]
-        head = [operation for operation, of_head in zip(program.operations, is_head, strict=True) if of_head]
-        body = [operation for operation, of_head in zip(program.operations, is_head, strict=True) if not of_head]
-        self._hidden = self._hidden_buffers(head)
-        self._keep = frozenset(keep)
-        self._body = self._prepare(body, prepared, keep=[buffer.name for buffer in self._hidden])
-        self._head = self._prepare(head, prepared, keep=[program.output.name])
+        parts = split_program(program)
+        self._hidden = parts.hidden
+        self.keep = frozenset(keep)
+        self._body = self._prepare(parts.body, prepared, keep=[buffer.name for buffer in self._hidden])
+        self._head = self._prepare(parts.head, prepared, keep=[program.output.name])
 
     @torch.inference_mode()
     def __call__(self, batch: ForwardBatch) -> torch.Tensor:
@@ -58,59 +62,73 @@ class TorchProgram:
         return self._run_head(hidden)[self.program.output.name]
 
     @torch.inference_mode()
-    def run(self, batch: ForwardBatch, row_index: torch.Tensor) -> Values:
-        """One step as a whole: the logits of the tokens at `row_index` [R] and the buffers of `keep`, by name."""
-        values = self._run_body(batch)
-        head = self._run_head(self._hidden_of(values)[row_index])
-        kept = {name: tensor for name, tensor in {**values, **head}.items() if name in self._keep}
+    def run(self, batch: ForwardBatch, row_index: torch.Tensor, times: Times | None = None) -> Values:
+        """One step as a whole: the logits of the tokens at `row_index` [R] and the buffers of `keep`, by name.
+
+        Args:
+            batch: the step.
+            row_index: int64.
+            times: takes the seconds of each operation, by its name.
+        """
+        values = self._run_body(batch, times)
+        head = self._run_head(self._hidden_of(values)[row_index], times)
+        kept = {name: tensor for name, tensor in {**head, **values}.items() if name in self.keep}
         return kept | {self.program.output.name: head[self.program.output.name]}
 
-    def _run_body(self, batch: ForwardBatch) -> Values:
+    def _run_body(self, batch: ForwardBatch, times: Times | None = None) -> Values:
         values = {"token_ids": batch.input_ids.unsqueeze(1), "positions": batch.positions.unsqueeze(1)}
-        _execute(self._body, values, TorchStep(batch.attention, batch.caches))
+        _execute(self._body, values, TorchStep(batch.attention, batch.caches), times)
         return values
 
     def _hidden_of(self, values: Values) -> torch.Tensor:
         parts = [values[buffer.name] for buffer in self._hidden]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def _run_head(self, hidden: torch.Tensor) -> Values:
-        widths = [buffer.columns for buffer in self._hidden]
-        parts = hidden.split(widths, dim=1) if len(widths) > 1 else (hidden,)
-        values = {buffer.name: part for buffer, part in zip(self._hidden, parts, strict=True)}
+    def _run_head(self, hidden: torch.Tensor, times: Times | None = None) -> Values:
+        values: Values = {}
+        first = 0
+        for buffer in self._hidden:
+            values[buffer.name] = hidden[:, first : first + buffer.columns]
+            first += buffer.columns
         # The rows have been selected: what `select_rows` is told is to take them all.
         values["row_index"] = torch.arange(hidden.shape[0], device=hidden.device).unsqueeze(1)
-        _execute(self._head, values, None)
+        _execute(self._head, values, None, times)
         return values
 
     # ---- preparation -----------------------------------------------------------------------------------------
 
-    def _reads_rows(self, operation: Operation) -> bool:
-        """Whether the operation belongs to the part of the program that computes rows, not tokens."""
-        operands = (*operation.inputs.values(), *operation.outputs.values())
-        return any(self._buffers[operand.buffer].rows == "rows" for operand in operands)
-
-    def _hidden_buffers(self, head: Sequence[Operation]) -> list[Buffer]:
-        """What the head reads of the tokens, in order of name."""
-        read = {operand.buffer for operation in head for operand in operation.inputs.values()}
-        return [self._buffers[name] for name in sorted(read) if self._buffers[name].rows == "tokens"]
-
     def _prepare(
         self, operations: Sequence[Operation], prepared: Preparation, *, keep: Sequence[str]
-    ) -> list[tuple[Execute, tuple[str, ...]]]:
+    ) -> list[_Prepared]:
         """What runs each operation, and the buffers that nobody reads after it."""
-        steps: list[tuple[Execute, tuple[str, ...]]] = []
-        live = {*keep, *self._keep}
+        steps: list[_Prepared] = []
+        live = {*keep, *self.keep}
         for operation in reversed(operations):
             operands: tuple[Operand, ...] = (*operation.inputs.values(), *operation.outputs.values())
             dead = tuple(dict.fromkeys(operand.buffer for operand in operands if operand.buffer not in live))
             live.update(dead)
-            steps.append((PREPARE[operation.kind](operation, prepared), dead))
+            steps.append(_Prepared(operation.name, PREPARE[operation.kind](operation, prepared), dead))
         return steps[::-1]
 
 
-def _execute(steps: Sequence[tuple[Execute, tuple[str, ...]]], values: Values, step: TorchStep | None) -> None:
-    for execute, dead in steps:
+class _Prepared(NamedTuple):
+    name: str
+    execute: Execute
+    dead: tuple[str, ...]
+
+
+def _execute(operations: Sequence[_Prepared], values: Values, step: TorchStep | None, times: Times | None) -> None:
+    for name, execute, dead in operations:
+        started = 0.0 if times is None else _now(values)
         execute(values, step)  # type: ignore[arg-type]  # the head has no operation that asks for the step
-        for name in dead:
-            values.pop(name, None)
+        if times is not None:
+            times[name] = _now(values) - started
+        for buffer in dead:
+            values.pop(buffer, None)
+
+
+def _now(values: Values) -> float:
+    """Seconds, when the device has done what it was told."""
+    if any(tensor.is_cuda for tensor in values.values()):
+        torch.cuda.synchronize()
+    return time.perf_counter()

@@ -1,4 +1,4 @@
-"""Functions of vectors: exponential, tanh, activations, masks of scores, transposition. Used by the kernels of `ops/cpu/`.
+"""Functions of vectors: exponential, tanh, activations, masks of scores, transposition. For kernels.
 
 Errors are in units in the last place (ulp) against float64, measured by `tests/ops/cpu/test_vector_math.py`.
 """
@@ -46,6 +46,10 @@ EXP2_COEFFICIENTS: Final = (
 )
 TANH_COEFFICIENTS: Final = (1.0, -1 / 3, 2 / 15, -17 / 315, 62 / 2835)
 """Taylor series of tanh(x) / x in x^2: for small x, where the exponential would lose digits."""
+
+SINE_COEFFICIENTS: Final = tuple((-1) ** i / math.factorial(2 * i + 1) for i in range(6))
+COSINE_COEFFICIENTS: Final = tuple((-1) ** i / math.factorial(2 * i) for i in range(7))
+"""Taylor series of sin(x) / x and cos(x) in x^2: below 1e-9 off for |x| <= pi / 4."""
 
 
 def f32(value: float) -> ir.Constant:
@@ -149,7 +153,7 @@ def keep_visible(
     window: ir.Value,
     other: ir.Value,
 ) -> ir.Value:
-    """Scores of one key for 16 queries; `other` where the key comes later than the query, or `window` or more before."""
+    """Scores of one key for 16 queries; `other` where the key comes after the query, or `window` or more before."""
     distance = builder.sub(query_positions, splat(builder, builder.trunc(key_position, I32)))
     is_past = builder.icmp_signed(">=", distance, constant(I32, 0))
     is_near = builder.icmp_signed("<", distance, splat(builder, builder.trunc(window, I32)))
@@ -182,3 +186,42 @@ def transpose_16x16(
         ]
     for row, vector in enumerate(rows):
         store_vector(builder, builder.add(target, builder.mul(target_stride, I64(row))), vector)
+
+
+def emit_sine_and_cosine(builder: ir.IRBuilder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """sin(x) and cos(x) for |x| below 2^30; the angle is reduced in float64."""
+    double_type = ir.VectorType(ir.DoubleType(), LANES)
+    wide = builder.fpext(x, double_type)
+    scaled = builder.fmul(wide, constant(ir.DoubleType(), 2 / math.pi))
+    quarter = call(builder, "llvm.rint.v16f64", double_type, scaled)
+    rest = builder.fmul(builder.fsub(scaled, quarter), constant(ir.DoubleType(), math.pi / 2))
+    rest = builder.fptrunc(rest, F32X16)
+    square = builder.fmul(rest, rest)
+    sine = builder.fmul(rest, emit_polynomial(builder, square, SINE_COEFFICIENTS))
+    cosine = emit_polynomial(builder, square, COSINE_COEFFICIENTS)
+    turns = builder.fptosi(quarter, I32X16)
+    zero = constant(I32, 0)
+    is_odd = builder.icmp_signed("!=", builder.and_(turns, constant(I32, 1)), zero)
+    negates_sine = builder.icmp_signed("!=", builder.and_(turns, constant(I32, 2)), zero)
+    negates_cosine = builder.icmp_signed(
+        "!=", builder.and_(builder.add(turns, constant(I32, 1)), constant(I32, 2)), zero
+    )
+    results = []
+    for chosen, negates in (
+        (builder.select(is_odd, cosine, sine), negates_sine),
+        (builder.select(is_odd, sine, cosine), negates_cosine),
+    ):
+        results.append(builder.select(negates, builder.fsub(f32(-0.0), chosen), chosen))
+    return results[0], results[1]
+
+
+@operation(float32x16, float32x16)
+def sine(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """sin(x), within 1.5e-7."""
+    return emit_sine_and_cosine(builder, x)[0]
+
+
+@operation(float32x16, float32x16)
+def cosine(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """cos(x), within 1.5e-7."""
+    return emit_sine_and_cosine(builder, x)[1]
