@@ -30,7 +30,7 @@ from benchmarks.cpu.machine_limits import MachineLimits, measure_limits
 from benchmarks.result_file import FOLDER, RESULTS, ROOT, Row, print_rows, write_result
 from tokenmill.inspection import inspect_model
 
-ENGINE, TORCH = "tokenmill engine", "tokenmill torch"
+ENGINE = "tokenmill engine"
 LLAMA, LLAMA_BEST = "llama.cpp, same file", "llama.cpp, Q4_0"
 Rounds = Mapping[str, Sequence[Mapping[str, float]]]
 """By player, one result of every work a round."""
@@ -86,7 +86,8 @@ def main() -> None:
                     f"round {index + 1} {name:22}", *(f"{k} {v:.4g}" for k, v in rounds[name][-1].items()), flush=True
                 )
             limits.append(measure_limits(options.threads))
-    rows = make_rows(rounds, limits, options.model)
+    model = inspect_model(options.model)
+    rows = make_rows(rounds, MachineLimits.median(limits), model.checkpoint.num_bytes, model.num_parameters)
     print_rows(rows)
     write_result(options.output, "cpu_compare", rows)
     print(f"written to {options.output}")
@@ -132,9 +133,8 @@ def play(command: Sequence[str], index: int) -> dict[str, float]:
     return result
 
 
-def make_rows(rounds: Rounds, limits: Sequence[MachineLimits], model: str) -> list[Row]:
-    """Values of every player, ratios to llama.cpp, and the machine."""
-    machine = MachineLimits.median(limits)
+def make_rows(rounds: Rounds, machine: MachineLimits, num_bytes: int, num_parameters: int) -> list[Row]:
+    """Values of every player, ratios to llama.cpp, and the machine; bytes and parameters are the model's."""
     rows = []
     for work in WORKS:
         values = {name: statistics.median(turn[work.key] for turn in turns) for name, turns in rounds.items()}
@@ -146,7 +146,7 @@ def make_rows(rounds: Rounds, limits: Sequence[MachineLimits], model: str) -> li
             rows.append(
                 Row(work.name, f"{work.metric}, {name}", round(value, 3), work.unit, work.goal if is_engine else None,
                     {**others, **work.peers} if is_engine else None,
-                    limit_of(work, machine, model) if is_engine else None, is_upper_goal=work.key == "start")
+                    limit_of(work, machine, num_bytes, num_parameters) if is_engine else None, is_upper_goal=work.key == "start")
             )  # fmt: skip
         rows += ratio_rows(work, rounds)
     rows += [
@@ -168,12 +168,10 @@ def ratio_rows(work: Work, rounds: Rounds) -> list[Row]:
     return rows
 
 
-def limit_of(work: Work, machine: MachineLimits, model: str) -> float | None:
+def limit_of(work: Work, machine: MachineLimits, num_bytes: int, num_parameters: int) -> float | None:
     """Tokens a second if nothing but reading weights once a step, or multiplying them in 8 bits, took time."""
     if work.key == "start":
         return None
-    report = inspect_model(model)
-    num_bytes, num_parameters = report.checkpoint.num_bytes, report.num_parameters
     if work.key == "prefill":
         return round(machine.int8_ops / (2 * num_parameters), 1)
     if work.key == "decode":
