@@ -142,12 +142,14 @@ def make_rows(rounds: Rounds, machine: MachineLimits, num_bytes: int, num_parame
         for name, value in values.items():
             if name.startswith("llama"):
                 continue
-            is_engine = name == ENGINE
-            rows.append(
-                Row(work.name, f"{work.metric}, {name}", round(value, 3), work.unit, work.goal if is_engine else None,
-                    {**others, **work.peers} if is_engine else None,
-                    limit_of(work, machine, num_bytes, num_parameters) if is_engine else None, is_upper_goal=work.key == "start")
-            )  # fmt: skip
+            metric = f"{work.metric}, {name}"
+            if name != ENGINE:
+                rows.append(Row(work.name, metric, round(value, 3), work.unit))
+                continue
+            limit = limit_of(work, machine, num_bytes, num_parameters)
+            peers = {**others, **work.peers}
+            is_upper = work.key == "start"
+            rows.append(Row(work.name, metric, round(value, 3), work.unit, work.goal, peers, limit, is_upper))
         rows += ratio_rows(work, rounds)
     rows += [
         Row("this machine", "memory read bandwidth", round(machine.bandwidth / 1e9, 1), "GB/s"),
