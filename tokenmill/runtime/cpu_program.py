@@ -13,7 +13,6 @@ from typing import Final
 import numpy as np
 import torch
 
-from tokenmill.kv_cache.tensors import CacheShape
 from tokenmill.ops.cpu.cache_layout import STEP_SIZE, cache_shapes
 from tokenmill.ops.cpu.layout import COLUMN_NUM_TOKENS
 from tokenmill.ops.cpu.threads import OpList, ThreadPool
