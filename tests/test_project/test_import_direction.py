@@ -95,7 +95,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "sampling",
     ),
     "engine.plan": (),  # what crosses the Runner seam
+    "builder": ("attention.base", "layers", "models", "program"),
     "program": (),  # what crosses from the builder to the executors of programs
+    "program.reference": ("attention", "attention.base", "ops", "program"),  # what each operation means
     "engine.request": (),  # what a caller asks for
     "kv_cache.tensors": ("attention.base", "ops"),
     "sampling": ("ops", "engine.plan"),

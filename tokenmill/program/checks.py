@@ -30,6 +30,9 @@ _ACTIVATIONS: Final = ("silu", "gelu_pytorch_tanh")
 _TRANSFORMS: Final = ("none", "add_one")
 _MAY_WRITE_INT8: Final = ("rms_norm", "add_rms_norm", "quantize", "linear", "gated_activation")
 _INTEGER_ATTRIBUTES: Final = ("head_dim", "layer", "num_heads", "num_kv_heads", "sliding_window")
+_ENCODED: Final = (("linear", "weight"), ("embedding", "table"))
+"""The weights that may be in any format; all others are plain float32."""
+
 _REMEDY: Final = "Build the engine again with `tokenmill build`."
 
 
@@ -125,6 +128,9 @@ class _Checker:
         for role, name in operation.weights.items():
             if name not in self.weights:
                 raise _Wrong(f"its {role} '{name}' is not a weight of the program")
+            weight = self.weights[name]
+            if (operation.kind, role) not in _ENCODED and (weight.format, weight.layout) != ("float32", "rows"):
+                raise _Wrong(f"its {role} '{name}' is {weight.format} in the layout {weight.layout}, not plain float32")
         for name, value in operation.attributes.items():
             _check_attribute(name, value)
         for role, operand in (*operation.inputs.items(), *operation.outputs.items()):

@@ -48,7 +48,7 @@ def _text(value: object) -> str:
 
 
 def _section(value: object) -> str:
-    if not isinstance(value, list) or not value:
+    if not isinstance(value, list | tuple) or not value:
         return _text(value)
     return "[\n" + ",\n".join(f"  {_text(entry)}" for entry in value) + "\n]"
 
@@ -65,7 +65,7 @@ def _first_difference(given: Any, understood: Any, path: str) -> str | None:
             if (found := _first_difference(given[key], value, f"{path}.{key}")) is not None:
                 return found
         return None
-    if isinstance(given, list) and isinstance(understood, list):
+    if isinstance(given, list) and isinstance(understood, list | tuple):
         for index, pair in enumerate(zip(given, understood, strict=True)):
             if (found := _first_difference(*pair, f"{path}[{index}]")) is not None:
                 return found

@@ -112,6 +112,11 @@ def _linear(sizes: SizesOfOperation) -> Iterator[str]:
     yield from _equal(sizes, "y", "residual")
 
 
+def _add_bias(sizes: SizesOfOperation) -> Iterator[str]:
+    yield from _equal(sizes, "x", "y")
+    yield from _shape(sizes, "bias", (sizes.columns["x"],))
+
+
 def _rope(sizes: SizesOfOperation) -> Iterator[str]:
     yield from _equal(sizes, "x", "y")
     yield from _whole_heads(sizes, "x")
@@ -151,6 +156,7 @@ COLUMN_RULES: Final[Mapping[str, Rule]] = MappingProxyType(
         "add_rms_norm": _add_rms_norm,
         "quantize": _same_columns("x", "y"),
         "linear": _linear,
+        "add_bias": _add_bias,
         "rope": _rope,
         "write_cache": _same_columns("key", "value"),
         "rope_write_cache": _rope_write_cache,

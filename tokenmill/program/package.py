@@ -16,8 +16,9 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Self, TypeAlias
+from typing import Final, Self, TypeAlias
 
+import msgspec
 import numpy as np
 
 from tokenmill.errors import EngineFileError, InvalidParameterError
@@ -132,7 +133,7 @@ class EnginePackage:
         }
         for name, content in self.files.items():
             records[name] = write(name, [_bytes(content.read_bytes() if isinstance(content, Path) else content)])
-        config = _replaced(self.config, files=records)
+        config = msgspec.structs.replace(self.config, files=records)
         write(CONFIG_NAME, [_bytes(encode_config(config))])
 
     # ---- read ------------------------------------------------------------------------------------------------
@@ -266,11 +267,6 @@ class _FolderWriter:
 
 def _bytes(content: bytes) -> Bytes:
     return np.frombuffer(content, np.uint8)
-
-
-def _replaced(config: EngineConfig, **changes: Any) -> EngineConfig:
-    values = {name: getattr(config, name) for name in config.__struct_fields__}
-    return EngineConfig(**{**values, **changes})
 
 
 def _replace(target: Path, folder: Path) -> None:
