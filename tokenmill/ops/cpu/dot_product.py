@@ -1,12 +1,9 @@
 """Inner loops of the int8 linear kernels, written as LLVM code so that all accumulators stay in registers.
 
-`gemv_block` streams packed weights past one token, `unpack_block` prepares packed weights for `panel_block`, which
-multiplies them with a panel of tokens. All add up a group of 32 columns in integers and then the groups in float32, in
-the same order and with the same operations: a token's result does not depend on which of them computed it.
-
-Packed weights are described in `packing.py`, activations in `layout.py`. A prepared row block is, for each group, 8
-vectors of 64 bytes [column / 4][16 rows][4] unsigned, then the float32 scales of the 16 rows for each scale group, then
-the float32 products of minimum.
+`gemv_block` streams packed weights past one token, `panel_block` multiplies them with tokens of a panel. Both add up a
+group of 32 columns in integers and then the groups in float32, in the same order and with the same operations: a
+token's result does not depend on which of them computed it. The layout of packed weights is described in `packing.py`,
+that of activations in `layout.py`.
 """
 
 from __future__ import annotations
@@ -29,11 +26,6 @@ F16X16: Final = ir.VectorType(ir.HalfType(), 16)
 VECTOR_BYTES: Final = 64
 STEPS: Final = GROUP_SIZE // 4
 """Dot products of 4 columns in a group."""
-
-
-def prepared_group_bytes(scales_per_group: int) -> int:
-    """Bytes of one group of a prepared row block."""
-    return (STEPS + 2 * scales_per_group) * VECTOR_BYTES
 
 
 class Writer:
@@ -250,39 +242,10 @@ def gemv_block(context: Any, encoding: Any, way: Any, weights: Any, values: Any,
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[misc]
-def unpack_block(context: Any, encoding: Any, weights: Any, num_groups: Any, result: Any) -> Any:
-    """Prepare `num_groups` groups of a packed row block at `weights`; writes to `result`."""
-    numbers = literal_values((encoding,))
-    if numbers is None:
-        return None
-    layout = ENCODINGS[numbers[0]]
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
-        writer = Writer(builder, DotProduct.PORTABLE)
-        weights, num_groups, result = arguments[1:]
-        loop = Loop(builder, num_groups, [weights, result])
-        group, place = loop.carried
-        scales, minimums = writer.group_scales(layout, group)
-        vectors = [*writer.group_weights(layout, group), *scales, *minimums]
-        for index, vector in enumerate(vectors):
-            writer.store(vector, place, VECTOR_BYTES * index)
-        loop.close(
-            [
-                builder.add(group, I64(layout.group_bytes)),
-                builder.add(place, I64(prepared_group_bytes(layout.scales_per_group))),
-            ]
-        )
-        return context.get_dummy_value()
-
-    int64 = types.int64
-    return types.void(encoding, int64, int64, int64), codegen
-
-
-@intrinsic(prefer_literal=True)  # type: ignore[misc]
 def panel_block(
     context: Any,
+    encoding: Any,
     way: Any,
-    scales_per_group: Any,
     width: Any,
     first: Any,
     num_tokens: Any,
@@ -294,24 +257,26 @@ def panel_block(
     result: Any,
     result_stride: Any,
 ) -> Any:
-    """Add to `result` the products of prepared row blocks and tokens `first` to `first + num_tokens - 1` of a panel.
+    """Add to `result` the products of row blocks and tokens `first` to `first + num_tokens - 1` of a panel.
 
     Args:
-        way, scales_per_group, width, first, num_tokens, num_blocks: known when the kernel is compiled.
-        weights: address of the first prepared row block; the next one is `block_bytes` away.
+        encoding, way, width, first, num_tokens, num_blocks: known when the kernel is compiled.
+        weights: address of the first row block; the next one is `block_bytes` away.
         values: address of the panel's first group.
         result: address of float32 [token][16 num_blocks], rows `result_stride` bytes apart.
     """
-    numbers = literal_values((way, scales_per_group, width, first, num_tokens, num_blocks))
+    numbers = literal_values((encoding, way, width, first, num_tokens, num_blocks))
     if numbers is None:
         return None
-    tile = PanelTile(DotProduct(numbers[0]), numbers[1], Activations(numbers[2], numbers[3]), numbers[4], numbers[5])
+    tile = PanelTile(
+        ENCODINGS[numbers[0]], DotProduct(numbers[1]), Activations(numbers[2], numbers[3]), numbers[4], numbers[5]
+    )
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
         tile.write(builder, arguments[6:])
         return context.get_dummy_value()
 
-    literals = (way, scales_per_group, width, first, num_tokens, num_blocks)
+    literals = (encoding, way, width, first, num_tokens, num_blocks)
     return types.void(*literals, *[types.int64] * 6), codegen
 
 
@@ -319,8 +284,8 @@ def panel_block(
 class PanelTile:
     """Writes the loop of `panel_block` for fixed numbers of tokens and row blocks."""
 
+    encoding: Encoding
     way: DotProduct
-    scales_per_group: int
     activations: Activations
     num_tokens: int
     num_blocks: int
@@ -338,7 +303,7 @@ class PanelTile:
         following = self._add(writer, blocks, panel, sums, totals)
         loop.close(
             [
-                builder.add(group, I64(prepared_group_bytes(self.scales_per_group))),
+                builder.add(group, I64(self.encoding.group_bytes)),
                 builder.add(panel, I64(GROUP_BYTES * self.activations.width)),
                 *following,
             ]
@@ -348,16 +313,16 @@ class PanelTile:
 
     def _integer_sums(self, writer: Writer, blocks: Sequence[ir.Value], panel: ir.Value) -> list[list[list[ir.Value]]]:
         """[scale group][token][block]."""
-        length = STEPS // self.scales_per_group
+        length = STEPS // self.encoding.scales_per_group
+        weights = [writer.group_weights(self.encoding, block) for block in blocks]
         result = []
         for first in range(0, STEPS, length):
             sums = [[constant(I32, 0)] * self.num_blocks for _ in range(self.num_tokens)]
             for step in range(first, first + length):
-                weights = [writer.load(I32X16, block, VECTOR_BYTES * step) for block in blocks]
                 for token in range(self.num_tokens):
                     value = writer.load_splat(I32, panel, self.activations.values(step, token))
                     sums[token] = [
-                        writer.dot(total, weight, value) for total, weight in zip(sums[token], weights, strict=True)
+                        writer.dot(total, block[step], value) for total, block in zip(sums[token], weights, strict=True)
                     ]
             result.append(sums)
         return result
@@ -370,10 +335,8 @@ class PanelTile:
         sums: Sequence[Sequence[Sequence[ir.Value]]],
         totals: Sequence[ir.Value],
     ) -> list[ir.Value]:
-        count = self.scales_per_group
-        offsets = [VECTOR_BYTES * (STEPS + index) for index in range(2 * count)]
-        scales = [[writer.load(F32X16, block, offset) for offset in offsets[:count]] for block in blocks]
-        minimums = [[writer.load(F32X16, block, offset) for offset in offsets[count:]] for block in blocks]
+        scales = [writer.group_scales(self.encoding, block) for block in blocks]
+        count = self.encoding.scales_per_group
         result = []
         for token in range(self.num_tokens):
             scale = writer.load_splat(F32, panel, self.activations.scale(token))
@@ -384,5 +347,5 @@ class PanelTile:
             for block in range(self.num_blocks):
                 parts = [sums[index][token][block] for index in range(count)]
                 total = totals[token * self.num_blocks + block]
-                result.append(add_group(writer, total, parts, scales[block], minimums[block], (scale, value_sums)))
+                result.append(add_group(writer, total, parts, *scales[block], (scale, value_sums)))
         return result

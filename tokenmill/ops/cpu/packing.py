@@ -254,6 +254,8 @@ def _write_rows(encoding: Encoding, rows: Rows, records: ByteArray, channels: Fl
     whole = len(rows.words) // ROW_BLOCK
     rest = len(rows.words) - whole * ROW_BLOCK
     for first, count, size in ((0, whole, ROW_BLOCK), (whole, int(rest > 0), rest)):
+        if count == 0:
+            continue
         begin, end = first * ROW_BLOCK, first * ROW_BLOCK + count * size
         target = records[first : first + count]
         groups = target.shape[1]
