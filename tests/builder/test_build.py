@@ -1,4 +1,4 @@
-"""Engines hold the values of every kind of checkpoint, bit by bit where they can, and compute what transformers does."""
+"""Engines hold the values of every kind of checkpoint, bit by bit where they can, and compute what they mean."""
 
 from __future__ import annotations
 
