@@ -15,6 +15,7 @@ from tokenmill.builder.lowering import lower
 from tokenmill.builder.memory_plan import plan_memory
 from tokenmill.builder.passes import run_passes
 from tokenmill.models.config import ModelConfig
+from tokenmill.program.checks import check_program
 from tokenmill.program.program import Program
 from tokenmill.program.reference import run_program
 
@@ -53,7 +54,9 @@ def captured(hf_model: Any, method: Literal["export", "dispatch"] = "dispatch") 
 
 def compiled(graph: Graph, disabled: Collection[str] = (), *, max_tokens: int = 64) -> Program:
     """The program of a graph without the `disabled` passes, with its memory planned."""
-    return plan_memory(lower(run_passes(graph, disabled=disabled)[0]), max_tokens=max_tokens, max_rows=max_tokens)
+    program = lower(run_passes(graph, disabled=disabled)[0])
+    check_program(program)
+    return plan_memory(program, max_tokens=max_tokens, max_rows=max_tokens)
 
 
 def program_weights(program: Program, graph: Graph, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

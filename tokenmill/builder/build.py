@@ -123,7 +123,7 @@ class _Builder:
     ) -> tuple[Program, dict[str, tuple[float, ...]], FormatChoice]:
         """The program, the values of its constants, and the formats of the weights."""
         with self.phase("capture"):
-            graph = capture(model_config, dtype=getattr(torch, settings.dtype))
+            graph = capture(model_config, dtype=getattr(torch, settings.dtype), method=self.config.capture)
             choice = choose_formats(graph, source, self.config.quantization, settings.dtype)
             graph = assign_formats(graph, choice.formats)
             self.num_nodes["captured"] = len(graph.nodes)

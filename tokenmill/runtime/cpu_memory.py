@@ -8,7 +8,7 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 
-from tokenmill.ops.cpu.layout import int8_group32_bytes
+from tokenmill.ops.cpu.layout import GROUP_BYTES, GROUP_SIZE, int8_group32_bytes, panel_width
 from tokenmill.program.program import Buffer, Operand, Program
 from tokenmill.runtime.huge_pages import Bytes, HugePages
 from tokenmill.runtime.step_arrays import StepArrays
@@ -29,7 +29,7 @@ class ProgramMemory:
 
     def __init__(self, program: Program, arrays: StepArrays, apart: Sequence[str]) -> None:
         self.arrays = arrays
-        self._pages = HugePages()
+        self.pages = HugePages()
         self.buffers: Mapping[str, Buffer] = {
             buffer.name: buffer for buffer in (*program.inputs, *program.buffers, program.output)
         }
@@ -37,7 +37,7 @@ class ProgramMemory:
         self._addresses = {name: array.ctypes.data for name, array in inputs.items()}
         own = [buffer for buffer in program.buffers if buffer.name in apart or program.arena_bytes == 0]
         own.append(program.output)
-        arena = self._pages.take(program.arena_bytes)
+        arena = self.pages.take(program.arena_bytes)
         for buffer in program.buffers:
             if buffer.offset is not None:
                 self._addresses[buffer.name] = arena.ctypes.data + buffer.offset
@@ -71,13 +71,22 @@ class ProgramMemory:
     def put(self, content: Bytes | Floats) -> int:
         """A copy of `content` in memory that stays; its address."""
         flat = np.ascontiguousarray(content).view(np.uint8).reshape(-1)
-        place = self._pages.take(flat.nbytes)
+        place = self.pages.take(flat.nbytes)
         place[:] = flat
         return place.ctypes.data
 
     def reserve(self, num_bytes: int) -> int:
         """Memory that stays; its address."""
-        return self._pages.take(num_bytes).ctypes.data
+        return self.pages.take(num_bytes).ctypes.data
+
+    def values(self, name: str, num_rows: int) -> Floats:
+        """A copy of the first rows of any buffer of the program, as floats."""
+        buffer = self.buffers[name]
+        if buffer.dtype != "int8_group32":
+            return self.floats(name, num_rows).copy()
+        size = int8_group32_bytes(num_rows, buffer.columns)
+        content = (ctypes.c_uint8 * size).from_address(self._addresses[name])
+        return _decode_int8(np.frombuffer(content, np.uint8), num_rows, buffer.columns)
 
     def floats(self, name: str, num_rows: int) -> Floats:
         """The first rows of a float buffer: a view."""
@@ -85,3 +94,14 @@ class ProgramMemory:
         address, size = self._addresses[name], num_rows * columns
         content = (ctypes.c_float * size).from_address(address)
         return np.frombuffer(content, np.float32).reshape(num_rows, columns)
+
+
+def _decode_int8(content: Bytes, num_tokens: int, num_columns: int) -> Floats:
+    """Values of an `int8_group32` buffer: panels of tokens, see `ops.cpu.layout`."""
+    width, num_groups = panel_width(num_tokens), -(-num_columns // GROUP_SIZE)
+    records = content.reshape(-1, num_groups, GROUP_BYTES * width)  # [panels, groups, bytes]
+    levels = records[:, :, : GROUP_SIZE * width].view(np.int8).reshape(-1, num_groups, 8, width, 4)
+    scales = records[:, :, GROUP_SIZE * width : (GROUP_SIZE + 4) * width].copy().view(np.float32)
+    values = levels.transpose(0, 3, 1, 2, 4).reshape(-1, num_groups, GROUP_SIZE)  # [tokens, groups, columns]
+    scaled = values * scales.transpose(0, 2, 1).reshape(-1, num_groups, 1)
+    return scaled.reshape(len(values), -1)[:num_tokens, :num_columns].astype(np.float32)

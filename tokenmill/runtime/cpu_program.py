@@ -6,6 +6,7 @@ kernels differ. A step fills in numbers of tokens and the address of what is fix
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -13,7 +14,7 @@ from typing import Final
 import numpy as np
 import torch
 
-from tokenmill.kv_cache.tensors import CacheShape
+from tokenmill.attention.base import LayerCache
 from tokenmill.ops.cpu.cache_layout import STEP_SIZE, cache_shapes
 from tokenmill.ops.cpu.layout import COLUMN_NUM_TOKENS
 from tokenmill.ops.cpu.threads import OpList, ThreadPool
@@ -22,8 +23,9 @@ from tokenmill.program.program import Operation, Program
 from tokenmill.runtime.cpu_memory import ProgramMemory
 from tokenmill.runtime.cpu_operations import OpWriter, StepPlaces
 from tokenmill.runtime.cpu_weights import CpuWeights
+from tokenmill.runtime.huge_pages import HugePages
 from tokenmill.runtime.program_executor import Values
-from tokenmill.runtime.program_parts import ProgramParts, split_program
+from tokenmill.runtime.program_parts import ProgramParts, layer_caches, split_program
 from tokenmill.runtime.step_arrays import StepArrays
 
 _NUM_ROWS: Final = 0
@@ -73,7 +75,7 @@ class CpuExecutor:
         # What the head reads must outlive it: logits of further rows may be asked for after the step.
         memory = ProgramMemory(package.program, arrays, apart=[buffer.name for buffer in self._parts.hidden])
         self._memory = memory
-        self._caches = _allocate_caches(package.program, num_blocks, arrays.tokens_per_block, cache_dtype)
+        self._caches = _allocate_caches(package.program, num_blocks, arrays.tokens_per_block, cache_dtype, memory.pages)
         self._step = np.zeros(STEP_SIZE, np.int64)
         self._step[_QUERY_STARTS] = arrays.query_start.ctypes.data
         self._step[_KV_LENS] = arrays.kv_lens.ctypes.data
@@ -153,7 +155,7 @@ class CpuExecutor:
 def _write_lists(parts: ProgramParts, writer: OpWriter) -> dict[tuple[int, int], _StepList]:
     """Lists by (tokens, rows), where 2 stands for several; 0 tokens: the head alone, 0 rows: the body alone."""
     lists = {}
-    for num_tokens, num_rows in ((1, 1), (1, 0), (2, 1), (2, 2), (2, 0), (0, 1), (0, 2)):
+    for num_tokens, num_rows in ((1, 1), (1, 2), (1, 0), (2, 1), (2, 2), (2, 0), (0, 1), (0, 2)):
         body: Sequence[Operation] = parts.body if num_tokens else ()
         head: Sequence[Operation] = parts.head if num_rows else ()
         written = [
@@ -170,11 +172,15 @@ def _write_lists(parts: ProgramParts, writer: OpWriter) -> dict[tuple[int, int],
 
 
 def _allocate_caches(
-    program: Program, num_blocks: int, tokens_per_block: int, dtype: torch.dtype
-) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
-    """Keys and values of each layer in the kernels' layout, not initialized: nothing that was not written is used."""
+    program: Program, num_blocks: int, tokens_per_block: int, dtype: torch.dtype, pages: HugePages
+) -> tuple[LayerCache, ...]:
+    """Keys and values of each layer in the kernels' layout; pages that nobody writes take no memory."""
+
+    def tensor(shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.from_numpy(pages.take(math.prod(shape) * dtype.itemsize)).view(dtype).view(shape)
+
     caches = []
-    for shape in program_cache_shapes(program):
+    for shape in layer_caches(program):
         keys, values = cache_shapes(num_blocks, tokens_per_block, shape.num_kv_heads, shape.head_dim, dtype)
-        caches.append((torch.empty(keys, dtype=dtype), torch.empty(values, dtype=dtype)))
+        caches.append((tensor(keys), tensor(values)))
     return tuple(caches)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from typing import Any, Final, TypeAlias
 
@@ -20,10 +21,8 @@ def allocate(num_bytes: int) -> Bytes:
     size = -(-max(num_bytes, 1) // HUGE_PAGE) * HUGE_PAGE
     memory = mmap.mmap(-1, size + HUGE_PAGE)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
+        with contextlib.suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:  # a kernel without huge pages
-            pass
     whole: Bytes = np.frombuffer(memory, np.uint8)
     skip = -whole.ctypes.data % HUGE_PAGE
     return whole[skip : skip + num_bytes]

@@ -223,6 +223,12 @@ def _prepared_weight(weight: torch.Tensor) -> torch.Tensor | PackedWeight | Stre
     return pack_linear_weight(weight.contiguous())
 
 
+def _add_bias(operation: Operation, prepared: Preparation) -> Execute:
+    read, write = prepared.reader(operation.inputs["x"]), prepared.writer(operation.outputs["y"])
+    bias = prepared.weights[operation.weights["bias"]].to(prepared.compute_dtype(operation.inputs["x"]))
+    return lambda values, step: write(values, read(values) + bias)
+
+
 def _rms_norm(operation: Operation, prepared: Preparation) -> Execute:
     read, write = prepared.reader(operation.inputs["x"]), prepared.writer(operation.outputs["y"])
     weight, eps = prepared.weights[operation.weights["weight"]], _number(operation.attributes["eps"])
@@ -351,6 +357,7 @@ PREPARE: Mapping[str, Callable[[Operation, Preparation], Execute]] = MappingProx
     "add_rms_norm": _add_rms_norm,
     "quantize": _elementwise(lambda x: x, ("x",)),
     "linear": _linear,
+    "add_bias": _add_bias,
     "rope": _rope,
     "write_cache": _write_cache,
     "rope_write_cache": _rope_write_cache,
