@@ -95,7 +95,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "sampling",
     ),
     "engine.plan": (),  # what crosses the Runner seam
-    "builder": ("attention.base", "layers", "models", "program"),
+    "builder": ("attention.base", "checkpoints", "layers", "models", "ops", "program"),
     "program": (),  # what crosses from the builder to the executors of programs
     "program.reference": ("attention", "attention.base", "ops", "program"),  # what each operation means
     "engine.request": (),  # what a caller asks for
@@ -109,7 +109,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "parallel": (),
     "ops": ("ops.platform",),
     "ops.platform": (),
-    "checkpoints": (),
+    "checkpoints": ("program",),  # the formats of encoded weights
     # used everywhere
     "telemetry": (),
     "telemetry.stats": (),

@@ -36,6 +36,9 @@ class BuildConfig(StrictModel):
     """How keys and values are kept; this version has the paged cache."""
     kv_cache_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of cached keys and values; auto: float32 on a CPU."""
+    capture: Literal["export", "dispatch"] = "export"
+    """How the model's graph is found: `export` (torch.export) proves that it serves every number of tokens, `dispatch`
+    gives the same graph within milliseconds."""
     opt_level: int = Field(default=2, ge=0, le=2)
     """0: no passes but those that a program needs; 1: all passes; 2: kernel variants are measured, too."""
     passes: tuple[str, ...] | None = None

@@ -1,6 +1,6 @@
 """From a program and a checkpoint to the bytes of an engine's weights.
 
-On a CPU, quantized weights of `linear` are packed for its integer kernels (layout `row_blocks`, see
+On a CPU, quantized weights of `linear` are packed for its integer kernels (layout `packed`, see
 `ops/cpu/packing.py`); everything else, and all weights of engines for a GPU, are plain rows. Called when an engine is
 built and when it is given new weights.
 """
@@ -21,9 +21,9 @@ from tokenmill.program.program import Operation, Program, Weight
 from tokenmill.program.weight_file import Bytes
 
 ROWS: Final = "rows"
-ROW_BLOCKS: Final = "row_blocks"
+PACKED: Final = "packed"
 """Packed for the integer kernels: blocks of 16 rows."""
-GATED_ROW_BLOCKS: Final = "row_blocks_gated"
+PACKED_GATED: Final = "packed_gated"
 """The same with gate and up rows alternating, for products with an activation."""
 
 ProgressCallback = Callable[[str, int, int], None]
@@ -59,7 +59,7 @@ def _is_shared(name: str, weights: Mapping[str, Weight], chosen: Mapping[str, We
 def _layout(operation: Operation, role: str, weight: Weight) -> str:
     if (operation.kind, role) != ("linear", "weight") or not WEIGHT_FORMATS[weight.format].is_quantized:
         return ROWS
-    return GATED_ROW_BLOCKS if "activation" in operation.attributes else ROW_BLOCKS
+    return PACKED_GATED if "activation" in operation.attributes else PACKED
 
 
 def pack_weights(
@@ -99,7 +99,7 @@ def pack_weight(weight: Weight, source: WeightSource) -> Bytes:
     """The bytes of a weight in its format and layout, out of a checkpoint."""
     if weight.layout == ROWS:
         return np.ascontiguousarray(source.encoded(weight)).reshape(-1)
-    gated = weight.layout == GATED_ROW_BLOCKS
+    gated = weight.layout == PACKED_GATED
     halves = list(_halves(weight)) if gated else [weight]
     if weight.format in BLOCK_READERS:
         parts = [source.encoded(half) for half in halves]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tokenmill.attention.select import select_backend
+from tokenmill.builder.recording import META, CapturedAttention
 from tokenmill.checkpoints.base import Checkpoint, LazyTensor
 from tokenmill.checkpoints.row_formats import BLOCK_TYPES, Rows, encode_rows
 from tokenmill.errors import CheckpointError
@@ -119,8 +119,7 @@ class WeightSource:
 
 def _without_layers(config: ModelConfig) -> CausalLM:
     """The model with no layers and no memory: it knows which tensors it ignores and what it calls the others."""
-    device = torch.device("meta")
-    context = LayerContext(dtype=torch.float32, device=device, backend=select_backend("reference", device))
+    context = LayerContext(dtype=torch.float32, device=META, backend=CapturedAttention())
     return load_model_class(config.model_type)(replace(config, num_layers=0, layer_types=()), context)
 
 

@@ -20,6 +20,9 @@ FORMAT_NAME: Final = "tokenmill-engine"
 FORMAT_VERSION: Final = 1
 """Goes up whenever an older reader would misread a newer engine."""
 
+MIN_LOGIT_ROWS: Final = 16
+"""Rows of logits that a step has room for, at the least: log-probabilities of prompts ask for many at a time."""
+
 CONFIG_NAME: Final = "config.json"
 _REBUILD: Final = "Build the engine again with `tokenmill build`."
 _DAMAGED: Final = "The file is truncated or damaged: copy the engine again, or build it again with `tokenmill build`."
@@ -57,6 +60,11 @@ class LimitsRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_input_len: int
     max_seq_len: int
     max_beam_width: int
+
+    @property
+    def max_num_rows(self) -> int:
+        """Rows of logits that memory is planned for."""
+        return max(self.max_batch_size, MIN_LOGIT_ROWS)
 
 
 class FileRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
