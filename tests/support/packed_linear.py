@@ -1,4 +1,4 @@
-"""Quantized weights and activations made with NumPy, and the op `linear` run on them. Shared by the tests of ops/cpu."""
+"""Quantized weights and activations made with NumPy, and the op `linear` run on them. Used by the tests of ops/cpu."""
 
 from __future__ import annotations
 

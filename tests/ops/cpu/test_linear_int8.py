@@ -32,7 +32,7 @@ def activate(name: str, gate: Any) -> Any:
     return 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
 
 
-@pytest.mark.spec("D3")
+@pytest.mark.spec("E4")
 @pytest.mark.parametrize("weight_format", FORMATS)
 @pytest.mark.parametrize("tokens", [1, 2, 5, 16, 35])
 def test_products_are_those_of_the_quantized_numbers(weight_format: str, tokens: int) -> None:

@@ -55,7 +55,6 @@ def assert_holds(weight: PackedWeight, values: Any) -> None:
         assert read_value(weight, row, column) == pytest.approx(values[row, column], rel=2e-7, abs=1e-7)
 
 
-@pytest.mark.spec("D3")
 @pytest.mark.parametrize("weight_format", FORMATS)
 @pytest.mark.parametrize("rows", [32, 39])
 def test_values_are_unchanged(weight_format: str, rows: int) -> None:

@@ -53,7 +53,6 @@ def shifts(num_ops: int) -> tuple[OpList, np.ndarray, np.ndarray]:
     return ops, first, second
 
 
-@pytest.mark.spec("D1")
 @pytest.mark.parametrize("num_threads", [1, 2, 3, 5])
 def test_every_op_sees_what_the_one_before_wrote(num_threads: int) -> None:
     pool = ThreadPool(num_threads)
