@@ -53,9 +53,7 @@ class LlamaAttention(nn.Module):
         self.attention = Attention(spec, context)
         self.num_rotated_heads = spec.num_heads + spec.num_kv_heads
 
-    def forward(
-        self, x: Rows, rotation: Rotation, metadata: AttentionMetadata, cache: LayerCache
-    ) -> torch.Tensor:
+    def forward(self, x: Rows, rotation: Rotation, metadata: AttentionMetadata, cache: LayerCache) -> torch.Tensor:
         """[T, hidden_size] to [T, hidden_size]."""
         qkv = self.qkv_proj(x)  # [T, H + 2 G, D]
         query_key = rotation.apply(qkv[:, : self.num_rotated_heads])

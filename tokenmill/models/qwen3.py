@@ -50,9 +50,7 @@ class Qwen3Attention(nn.Module):
         )
         self.attention = Attention(spec, context)
 
-    def forward(
-        self, x: Rows, rotation: Rotation, metadata: AttentionMetadata, cache: LayerCache
-    ) -> torch.Tensor:
+    def forward(self, x: Rows, rotation: Rotation, metadata: AttentionMetadata, cache: LayerCache) -> torch.Tensor:
         """[T, hidden_size] to [T, hidden_size]."""
         query, key, value = self.qkv_proj.split_heads(self.qkv_proj(x))
         query = rotation.apply(self.q_norm(query))
