@@ -71,7 +71,7 @@ class Partial(NamedTuple):
 
 def decode_tiles(head_dim: int, cache_itemsize: int) -> DecodeTiles:
     """Tiles by head size and bytes of a cached number: small ones, so that many programs have loads under way."""
-    return DecodeTiles(32, 2, 3, 2, through_registers=cache_itemsize == 1)
+    return DecodeTiles(32, 2, 3, 2)
 
 
 def choose_num_splits(num_programs: int, max_kv_len: int, num_multiprocessors: int, tiles: DecodeTiles) -> int:
