@@ -29,6 +29,7 @@ from tokenmill.runtime.model_loader import (
     resolve_cache_dtype,
     resolve_device,
     resolve_dtype,
+    resolve_max_num_tokens,
     resolve_max_seq_len,
 )
 from tokenmill.runtime.model_runner import ModelRunner
@@ -54,6 +55,7 @@ def build_engine(
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
     device = resolve_device(args.device)
+    max_num_tokens = resolve_max_num_tokens(args, device)
     dtype = resolve_dtype(args.dtype, device)
     cache_dtype = resolve_cache_dtype(args.kv_cache_config.dtype, dtype, device)
     checkpoint = open_checkpoint(Path(args.model), config_only=args.load_format == "dummy")
@@ -64,7 +66,7 @@ def build_engine(
         weight_bytes=dtype.itemsize,
         cache_bytes=cache_dtype.itemsize,
         max_batch_size=args.max_batch_size,
-        max_num_tokens=args.max_num_tokens,
+        max_num_tokens=max_num_tokens,
         max_seq_len=max_seq_len,
         is_cpu=device.type == "cpu",
     )
@@ -76,7 +78,7 @@ def build_engine(
         cache_dtype=str(cache_dtype).removeprefix("torch."),
         attn_backend=backend.name,
         max_batch_size=args.max_batch_size,
-        max_num_tokens=args.max_num_tokens,
+        max_num_tokens=max_num_tokens,
         max_seq_len=max_seq_len,
         enable_chunked_prefill=args.enable_chunked_prefill,
         memory=memory,
@@ -84,7 +86,7 @@ def build_engine(
     model = load_model(args, config, checkpoint, device, dtype, backend, on_progress)
     slots = SlotState(args.max_batch_size, max_seq_len, memory.tokens_per_block, device)
     if device.type == "cuda":
-        measured = _measure(model, slots, args, cache_dtype)
+        measured = _measure(model, slots, description, cache_dtype)
         free = free_memory(device) // num_sharing + measured.weights
         memory = plan_memory(config, request, args.kv_cache_config, free, measured)
         description = replace(description, memory=memory)
@@ -95,12 +97,14 @@ def build_engine(
     return EngineCore(_make_scheduler(args, description), runner, recorder, overlap=overlap), description
 
 
-def _measure(model: CausalLM, slots: SlotState, args: LlmArgs, cache_dtype: torch.dtype) -> MeasuredMemory:
+def _measure(
+    model: CausalLM, slots: SlotState, description: EngineDescription, cache_dtype: torch.dtype
+) -> MeasuredMemory:
     """What weights and the largest step take on the GPU; compiles the kernels of large steps on the way."""
     torch.cuda.empty_cache()
     weights = torch.cuda.memory_allocated(slots.device)
     return MeasuredMemory(
-        weights, measure_activations(model, slots, args.max_num_tokens, args.max_batch_size, cache_dtype)
+        weights, measure_activations(model, slots, description.max_num_tokens, description.max_batch_size, cache_dtype)
     )
 
 
@@ -131,7 +135,7 @@ def _make_scheduler(args: LlmArgs, description: EngineDescription) -> Scheduler:
     )
     settings = SchedulerSettings(
         max_batch_size=args.max_batch_size,
-        max_num_tokens=args.max_num_tokens,
+        max_num_tokens=description.max_num_tokens,
         max_seq_len=description.max_seq_len,
         enable_chunked_prefill=args.enable_chunked_prefill,
         capacity_policy=args.scheduler_config.capacity_scheduler_policy,
