@@ -15,11 +15,11 @@ from tokenmill.layers.context import LayerContext
 from tokenmill.layers.embedding import LMHead, VocabParallelEmbedding
 from tokenmill.layers.forward_batch import ForwardBatch
 from tokenmill.layers.linear import QKVLinear, RowParallelLinear
-from tokenmill.layers.mlp import GatedMLP
 from tokenmill.layers.norm import RMSNorm
 from tokenmill.layers.rope import RotaryEmbedding, Rotation
 from tokenmill.models.base import CausalLM
 from tokenmill.models.config import ModelConfig
+from tokenmill.models.feed_forward import feed_forward
 
 
 class LlamaAttention(nn.Module):
@@ -64,18 +64,12 @@ class LlamaAttention(nn.Module):
 
 
 class LlamaDecoderLayer(nn.Module):
-    """Attention and MLP, each behind a norm and added to the residual stream."""
+    """Attention and MLP (or experts), each behind a norm and added to the residual stream."""
 
     def __init__(self, config: ModelConfig, layer: int, context: LayerContext) -> None:
         super().__init__()
         self.self_attn = LlamaAttention(config, layer, context.child("self_attn"))
-        self.mlp = GatedMLP(
-            config.hidden_size,
-            config.intermediate_size,
-            config.hidden_act,
-            bias=config.mlp_bias,
-            context=context.child("mlp"),
-        )
+        self.mlp = feed_forward(config, layer, context.child("mlp"))
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
 

@@ -25,6 +25,7 @@ BLOCK_SCALES = tl.constexpr(2)
 
 @triton.jit
 def load_block(addresses: tl.tensor, mask: tl.tensor, is_inside: tl.constexpr) -> tl.tensor:
+    """A block from memory; zeros where the mask says so, unless all of it is known to be inside."""
     if is_inside:
         return tl.load(addresses)
     return tl.load(addresses, mask=mask, other=0.0)
@@ -32,6 +33,7 @@ def load_block(addresses: tl.tensor, mask: tl.tensor, is_inside: tl.constexpr) -
 
 @triton.jit
 def feature_scales(scales: tl.tensor, features: tl.tensor, num_features: tl.tensor) -> tl.tensor:
+    """The factors of some output features."""
     return tl.load(scales + features, mask=features < num_features, other=0.0)
 
 
@@ -68,6 +70,7 @@ def _quantize_groups_kernel(
 
 
 def scale_kind_of(matrix: ExpertMatrix) -> int:
+    """`NO_SCALES`, `FEATURE_SCALES` or `BLOCK_SCALES`."""
     if matrix.scales is None:
         return int(NO_SCALES.value)
     return int(BLOCK_SCALES.value if matrix.is_block_scaled else FEATURE_SCALES.value)
