@@ -256,9 +256,9 @@ def measure_prefill(work: Work) -> dict[str, object]:
 
 
 DECODE_TILES = tuple(
-    DecodeTiles(block_n, num_warps, num_stages, 0)
+    DecodeTiles(block_n, num_warps, num_stages, 0, through_registers)
     for block_n, num_warps in ((32, 1), (32, 2), (32, 4), (64, 2), (64, 4), (128, 4))
-    for num_stages in (2, 3, 4)
+    for num_stages, through_registers in ((2, False), (3, False), (4, False), (1, True))
 )
 UNFIT = (triton.OutOfResources, PTXASError)  # tiles that the chip has no room for
 PREFILL_TILES = (
@@ -303,7 +303,7 @@ def tune_decode(work: Work) -> None:
             except UNFIT:
                 break
     for seconds, tiles, num_splits in sorted(tried)[:6]:
-        print(f"  {work.name}: {seconds * 1e6:7.1f} us splits {num_splits:2} {tuple(tiles)[:3]}")
+        print(f"  {work.name}: {seconds * 1e6:7.1f} us splits {num_splits:2} {tiles}")
 
 
 def tune_prefill(work: Work) -> None:

@@ -4,8 +4,10 @@
     python -m benchmarks.gpu.llama8b --work 128/128/1 128/128/2048 1000/1000/512 --quantization fp8 --profile 64
 
 Work is input length / output length / requests. Prompts are random token ids, greedy, end token off, no prefix cache,
-token ids in and out. Each work runs once unmeasured with short answers (kernels compile), then measured. With
-`--profile ROWS` the kernels of one decode step of that many rows are listed with their share of the time.
+token ids in and out. Each work runs once unmeasured with an eighth of the requests
+and short answers (kernels compile), then measured. With
+`--profile ROWS` the kernels of decode steps of that many rows are listed; with `--trace` also where the time of the
+measured steps went, on the device, between steps and on the host.
 """
 
 from __future__ import annotations
@@ -22,8 +24,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.step_trace import StepTrace
 from benchmarks.result_file import RESULTS, Row, print_rows, write_result
-from tokenmill import LLM, KvCacheConfig, SamplingParams
+from tokenmill import LLM, KvCacheConfig, SamplingParams, SchedulerConfig
+from tokenmill.config import CapacitySchedulerPolicy
 
 LLAMA_8B: dict[str, Any] = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 4096,
@@ -64,9 +68,10 @@ def main() -> None:
         generate(llm, [[1] * 16], 1)
         rows = [row("start", "", weights, "engine start to first token", time.perf_counter() - started, "s")]
     with llm:
-        print(f"cache: {llm.description.memory.cache_tokens:,} tokens", flush=True)
+        print(f"start {rows[0].value:.2f} s, cache: {llm.description.memory.cache_tokens:,} tokens", flush=True)
+        trace = trace_steps(llm) if options.trace else None
         for work in options.work:
-            measured = measure(llm, work, weights, options.repeats)
+            measured = measure(llm, work, weights, options.repeats, trace)
             print_rows(measured)
             rows += measured
         for num_rows in options.profile:
@@ -91,6 +96,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--profile", type=int, nargs="*", default=[], help="list the kernels of a step of that many rows"
     )
+    parser.add_argument("--trace", action="store_true", help="print where the time of the measured steps went")
+    parser.add_argument("--policy", choices=list(CapacitySchedulerPolicy), default="GUARANTEED_NO_EVICT")
+    parser.add_argument("--cache-fraction", type=float, default=0.9, help="of the free memory, for the cache")
     parser.add_argument("--output", type=Path, default=None)
     return parser.parse_args()
 
@@ -106,21 +114,37 @@ def make_llm(folder: Path, options: argparse.Namespace) -> LLM:
         max_batch_size=options.max_batch_size,
         max_num_tokens=options.max_num_tokens,
         max_seq_len=options.max_seq_len,
-        kv_cache_config=KvCacheConfig(enable_block_reuse=False, dtype=options.kv_dtype),
+        kv_cache_config=KvCacheConfig(
+            enable_block_reuse=False, dtype=options.kv_dtype, free_gpu_memory_fraction=options.cache_fraction
+        ),
+        scheduler_config=SchedulerConfig(capacity_scheduler_policy=options.policy),
         **extra,
     )
 
 
-def measure(llm: LLM, work: str, weights: str, repeats: int) -> list[Row]:
+def trace_steps(llm: LLM) -> StepTrace:
+    """Put a trace between the engine and its runner."""
+    engine = llm._executor._engine  # type: ignore[attr-defined]
+    engine.runner = StepTrace(engine.runner)
+    trace: StepTrace = engine.runner
+    return trace
+
+
+def measure(llm: LLM, work: str, weights: str, repeats: int, trace: StepTrace | None) -> list[Row]:
     """Rows of one work."""
     input_len, output_len, num_requests = (int(part) for part in work.split("/"))
     if num_requests == 1:
         return measure_one_stream(llm, work, weights, repeats)
-    generate(llm, prompts(num_requests, input_len, seed=1), min(output_len, 16))
+    generate(llm, prompts(max(64, num_requests // 8), input_len, seed=1), min(output_len, 16))
+    token_ids = prompts(num_requests, input_len, seed=2)
+    if trace is not None:
+        trace.steps.clear()
     started = time.perf_counter()
-    num_tokens = generate(llm, prompts(num_requests, input_len, seed=2), output_len)
+    num_tokens = generate(llm, token_ids, output_len)
     seconds = time.perf_counter() - started
     assert num_tokens == num_requests * output_len
+    if trace is not None:
+        trace.report(seconds)
     return [row("throughput", work, weights, "output tokens/s", num_tokens / seconds, "tokens/s")]
 
 

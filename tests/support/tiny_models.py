@@ -127,10 +127,8 @@ def sequences_for(
 
 @torch.inference_mode()
 def all_logits(model: CausalLM, sequences: PagedSequences, rows: list[tuple[str, list[int]]]) -> torch.Tensor:
-    """Run one step; logits of every token of it, [T, vocab_size]."""
-    logits = model.compute_logits(model(sequences.batch(rows)))
-    assert logits.dtype == torch.float32
-    return logits
+    """Run one step; logits of every token of it, [T, vocab_size] float32."""
+    return model.compute_logits(model(sequences.batch(rows))).float()
 
 
 def random_tokens(count: int, seed: int = 0, vocab_size: int = 61) -> list[int]:

@@ -33,7 +33,7 @@ from tokenmill.attention.triton_common import (
     to_cached,
     triton_type,
 )
-from tokenmill.ops.platform import is_hopper_or_newer
+from tokenmill.ops.triton.launch import can_overlap
 
 MAX_SPLITS = 64
 """Parts of a row's context at most, where the number is free: more cost more to combine than they gain."""
@@ -47,12 +47,14 @@ class DecodeTiles(NamedTuple):
         num_warps: of a program.
         num_stages: steps whose loads are under way at a time.
         programs_per_multiprocessor: what the number of splits aims at.
+        through_registers: a tile is loaded into registers one step ahead, see `_attend_part_through_registers`.
     """
 
     block_n: int
     num_warps: int
     num_stages: int
     programs_per_multiprocessor: int
+    through_registers: bool = False
 
 
 class Partial(NamedTuple):
@@ -69,7 +71,7 @@ class Partial(NamedTuple):
 
 def decode_tiles(head_dim: int, cache_itemsize: int) -> DecodeTiles:
     """Tiles by head size and bytes of a cached number: small ones, so that many programs have loads under way."""
-    return DecodeTiles(32, 2, 3, 2)
+    return DecodeTiles(32, 2, 3, 2, through_registers=cache_itemsize == 1)
 
 
 def choose_num_splits(num_programs: int, max_kv_len: int, num_multiprocessors: int, tiles: DecodeTiles) -> int:
@@ -148,6 +150,74 @@ def _attend_part(
 
 
 @triton.jit
+def _load_keys_and_values(
+    cache: PagedCache,
+    blocks: tl.tensor,
+    positions: tl.tensor,  # [block_n]
+    kv_head: tl.tensor,
+    first_visible: tl.tensor,
+    end: tl.tensor,
+    num_kv_heads: tl.constexpr,
+    head_dim: tl.constexpr,
+    tokens_per_block: tl.constexpr,
+    block_d: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """[block_n, block_d] each, as they lie in the cache; zero where not visible."""
+    inside = (positions >= first_visible) & (positions < end)
+    rows = cache_slots(blocks, positions, tokens_per_block) * (num_kv_heads * head_dim) + kv_head * head_dim
+    key = load_tile(cache.key_data, rows, inside, head_dim, block_d, True)
+    value = load_tile(cache.value_data, rows, inside, head_dim, block_d, True)
+    return key, value
+
+
+@triton.jit
+def _attend_part_through_registers(
+    query: tl.tensor,  # [block_m, block_d]
+    key: tl.tensor,  # [block_n, block_d] of the first tile, as it lies in the cache
+    value: tl.tensor,
+    cache: PagedCache,
+    table: tl.tensor,  # pointer
+    kv_head: tl.tensor,
+    first_visible: tl.tensor,
+    start: tl.tensor,
+    end: tl.tensor,
+    factor: tl.tensor,
+    num_kv_heads: tl.constexpr,
+    head_dim: tl.constexpr,
+    tokens_per_block: tl.constexpr,
+    cap: tl.constexpr,
+    operands: tl.constexpr,
+    block_m: tl.constexpr,
+    block_n: tl.constexpr,
+    block_d: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """As `_attend_part`; each tile waits in registers for its turn, not in shared memory.
+
+    Values of one byte that are copied to shared memory as they are must be fetched from there byte by byte: the matrix
+    units want pairs of tokens side by side, and the instruction that transposes moves two bytes. Converted on the way
+    from registers to shared memory, they have two.
+    """
+    offsets = tl.arange(0, block_n)
+    maximum = tl.full([block_m], float("-inf"), tl.float32)
+    total = tl.zeros([block_m], tl.float32)
+    values = tl.zeros([block_m, block_d], tl.float32)
+    blocks = load_blocks(table, start + block_n, first_visible, tl.maximum(end, 1), tokens_per_block, block_n)
+    for tile in tl.range(start, end, block_n, num_stages=1):
+        positions = tile + offsets
+        tile_key, tile_value = key.to(operands), value.to(operands)
+        key, value = _load_keys_and_values(
+            cache, blocks, positions + block_n, kv_head, first_visible, end, num_kv_heads, head_dim, tokens_per_block,
+            block_d,
+        )  # fmt: skip
+        blocks = load_blocks(table, tile + 2 * block_n, first_visible, end, tokens_per_block, block_n)
+        inside = (positions >= first_visible) & (positions < end)
+        products = tl.dot(query, tl.trans(tile_key), input_precision="ieee")
+        weights, decay, maximum, total = softmax_step(products, inside[None, :], maximum, total, factor, cap, True)
+        values = tl.dot(weights.to(operands), tile_value, values * decay[:, None], input_precision="ieee")
+    return values, maximum, total
+
+
+@triton.jit
 def _attend_own(
     query: tl.tensor,  # [block_m, block_d]
     own_key: tl.tensor,  # [block_d] as it lies in the cache
@@ -206,27 +276,44 @@ def _decode_kernel(
     block_m: tl.constexpr,
     block_n: tl.constexpr,
     block_d: tl.constexpr,
-    dependent_launch: tl.constexpr,
+    overlaps: tl.constexpr,
+    through_registers: tl.constexpr,
 ) -> None:
     """Grid: key/value heads, splits, rows."""
-    if dependent_launch:
-        tl.extra.cuda.gdc_launch_dependents()  # the combining kernel waits on the device, not in the queue
+    if overlaps:
+        tl.extra.cuda.gdc_launch_dependents()  # the next kernel waits on the device, not in the queue
     kv_head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     lanes, dims = tl.arange(0, block_m), tl.arange(0, block_d)
     heads, is_head, is_dim = kv_head * group + lanes, lanes < group, dims < head_dim
     kv_len = tl.load(kv_lens + row)  # all that does not depend on it is loaded before it is looked at
+    first_visible, first, end = _visible_range(kv_len, window, block_n)
+    tokens = _tokens_per_split(end - first, num_splits, fixed, block_n)
+    start = first + split * tokens
+    part_end = tl.minimum(start + tokens, end)
+    table = block_tables + row * table_stride
+    if through_registers:  # the first tile is on its way while the kernel before this one still runs
+        blocks = load_blocks(table, start, first_visible, tl.maximum(part_end, 1), tokens_per_block, block_n)
+        first_key, first_value = _load_keys_and_values(
+            cache, blocks, start + tl.arange(0, block_n), kv_head, first_visible, part_end, num_kv_heads, head_dim,
+            tokens_per_block, block_d,
+        )  # fmt: skip
+    if overlaps:
+        tl.extra.cuda.gdc_wait()
     rows = row * query.token_stride + heads * query.head_stride
     q = load_tile(query.data, rows, is_head, head_dim, block_d, True).to(operands)
     own_key = _load_own(key, row, kv_head, head_dim, block_d)
     own_value = _load_own(value, row, kv_head, head_dim, block_d)
-    first_visible, first, end = _visible_range(kv_len, window, block_n)
-    tokens = _tokens_per_split(end - first, num_splits, fixed, block_n)
-    start = first + split * tokens
     if (start < end) | (split == 0):
-        values, maximum, total = _attend_part(
-            q, cache, block_tables + row * table_stride, kv_head, first_visible, start, tl.minimum(start + tokens, end),
-            score.factor, num_kv_heads, head_dim, tokens_per_block, cap, operands, block_m, block_n, block_d,
-        )  # fmt: skip
+        if through_registers:
+            values, maximum, total = _attend_part_through_registers(
+                q, first_key, first_value, cache, table, kv_head, first_visible, start, part_end, score.factor,
+                num_kv_heads, head_dim, tokens_per_block, cap, operands, block_m, block_n, block_d,
+            )  # fmt: skip
+        else:
+            values, maximum, total = _attend_part(
+                q, cache, table, kv_head, first_visible, start, part_end, score.factor, num_kv_heads, head_dim,
+                tokens_per_block, cap, operands, block_m, block_n, block_d,
+            )  # fmt: skip
         if split == 0:
             cached_key = to_cached(own_key, score.key_scale, cache.key_data)
             cached_value = to_cached(own_value, score.value_scale, cache.value_data)
@@ -258,13 +345,15 @@ def _combine_kernel(
     block_n: tl.constexpr,
     chunk: tl.constexpr,
     block_d: tl.constexpr,
-    dependent_launch: tl.constexpr,
+    overlaps: tl.constexpr,
 ) -> None:
     """Grid: heads, rows. The parts that had work are known from the row's length; the others hold anything."""
+    if overlaps:
+        tl.extra.cuda.gdc_launch_dependents()
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     _, first, end = _visible_range(tl.load(kv_lens + row), window, block_n)
     used = tl.maximum(tl.cdiv(end - first, _tokens_per_split(end - first, num_splits, fixed, block_n)), 1)
-    if dependent_launch:
+    if overlaps:
         tl.extra.cuda.gdc_wait()
     base = (row * num_heads + head) * num_splits
     dims = tl.arange(0, block_d)
@@ -331,11 +420,10 @@ def decode_attention(
         "fixed": fixed_split_tokens,
         "block_n": tiles.block_n,
         "block_d": max(16, triton.next_power_of_2(head_dim)),
-        "dependent_launch": num_splits > 1 and is_hopper_or_newer(query.device),
+        "overlaps": can_overlap(query.device),
     }
     _launch_decode(spec, query, key, value, cache, metadata, result, partial, num_splits, tiles, cut)
     if num_splits > 1:
-        options = {"launch_pdl": True} if cut["dependent_launch"] else {}
         _combine_kernel[(num_heads, num_rows)](
             partial,
             metadata.kv_lens,
@@ -345,8 +433,8 @@ def decode_attention(
             num_heads=num_heads,
             chunk=16 if fixed_split_tokens else min(triton.next_power_of_2(num_splits), 64),  # fixes the order of sums
             num_warps=4,
+            launch_pdl=cut["overlaps"],
             **cut,
-            **options,
         )
 
 
@@ -383,7 +471,9 @@ def _launch_decode(
         cap=soft_cap_base2(spec),
         operands=triton_type(operand_type(query.dtype, cache[0].dtype)),
         block_m=max(16, triton.next_power_of_2(group)),
+        through_registers=tiles.through_registers,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
+        launch_pdl=cut["overlaps"],
         **cut,
     )

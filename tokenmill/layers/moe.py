@@ -146,6 +146,10 @@ class SparseMoe(nn.Module):
         self.gate = Router(hidden_size, num_experts, top_k, normalize=normalize, context=context.child("gate"))
         self.experts = Experts(num_experts, hidden_size, intermediate_size, activation, context.child("experts"))
 
+    def takes_quantized(self, num_rows: int) -> bool:
+        """The router reads its input as it is."""
+        return False
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, hidden_size] to [T, hidden_size]."""
         return self.experts(x, self.gate(x))  # type: ignore[no-any-return]

@@ -52,4 +52,4 @@ class CausalLM(nn.Module, ABC):
 
     @abstractmethod
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, hidden_size] to [n, vocab_size] float32."""
+        """[n, hidden_size] to [n, vocab_size], of the model's type or float32."""

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from tokenmill.layers.context import LayerContext
 from tokenmill.layers.mlp import GatedMLP
 from tokenmill.layers.moe import SparseMoe
 from tokenmill.models.config import ModelConfig
 
 
-def feed_forward(config: ModelConfig, layer: int, context: LayerContext) -> nn.Module:
+def feed_forward(config: ModelConfig, layer: int, context: LayerContext) -> GatedMLP | SparseMoe:
     """The module `mlp` of decoder layer `layer`: [T, hidden_size] to [T, hidden_size]."""
     moe = config.moe
     if moe is not None and moe.layers[layer]:

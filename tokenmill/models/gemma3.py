@@ -22,6 +22,7 @@ from tokenmill.layers.norm import GemmaRMSNorm
 from tokenmill.layers.rope import RotaryEmbedding, Rotation
 from tokenmill.models.base import CausalLM
 from tokenmill.models.config import ModelConfig
+from tokenmill.quantization.base import Rows
 
 
 class Gemma3Attention(nn.Module):
@@ -55,9 +56,7 @@ class Gemma3Attention(nn.Module):
         )
         self.attention = Attention(spec, context)
 
-    def forward(
-        self, x: torch.Tensor, rotation: Rotation, metadata: AttentionMetadata, cache: LayerCache
-    ) -> torch.Tensor:
+    def forward(self, x: Rows, rotation: Rotation, metadata: AttentionMetadata, cache: LayerCache) -> torch.Tensor:
         """[T, hidden_size] to [T, hidden_size]."""
         query, key, value = self.qkv_proj.split_heads(self.qkv_proj(x))
         query = rotation.apply(self.q_norm(query))
@@ -93,10 +92,10 @@ class Gemma3DecoderLayer(nn.Module):
         cache: LayerCache,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(what the MLP adds, residual stream), [T, hidden_size] each; the next norm adds them up."""
-        x, residual = self.input_layernorm.add_and_norm(x, residual)
-        x = self.post_attention_layernorm(self.self_attn(x, rotation, metadata, cache))
-        x, residual = self.pre_feedforward_layernorm.add_and_norm(x, residual)
-        return self.post_feedforward_layernorm(self.mlp(x)), residual
+        rows, residual = self.input_layernorm.add_and_norm_for(self.self_attn.qkv_proj, x, residual)
+        x = self.post_attention_layernorm(self.self_attn(rows, rotation, metadata, cache))
+        rows, residual = self.pre_feedforward_layernorm.add_and_norm_for(self.mlp, x, residual)
+        return self.post_feedforward_layernorm(self.mlp(rows)), residual
 
 
 class Gemma3Model(nn.Module):
@@ -157,7 +156,7 @@ class Gemma3ForCausalLM(CausalLM):
         return self.model(batch)  # type: ignore[no-any-return]
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, hidden_size] to [n, vocab_size] float32."""
+        """[n, hidden_size] to [n, vocab_size], of the model's type or float32."""
         return self.lm_head(hidden)  # type: ignore[no-any-return]
 
 

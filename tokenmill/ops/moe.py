@@ -187,7 +187,7 @@ def run_experts_torch(x: torch.Tensor, routing: Routing, weights: ExpertWeights)
     rows = inputs[order[: sum(counts)] // top_k]
     activation = gated_activation(weights.activation, x.device, rows.dtype)
     outputs = [rows.new_empty(0, x.shape[1])]
-    for expert, group in enumerate(rows.split(counts)):
+    for expert, group in enumerate(torch.split(rows, counts)):
         if group.shape[0]:
             gate_up, down = _matrices(weights, expert, group.dtype)
             inner = activation(linear(group, gate_up))

@@ -13,7 +13,11 @@ from typing import Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import nn
 
+from tokenmill.ops.fp8 import QuantizedRows
 from tokenmill.ops.moe import Routing
+
+Rows: TypeAlias = torch.Tensor | QuantizedRows
+"""What a linear layer takes: [T, in_features], plain or quantized by the op before it."""
 
 
 class ParameterAxes(NamedTuple):
@@ -41,6 +45,19 @@ class LinearMethod(Protocol):
 
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """[T, in_features] to [T, out_features]."""
+        ...
+
+
+@runtime_checkable
+class TakesQuantizedRows(Protocol):
+    """A `LinearMethod` that multiplies quantized rows: the op before the layer may quantize them in passing."""
+
+    def takes_quantized(self, num_rows: int) -> bool:
+        """Whether so many rows would be quantized by `apply`."""
+        ...
+
+    def apply_quantized(self, x: QuantizedRows, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        """Rows [T, in_features], quantized already, to [T, out_features] of type `dtype`."""
         ...
 
 

@@ -39,12 +39,12 @@ class StepResult:
 
     Args:
         inputs: of all rows, padding included.
-        logits: [R, V] float32, for a sampler; None if the tokens were chosen in the step.
+        hidden: [R, hidden_size] of each row's last token, for a sampler; None if the tokens were chosen in the step.
         sampled: the chosen tokens, written to their slots already; None if a sampler has to choose.
     """
 
     inputs: StepInputs
-    logits: torch.Tensor | None
+    hidden: torch.Tensor | None
     sampled: SampledTokens | None
 
 
@@ -90,6 +90,7 @@ class StepGraphs:
         self._max_batch_size = max_batch_size
         self._captured: dict[StepSize, _Captured | None] = {}  # None: has run once
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(state.device)
 
     def size_of(self, rows: Sequence[Row], *, greedy: bool) -> StepSize | None:
         """The size under which a step with these rows runs; None if it is not one to capture."""
@@ -107,10 +108,19 @@ class StepGraphs:
         return captured.result
 
     def _capture(self, size: StepSize, num_columns: int) -> _Captured:
+        """Capture while the device goes on with the steps before.
+
+        Not by `torch.cuda.graph`: it waits for the device, collects garbage and gives all unused memory back, which
+        takes longer than many steps when a thousand sequences run.
+        """
         rows = torch.zeros(num_columns, size.num_rows, dtype=torch.int64, device=self._state.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            result = self._run_step(rows, size)
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                result = self._run_step(rows, size)
+            finally:
+                graph.capture_end()
         captured = self._captured[size] = _Captured(graph, rows, result)
         return captured
 

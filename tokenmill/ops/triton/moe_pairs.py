@@ -119,7 +119,6 @@ def _pair_down_kernel(
     features = tl.program_id(0) * block_out + tl.arange(0, block_out)
     inside = tl.minimum(features, out_features - 1)
     columns = tl.max_contiguous(tl.arange(0, block_in), 8)
-    matrix_size = out_features.to(tl.int64) * in_features
     blocks_per_expert = ((out_features + GROUP - 1) // GROUP) * ((in_features + GROUP - 1) // GROUP)
     total = tl.zeros([block_out, block_in], tl.float32)
     for k in tl.static_range(top_k):
@@ -137,7 +136,7 @@ def _pair_down_kernel(
         for block in tl.static_range(num_blocks_in):
             current = block * block_in + columns
             w = _weights_in_float(
-                weight + expert * matrix_size, scales, inside, current, in_features, is_even, scale_kind
+                weight + expert * out_features * in_features, scales, inside, current, in_features, is_even, scale_kind
             )
             is_column = (current < in_features) & (
                 share + tl.zeros([block_in], tl.float32) > 0.0

@@ -91,7 +91,7 @@ def _gate_up_kernel(
     inside = tl.minimum(features, size - 1)
     columns = tl.arange(0, block_in)
     gate_weights = weight + (expert * 2 * size + inside)[:, None] * in_features + columns[None, :]
-    up_weights = gate_weights + size.to(tl.int64) * in_features
+    up_weights = weight + ((expert * 2 + 1) * size + inside)[:, None] * in_features + columns[None, :]
     values = x + tokens[None, :] * x_stride + columns[:, None]
     scales_in = (in_features + GROUP - 1) // GROUP
     if scale_kind == BLOCK_SCALES:
