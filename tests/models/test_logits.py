@@ -49,6 +49,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_tied_sliding": ("qwen2", {"tie_word_embeddings": True, **WINDOWED}),
     "qwen3": ("qwen3", {"tie_word_embeddings": False}),
     "qwen3_tied_bias": ("qwen3", {"tie_word_embeddings": True, "attention_bias": True}),
+    "qwen3_moe": ("qwen3_moe", {"norm_topk_prob": True}),
+    "qwen3_moe_some_layers": (
+        "qwen3_moe",
+        {"decoder_sparse_step": 2, "num_hidden_layers": 4, "mlp_only_layers": [3], "attention_bias": True},
+    ),
+    "qwen3_moe_sliding": ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 7, "tie_word_embeddings": True}),
+    "mixtral": ("mixtral", {}),
+    "mixtral_sliding": ("mixtral", {"sliding_window": 7, "num_experts_per_tok": 5}),
     "gemma3": ("gemma3_text", {"sliding_window": 7, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]}),
     "gemma3_untied_scaled": (
         "gemma3_text",

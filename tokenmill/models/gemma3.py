@@ -94,7 +94,7 @@ class Gemma3DecoderLayer(nn.Module):
         """(what the MLP adds, residual stream), [T, hidden_size] each; the next norm adds them up."""
         rows, residual = self.input_layernorm.add_and_norm_for(self.self_attn.qkv_proj, x, residual)
         x = self.post_attention_layernorm(self.self_attn(rows, rotation, metadata, cache))
-        rows, residual = self.pre_feedforward_layernorm.add_and_norm_for(self.mlp.gate_up_proj, x, residual)
+        rows, residual = self.pre_feedforward_layernorm.add_and_norm_for(self.mlp, x, residual)
         return self.post_feedforward_layernorm(self.mlp(rows)), residual
 
 

@@ -1,0 +1,74 @@
+"""Block sizes of the kernels that multiply tokens with their experts on a GPU. Pure arithmetic: no torch, no triton.
+
+The numbers were found by `python -m benchmarks.gpu.moe --tune` on an H100 (docs/log.md). Called by
+`ops.moe` and `ops.triton.moe_tiles`.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Final, NamedTuple
+
+SCALE_GROUP: Final = 128
+"""Features that share a scale: of what is between the two projections, and of block-scaled weights and inputs."""
+MAX_PAIR_TOKENS: Final = 4
+"""Steps of so few tokens take one matrix-vector product for each token and expert: hardly two share an expert."""
+
+
+class GroupedPlan(NamedTuple):
+    """How tokens sorted by expert are multiplied.
+
+    Args:
+        block_rows: rows of a tile, all of one expert; a power of two from 16 on.
+        gate_up_warps, gate_up_stages: of a program of the first product, which holds 128 features of gate and of up.
+        down_out, down_warps, down_stages: of the second product: output features of a program.
+        block_in_bytes: bytes of a row of weights in flight at a time.
+    """
+
+    block_rows: int
+    gate_up_warps: int
+    gate_up_stages: int
+    down_out: int
+    down_warps: int
+    down_stages: int
+    block_in_bytes: int = 128
+
+
+class PairPlan(NamedTuple):
+    """Matrix-vector products of single tokens: features and input features of a program, and its warps."""
+
+    block_out: int
+    block_in: int
+    num_warps: int
+
+
+GROUPED_PLANS: Final = (
+    (12.0, GroupedPlan(16, 4, 4, 128, 4, 4)),
+    (24.0, GroupedPlan(32, 4, 4, 128, 4, 4)),
+    (48.0, GroupedPlan(64, 4, 4, 128, 4, 4)),
+    (float("inf"), GroupedPlan(128, 8, 3, 128, 8, 3)),
+)
+"""By the mean number of rows that an expert has, up to that of each line."""
+
+
+def grouped_plan(num_pairs: int, num_experts: int) -> GroupedPlan:
+    """For `num_pairs` pairs of token and expert over `num_experts` experts."""
+    mean = num_pairs / num_experts
+    return next(plan for limit, plan in GROUPED_PLANS if mean <= limit)
+
+
+def max_row_blocks(num_pairs: int, num_experts: int, block_rows: int) -> int:
+    """Tiles that are enough however the pairs fall: each expert's last tile may be filled in part only."""
+    return num_pairs // block_rows + min(num_pairs, num_experts)
+
+
+@lru_cache(maxsize=256)
+def pair_plan(out_features: int, in_features: int) -> PairPlan:
+    """For one matrix [O, I] of an expert: blocks that divide the input, and enough programs."""
+    block_in = min(2048, 1 << max(in_features - 1, 0).bit_length())
+    while block_in > 128 and in_features % block_in:
+        block_in //= 2
+    block_out = max(1, min(2048 // block_in * 4, 8))
+    while block_out > 1 and out_features // block_out < 128:
+        block_out //= 2
+    return PairPlan(block_out, block_in, max(1, min(4, block_out * block_in // 1024)))
