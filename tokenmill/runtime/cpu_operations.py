@@ -252,7 +252,6 @@ def _quantized_copy(writer: OpWriter, x: Operand) -> Activations:
 
 def _linear_float(writer: OpWriter, operation: Operation, one: bool) -> Iterator[Op]:
     raise _no_kernel(operation)
-    yield
 
 
 # ---- positions, cache, attention -------------------------------------------------------------------------------------
@@ -332,7 +331,6 @@ def _no_kernel(operation: Operation) -> UnsupportedFeatureError:
 
 def _missing(writer: OpWriter, operation: Operation, one: bool) -> Iterator[Op]:
     raise _no_kernel(operation)
-    yield
 
 
 _TRANSLATIONS: Final[Mapping[str, Translation]] = MappingProxyType({
