@@ -212,7 +212,7 @@ def half_sums(writer: Writer, values: Sequence[ir.Value], scale: ir.Value) -> li
     return [writer.builder.fmul(writer.builder.sitofp(part, F32X16), scale) for part in sums]
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[misc]
+@intrinsic(prefer_literal=True)
 def gemv_block(context: Any, encoding: Any, way: Any, weights: Any, values: Any, num_groups: Any, result: Any) -> Any:
     """Products of the 16 rows of a packed row block at `weights` and one token at `values`; 16 float32 to `result`."""
     numbers = literal_values((encoding, way))
@@ -241,7 +241,7 @@ def gemv_block(context: Any, encoding: Any, way: Any, weights: Any, values: Any,
     return types.void(encoding, way, int64, int64, int64, int64), codegen
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[misc]
+@intrinsic(prefer_literal=True)
 def panel_block(
     context: Any,
     encoding: Any,
