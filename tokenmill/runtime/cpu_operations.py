@@ -16,6 +16,7 @@ from tokenmill.ops.cpu.attention import AttentionOp, attention, attention_combin
 from tokenmill.ops.cpu.attention_arguments import scratch_bytes
 from tokenmill.ops.cpu.cache_layout import CacheLocation
 from tokenmill.ops.cpu.elementwise import elementwise, elementwise_arguments
+from tokenmill.ops.cpu.embedding import embedding, embedding_arguments
 from tokenmill.ops.cpu.jit import NativeFunction
 from tokenmill.ops.cpu.layout import GROUP_SIZE, int8_group32_bytes
 from tokenmill.ops.cpu.linear_int8 import SCRATCH_BYTES, Activations, Matrix, linear_arguments, linear_kernel
@@ -122,6 +123,22 @@ def _integer(operation: Operation, name: str) -> int:
 def _text(value: AttributeValue) -> str:
     assert isinstance(value, str), value
     return value
+
+
+def _embedding(writer: OpWriter, operation: Operation, one: bool) -> Iterator[Op]:
+    name, y = operation.weights["table"], operation.outputs["y"]
+    table = writer.weights[name]
+    num_rows, columns = table.shape
+    arguments = embedding_arguments(
+        token_ids=writer.memory.address(operation.inputs["token_ids"]),
+        table=writer.weights.rows(name),
+        table_format=table.format,
+        num_rows=num_rows,
+        columns=columns,
+        output=writer.place(y),
+        scale=_number(operation.attributes["scale"]),
+    )
+    yield Op(embedding, arguments)
 
 
 # ---- norms and maps --------------------------------------------------------------------------------------------------
@@ -329,12 +346,8 @@ def _no_kernel(operation: Operation) -> UnsupportedFeatureError:
     )
 
 
-def _missing(writer: OpWriter, operation: Operation, one: bool) -> Iterator[Op]:
-    raise _no_kernel(operation)
-
-
 _TRANSLATIONS: Final[Mapping[str, Translation]] = MappingProxyType({
-    "embedding": _missing,
+    "embedding": _embedding,
     "rotation": _rotation,
     "rms_norm": _rms_norm,
     "add_rms_norm": _rms_norm,

@@ -19,8 +19,8 @@ from tokenmill.runtime.cpu_memory import ProgramMemory
 from tokenmill.runtime.huge_pages import Bytes
 from tokenmill.runtime.weight_decoding import decode_weight
 
-ROW_BLOCKS: Final = "row_blocks"
-GATED_ROW_BLOCKS: Final = "row_blocks_gated"
+PACKED: Final = "packed"
+PACKED_GATED: Final = "packed_gated"
 """Layouts of `Weight`: the bytes of `ops.cpu.packing.PackedWeight`, plain and gated."""
 
 BLOCK_FORMATS: Final = frozenset(encoding.format for encoding in ENCODINGS if encoding.block_columns)
@@ -60,15 +60,21 @@ class CpuWeights:
     def linear(self, name: str, *, gated: bool) -> LinearWeight:
         """A quantized weight for the integer kernels."""
         weight = self._weights[name]
-        layout = GATED_ROW_BLOCKS if gated else ROW_BLOCKS
+        layout = PACKED_GATED if gated else PACKED
         address = self._place(name, layout, lambda: self._packed(weight, gated))
         num_rows, num_columns = weight.shape
         return LinearWeight(address, weight.format, num_rows, num_columns, gated)
 
     def _packed(self, weight: Weight, gated: bool) -> Bytes:
         content = self._content(weight.name)
-        if weight.layout == (GATED_ROW_BLOCKS if gated else ROW_BLOCKS):
+        if weight.layout == (PACKED_GATED if gated else PACKED):
             return content
+        if weight.layout != "rows":
+            raise UnsupportedFeatureError(
+                f"The weight '{weight.name}' is laid out as '{weight.layout}', which no kernel reads here.",
+                field="engine",
+                remedy="Build the engine again with `tokenmill build`.",
+            )
         num_rows, num_columns = weight.shape
         rows = content[: rows_nbytes(weight.format, weight.shape)].reshape(num_rows, -1)
         parts = np.split(rows, 2) if gated else [rows]
