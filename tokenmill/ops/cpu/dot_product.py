@@ -1,11 +1,9 @@
 """Inner loops of the int8 linear kernels, written as LLVM code so that all accumulators stay in registers.
 
-`gemv_block` streams packed weights past one token, `unpack_block` prepares packed weights for `panel_block`, which
-multiplies packed or prepared ones with a panel of tokens. All add up a group of 32 columns in integers and then the groups in float32, in
-the same order and with the same operations: a token's result does not depend on which of them computed it.
-
-Packed weights are described in `packing.py`, activations in `layout.py`. Prepared weights are packed with 8 bits, float32
-scales and minimums.
+`gemv_block` streams packed weights past one token, `panel_block` multiplies them with tokens of a panel. Both add up a
+group of 32 columns in integers and then the groups in float32, in the same order and with the same operations: a
+token's result does not depend on which of them computed it. The layout of packed weights is described in `packing.py`,
+that of activations in `layout.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from numba.extending import intrinsic
 
 from tokenmill.ops.cpu.cpu_features import DotProduct
 from tokenmill.ops.cpu.layout import GROUP_BYTES, GROUP_SIZE
-from tokenmill.ops.cpu.packing import ENCODINGS, FORMATS, ROW_BLOCK, Encoding
+from tokenmill.ops.cpu.packing import ENCODINGS, ROW_BLOCK, Encoding
 from tokenmill.ops.cpu.simd import F32, F32X16, I32, I32X16, I64, call, constant, splat
 
 I16X16: Final = ir.VectorType(ir.IntType(16), 16)
@@ -28,10 +26,6 @@ F16X16: Final = ir.VectorType(ir.HalfType(), 16)
 VECTOR_BYTES: Final = 64
 STEPS: Final = GROUP_SIZE // 4
 """Dot products of 4 columns in a group."""
-
-
-PREPARED: Final = len(FORMATS)
-"""Index of the encoding that `unpack_block` writes for formats with one scale per group; the next one is for two."""
 
 
 class Writer:
@@ -218,7 +212,7 @@ def half_sums(writer: Writer, values: Sequence[ir.Value], scale: ir.Value) -> li
     return [writer.builder.fmul(writer.builder.sitofp(part, F32X16), scale) for part in sums]
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[misc]
+@intrinsic(prefer_literal=True)
 def gemv_block(context: Any, encoding: Any, way: Any, weights: Any, values: Any, num_groups: Any, result: Any) -> Any:
     """Products of the 16 rows of a packed row block at `weights` and one token at `values`; 16 float32 to `result`."""
     numbers = literal_values((encoding, way))
@@ -247,31 +241,7 @@ def gemv_block(context: Any, encoding: Any, way: Any, weights: Any, values: Any,
     return types.void(encoding, way, int64, int64, int64, int64), codegen
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[misc]
-def unpack_block(context: Any, encoding: Any, weights: Any, num_groups: Any, result: Any) -> Any:
-    """Prepare `num_groups` groups of a packed row block at `weights`; writes to `result`."""
-    numbers = literal_values((encoding,))
-    if numbers is None:
-        return None
-    layout = ENCODINGS[numbers[0]]
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
-        writer = Writer(builder, DotProduct.PORTABLE)
-        weights, num_groups, result = arguments[1:]
-        loop = Loop(builder, num_groups, [weights, result])
-        group, place = loop.carried
-        scales, minimums = writer.group_scales(layout, group)
-        vectors = [*scales, *minimums, *writer.group_weights(layout, group)]
-        for index, vector in enumerate(vectors):
-            writer.store(vector, place, VECTOR_BYTES * index)
-        loop.close([builder.add(group, I64(layout.group_bytes)), builder.add(place, I64(VECTOR_BYTES * len(vectors)))])
-        return context.get_dummy_value()
-
-    int64 = types.int64
-    return types.void(encoding, int64, int64, int64), codegen
-
-
-@intrinsic(prefer_literal=True)  # type: ignore[misc]
+@intrinsic(prefer_literal=True)
 def panel_block(
     context: Any,
     encoding: Any,

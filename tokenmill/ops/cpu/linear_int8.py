@@ -1,8 +1,8 @@
 """The op `linear` with packed weights and `int8_group32` activations. Called by the executor of programs.
 
-`linear_kernel(...)` gives the kernel and `linear_arguments(...)` its columns. One token: each thread
-streams its row blocks once. More tokens: a chunk of rows is prepared in the thread's scratch memory, some hundred
-columns at a time, and multiplied with all panels of up to 256 tokens. A token's result is bitwise the same in both.
+`linear_kernel(...)` gives the kernel and `linear_arguments(...)` its columns. One token: each thread streams its row
+blocks once. More tokens: a chunk of rows is multiplied with all panels of up to 256 tokens. A token's result is bitwise
+the same in both.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Final
 
 from tokenmill.errors import InvalidParameterError
 from tokenmill.ops.cpu.cpu_features import DotProduct, best_dot_product
-from tokenmill.ops.cpu.dot_product import PREPARED, gemv_block, panel_block, unpack_block
+from tokenmill.ops.cpu.dot_product import gemv_block, panel_block
 from tokenmill.ops.cpu.intrinsics import argument, chunk_range, device_panel_width
 from tokenmill.ops.cpu.jit import NativeFunction, device
 from tokenmill.ops.cpu.layout import COLUMN_NUM_TOKENS, FIRST_ARGUMENT, GROUP_BYTES
@@ -40,14 +40,13 @@ SCRATCH: Final = FIRST_ARGUMENT + 6  # address of the scratch memory of thread 0
 TOKEN_BLOCK: Final = 256
 """Tokens that are computed with one preparation of a chunk: their activations stay in the cache."""
 
-PREPARED_GROUPS: Final = 24
-"""Groups that are prepared at once: two row blocks of them stay in the fastest cache."""
+GROUP_BLOCK: Final = 48
+"""Groups of a chunk that are multiplied with all tokens before the next ones: they stay in the fastest cache."""
 
 MAX_BLOCKS: Final = 4
 """Row blocks of a chunk."""
 
-PREPARED_BYTES: Final = 2 * PREPARED_GROUPS * ENCODINGS[-1].group_bytes
-SCRATCH_BYTES: Final = PREPARED_BYTES + TOKEN_BLOCK * MAX_BLOCKS * BLOCK_TOTALS
+SCRATCH_BYTES: Final = TOKEN_BLOCK * MAX_BLOCKS * BLOCK_TOTALS
 """Scratch memory of one thread; ops may share it."""
 
 
@@ -84,16 +83,13 @@ def _one_token_kernel(encoding: int, way: int) -> NativeFunction:
 
 def _many_tokens_kernel(encoding: int, way: int) -> NativeFunction:
     group_bytes = ENCODINGS[encoding].group_bytes
-    ready = PREPARED + ENCODINGS[encoding].scales_per_group - 1
-    prepared_block = PREPARED_GROUPS * ENCODINGS[ready].group_bytes
 
     def linear_many_tokens(thread: int, num_threads: int, row: int) -> None:
         num_tokens, num_groups = argument(row, COLUMN_NUM_TOKENS), argument(row, NUM_GROUPS)
         width = device_panel_width(num_tokens)
         panel_group = GROUP_BYTES * width
         panel_bytes = argument(row, VALUES_GROUPS) * panel_group
-        prepared = argument(row, SCRATCH) + thread * SCRATCH_BYTES
-        totals = prepared + PREPARED_BYTES
+        totals = argument(row, SCRATCH) + thread * SCRATCH_BYTES
         gated = argument(row, ACTIVATION) != NO_ACTIVATION
         chunk_blocks = 4 if gated else 2
         stride = chunk_blocks * BLOCK_TOTALS
@@ -110,23 +106,21 @@ def _many_tokens_kernel(encoding: int, way: int) -> NativeFunction:
             for pair in range(0, chunk_blocks, 2):
                 weights = argument(row, WEIGHT) + (chunk * chunk_blocks + pair) * block_bytes
                 result = totals + pair * BLOCK_TOTALS
-                for group in range(0, num_groups, PREPARED_GROUPS):
-                    length = min(num_groups - group, PREPARED_GROUPS)
-                    place = weights + group * group_bytes
-                    unpack_block(encoding, place, length, prepared)
-                    unpack_block(encoding, place + block_bytes, length, prepared + prepared_block)
+                for group in range(0, num_groups, GROUP_BLOCK):
+                    length = min(num_groups - group, GROUP_BLOCK)
+                    w = weights + group * group_bytes
                     values = panels + (argument(row, FIRST_GROUP) + group) * panel_group
                     for panel in range(num_panels):
                         x = values + panel * panel_bytes
                         y = result + panel * width * stride
                         if width == 16:
-                            panel_block(ready, way, 16, 0, 8, 2, prepared, prepared_block, x, length, y, stride)
+                            panel_block(encoding, way, 16, 0, 8, 2, w, block_bytes, x, length, y, stride)
                             y += 8 * stride
-                            panel_block(ready, way, 16, 8, 8, 2, prepared, prepared_block, x, length, y, stride)
+                            panel_block(encoding, way, 16, 8, 8, 2, w, block_bytes, x, length, y, stride)
                         elif width == 8:
-                            panel_block(ready, way, 8, 0, 8, 2, prepared, prepared_block, x, length, y, stride)
+                            panel_block(encoding, way, 8, 0, 8, 2, w, block_bytes, x, length, y, stride)
                         else:
-                            panel_block(ready, way, 4, 0, 4, 2, prepared, prepared_block, x, length, y, stride)
+                            panel_block(encoding, way, 4, 0, 4, 2, w, block_bytes, x, length, y, stride)
             if gated:
                 finish_gated(row, totals, first_token, count, chunk)
             else:
