@@ -19,6 +19,8 @@ from tokenmill.ops.cpu.elementwise import elementwise, elementwise_arguments
 from tokenmill.ops.cpu.embedding import embedding, embedding_arguments
 from tokenmill.ops.cpu.jit import NativeFunction
 from tokenmill.ops.cpu.layout import GROUP_SIZE, int8_group32_bytes
+from tokenmill.ops.cpu.linear_float import SCRATCH_BYTES as FLOAT_SCRATCH_BYTES
+from tokenmill.ops.cpu.linear_float import LinearFloatOp, linear_float
 from tokenmill.ops.cpu.linear_int8 import SCRATCH_BYTES, Activations, Matrix, linear_arguments, linear_kernel
 from tokenmill.ops.cpu.norm import rms_norm, rms_norm_arguments
 from tokenmill.ops.cpu.packing import FORMATS
@@ -251,7 +253,7 @@ def _linear_int8(writer: OpWriter, operation: Operation, one: bool) -> Iterator[
         weight,
         values,
         output,
-        writer.scratch("linear", SCRATCH_BYTES * writer.places.num_threads),
+        writer.scratch("linear", max(SCRATCH_BYTES, FLOAT_SCRATCH_BYTES) * writer.places.num_threads),
         bias=writer.floats(operation, "bias"),
         residual=None if residual is None else Matrix(*writer.place(residual)),
         activation=None if name is None else _text(name),
@@ -268,7 +270,28 @@ def _quantized_copy(writer: OpWriter, x: Operand) -> Activations:
 
 
 def _linear_float(writer: OpWriter, operation: Operation, one: bool) -> Iterator[Op]:
-    raise _no_kernel(operation)
+    x, y = operation.inputs["x"], operation.outputs["y"]
+    if writer.memory.is_quantized(x):
+        raise _no_kernel(operation)
+    name = operation.weights["weight"]
+    weight = writer.weights[name]
+    activation = operation.attributes.get("activation")
+    residual = operation.inputs.get("residual")
+    quantized = writer.memory.is_quantized(y)
+    op = LinearFloatOp(
+        x=writer.place(x),
+        weight=writer.weights.float_linear(name, gated=activation is not None),
+        is_bfloat16=weight.format == "bfloat16",
+        num_rows=weight.shape[0],
+        num_columns=weight.shape[1],
+        output=(writer.memory.buffer_address(y.buffer), 0) if quantized else writer.place(y),
+        scratch=writer.scratch("linear", max(SCRATCH_BYTES, FLOAT_SCRATCH_BYTES) * writer.places.num_threads),
+        bias=writer.floats(operation, "bias"),
+        residual=None if residual is None else writer.place(residual),
+        activation=None if activation is None else _text(activation),
+        quantized=quantized,
+    )
+    yield Op(linear_float, op.arguments())
 
 
 # ---- positions, cache, attention -------------------------------------------------------------------------------------

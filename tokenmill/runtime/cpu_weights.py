@@ -11,6 +11,7 @@ from typing import Any, Final
 import numpy as np
 
 from tokenmill.errors import UnsupportedFeatureError
+from tokenmill.ops.cpu.linear_float import pack_float_weight
 from tokenmill.ops.cpu.linear_int8 import LinearWeight
 from tokenmill.ops.cpu.packing import ENCODINGS, PackedWeight, pack_blocks, pack_floats
 from tokenmill.program.formats import WEIGHT_FORMATS, rows_nbytes
@@ -53,8 +54,7 @@ class CpuWeights:
     def rows(self, name: str) -> int:
         """Address of a weight's rows in its own format."""
         weight = self._weights[name]
-        if weight.layout != "rows":
-            raise UnsupportedFeatureError(f"Rows of the packed weight '{name}' cannot be looked up.", field="engine")
+        self._check_rows(weight)
         return self._place(name, "rows", lambda: self._content(name)[: rows_nbytes(weight.format, weight.shape)])
 
     def linear(self, name: str, *, gated: bool) -> LinearWeight:
@@ -65,20 +65,34 @@ class CpuWeights:
         num_rows, num_columns = weight.shape
         return LinearWeight(address, weight.format, num_rows, num_columns, gated)
 
+    def float_linear(self, name: str, *, gated: bool) -> int:
+        """Address of a float weight, packed for the float kernels."""
+        return self._place(name, "float gated" if gated else "float", lambda: self._packed_floats(name, gated))
+
+    def _packed_floats(self, name: str, gated: bool) -> Bytes:
+        weight = self._weights[name]
+        self._check_rows(weight)
+        content = self._content(name)[: rows_nbytes(weight.format, weight.shape)]
+        values = content.view(np.float32 if weight.format == "float32" else np.uint16).reshape(weight.shape)
+        return pack_float_weight(np.split(values, 2) if gated else [values], gated=gated)
+
     def _packed(self, weight: Weight, gated: bool) -> Bytes:
         content = self._content(weight.name)
         if weight.layout == (PACKED_GATED if gated else PACKED):
             return content
-        if weight.layout != "rows":
-            raise UnsupportedFeatureError(
-                f"The weight '{weight.name}' is laid out as '{weight.layout}', which no kernel reads here.",
-                field="engine",
-                remedy="Build the engine again with `tokenmill build`.",
-            )
+        self._check_rows(weight)
         num_rows, num_columns = weight.shape
         rows = content[: rows_nbytes(weight.format, weight.shape)].reshape(num_rows, -1)
         parts = np.split(rows, 2) if gated else [rows]
         return _pack(weight.format, parts, num_columns, gated).data
+
+    def _check_rows(self, weight: Weight) -> None:
+        if weight.layout != "rows":
+            raise UnsupportedFeatureError(
+                f"The weight '{weight.name}' is laid out as '{weight.layout}', which this kernel does not read.",
+                field="engine",
+                remedy="Build the engine again with `tokenmill build`.",
+            )
 
     def _content(self, name: str) -> Bytes:
         return self._contents[name]
