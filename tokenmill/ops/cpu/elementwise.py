@@ -1,7 +1,7 @@
 """Maps over rows: add, multiply, scale, copy, select_rows, soft_cap and activations, to float32 or quantized rows.
 
-`elementwise` here and `quantize` in `quantize.py` are told which function by a number of `FUNCTIONS`, so that few kernels
-need compiling. `activation.py` chooses between the two.
+`elementwise` here and `quantize` in `quantize.py` are told which function by a number of `FUNCTIONS`, so that few
+kernels need compiling. `activation.py` chooses between the two.
 """
 
 from __future__ import annotations
