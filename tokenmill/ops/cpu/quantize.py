@@ -6,14 +6,14 @@ from typing import Final
 
 from tokenmill.ops.cpu.activations import group_address, store_group
 from tokenmill.ops.cpu.elementwise import (
-    A,
     A_STRIDE,
-    B,
     B_STRIDE,
     COLUMNS,
     FUNCTION,
     OUTPUT,
     OUTPUT_STRIDE,
+    A,
+    B,
     apply,
     function_number,
 )
