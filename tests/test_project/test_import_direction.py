@@ -123,7 +123,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 
 # These units see nothing of ours but what is written here, COMMON included.
 WITHOUT_COMMON: dict[str, tuple[str, ...]] = {
-    "ops": ("errors", "ops.platform"),
+    "ops": ("env", "errors", "ops.platform"),
     "ops.platform": ("errors",),
     "errors": (),
     "version": (),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +10,13 @@ from pathlib import Path
 import torch
 
 from tokenmill.attention.select import select_backend
-from tokenmill.checkpoints.base import open_checkpoint
+from tokenmill.checkpoints.base import Checkpoint, open_checkpoint
 from tokenmill.config import LlmArgs
 from tokenmill.engine.core import EngineCore
 from tokenmill.errors import UnsupportedFeatureError
+from tokenmill.executor.backend_choice import choose_backend
 from tokenmill.executor.description import EngineDescription
+from tokenmill.executor.engine_source import open_engine
 from tokenmill.executor.program_factory import build_program_engine
 from tokenmill.executor.scheduling import make_core
 from tokenmill.kv_cache.tensors import allocate_caches
@@ -35,6 +38,8 @@ from tokenmill.runtime.model_runner import ModelRunner
 from tokenmill.runtime.slot_state import SlotState
 from tokenmill.sampling.slot_params import SlotSamplingParams
 
+logger = logging.getLogger(__name__)
+
 
 def build_engine(
     args: LlmArgs, on_progress: Callable[[str, int, int], None] | None = None, *, num_sharing: int = 1
@@ -55,18 +60,29 @@ def build_engine(
         torch.set_num_threads(args.num_threads)
     if is_engine(Path(args.model)):
         return build_program_engine(args, EnginePackage.load(args.model), num_sharing=num_sharing)
-    return _build_torch_engine(args, on_progress, num_sharing)
+    device = resolve_device(args.device)
+    checkpoint = open_checkpoint(Path(args.model), config_only=args.load_format == "dummy")
+    config = ModelConfig.from_hf(checkpoint.hf_config)
+    choice = choose_backend(args, device, config)
+    if choice.name == "engine":
+        package = open_engine(args, resolve_max_seq_len(args, config), on_progress)
+        return build_program_engine(args, package, num_sharing=num_sharing)
+    if choice.reason is not None:
+        logger.warning("The model runs on the torch backend: %s", choice.reason)
+    return _build_torch_engine(args, device, checkpoint, config, on_progress, num_sharing)
 
 
 def _build_torch_engine(
-    args: LlmArgs, on_progress: Callable[[str, int, int], None] | None, num_sharing: int
+    args: LlmArgs,
+    device: torch.device,
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    on_progress: Callable[[str, int, int], None] | None,
+    num_sharing: int,
 ) -> tuple[EngineCore, EngineDescription]:
     """The model runs as layers of torch."""
-    device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
     cache_dtype = resolve_cache_dtype(args.kv_cache_config.dtype, dtype, device)
-    checkpoint = open_checkpoint(Path(args.model), config_only=args.load_format == "dummy")
-    config = ModelConfig.from_hf(checkpoint.hf_config)
     max_seq_len = resolve_max_seq_len(args, config)
     backend = select_backend(args.attn_backend, device)
     request = MemoryRequest(

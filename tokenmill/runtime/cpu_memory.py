@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
@@ -34,15 +33,16 @@ class ProgramMemory:
             buffer.name: buffer for buffer in (*program.inputs, *program.buffers, program.output)
         }
         inputs = {"token_ids": arrays.token_ids, "positions": arrays.positions, "row_index": arrays.row_index}
-        self._addresses = {name: array.ctypes.data for name, array in inputs.items()}
-        own = [buffer for buffer in program.buffers if buffer.name in apart or program.arena_bytes == 0]
-        own.append(program.output)
+        self._contents: dict[str, Bytes] = {name: array.view(np.uint8) for name, array in inputs.items()}
         arena = self.pages.take(program.arena_bytes)
-        for buffer in program.buffers:
-            if buffer.offset is not None:
-                self._addresses[buffer.name] = arena.ctypes.data + buffer.offset
-        for buffer in own:
-            self._addresses[buffer.name] = self.reserve(self.num_bytes(buffer))
+        for buffer in (*program.buffers, program.output):
+            size = self.num_bytes(buffer)
+            if buffer.offset is None or buffer.name in apart:
+                self._contents[buffer.name] = self.pages.take(size)
+            else:
+                assert buffer.offset + size <= len(arena), f"{buffer.name} does not fit its place in the arena"
+                self._contents[buffer.name] = arena[buffer.offset : buffer.offset + size]
+        self._addresses = {name: content.ctypes.data for name, content in self._contents.items()}
 
     def num_bytes(self, buffer: Buffer) -> int:
         """Bytes of a buffer at the largest step."""
@@ -84,16 +84,14 @@ class ProgramMemory:
         buffer = self.buffers[name]
         if buffer.dtype != "int8_group32":
             return self.floats(name, num_rows).copy()
-        size = int8_group32_bytes(num_rows, buffer.columns)
-        content = (ctypes.c_uint8 * size).from_address(self._addresses[name])
-        return _decode_int8(np.frombuffer(content, np.uint8), num_rows, buffer.columns)
+        content = self._contents[name][: int8_group32_bytes(num_rows, buffer.columns)]
+        return _decode_int8(content, num_rows, buffer.columns)
 
     def floats(self, name: str, num_rows: int) -> Floats:
         """The first rows of a float buffer: a view."""
         columns = self.buffers[name].columns
-        address, size = self._addresses[name], num_rows * columns
-        content = (ctypes.c_float * size).from_address(address)
-        return np.frombuffer(content, np.float32).reshape(num_rows, columns)
+        values: Floats = self._contents[name].view(np.float32)
+        return values[: num_rows * columns].reshape(num_rows, columns)
 
 
 def _decode_int8(content: Bytes, num_tokens: int, num_columns: int) -> Floats:
@@ -103,5 +101,5 @@ def _decode_int8(content: Bytes, num_tokens: int, num_columns: int) -> Floats:
     levels = records[:, :, : GROUP_SIZE * width].view(np.int8).reshape(-1, num_groups, 8, width, 4)
     scales = records[:, :, GROUP_SIZE * width : (GROUP_SIZE + 4) * width].copy().view(np.float32)
     values = levels.transpose(0, 3, 1, 2, 4).reshape(-1, num_groups, GROUP_SIZE)  # [tokens, groups, columns]
-    scaled = values * scales.transpose(0, 2, 1).reshape(-1, num_groups, 1)
-    return scaled.reshape(len(values), -1)[:num_tokens, :num_columns].astype(np.float32)
+    scaled: Floats = values * scales.transpose(0, 2, 1).reshape(-1, num_groups, 1)
+    return scaled.reshape(len(values), -1)[:num_tokens, :num_columns]

@@ -14,6 +14,7 @@ from tokenmill.errors import UnsupportedFeatureError
 from tokenmill.ops.cpu.activation import activation_op
 from tokenmill.ops.cpu.attention import AttentionOp, attention, attention_combine, partial_bytes
 from tokenmill.ops.cpu.attention_arguments import scratch_bytes
+from tokenmill.ops.cpu.cache_layout import CacheLocation
 from tokenmill.ops.cpu.elementwise import elementwise, elementwise_arguments
 from tokenmill.ops.cpu.jit import NativeFunction
 from tokenmill.ops.cpu.layout import GROUP_SIZE, int8_group32_bytes
@@ -21,9 +22,11 @@ from tokenmill.ops.cpu.linear_int8 import SCRATCH_BYTES, Activations, Matrix, li
 from tokenmill.ops.cpu.norm import rms_norm, rms_norm_arguments
 from tokenmill.ops.cpu.packing import FORMATS
 from tokenmill.ops.cpu.quantize import quantize, quantize_arguments
+from tokenmill.ops.cpu.rope import RopeOp, rope_write_cache, rotation, rotation_arguments
 from tokenmill.program.program import AttributeValue, Operand, Operation
 from tokenmill.runtime.cpu_memory import ProgramMemory
 from tokenmill.runtime.cpu_weights import CpuWeights
+from tokenmill.runtime.program_parts import CacheShape
 from tokenmill.runtime.step_arrays import StepArrays
 
 
@@ -43,15 +46,21 @@ class StepPlaces:
         arrays: the step's integers.
         step: address of the step's rows, see `ops.cpu.cache_layout.STEP_SIZE`.
         caches: keys and values of each layer in the kernels' layout.
-        cache_dtype: of them.
+        shapes: heads of each layer's cache.
         num_threads: that need scratch memory.
     """
 
     arrays: StepArrays
     step: int
     caches: tuple[LayerCache, ...]
-    cache_dtype: torch.dtype
+    shapes: tuple[CacheShape, ...]
     num_threads: int
+
+    def cache(self, layer: int) -> CacheLocation:
+        """Where a layer's cache is."""
+        keys, values = self.caches[layer]
+        is_bfloat16 = keys.dtype == torch.bfloat16
+        return CacheLocation(keys.data_ptr(), values.data_ptr(), is_bfloat16, self.arrays.tokens_per_block, self.step)
 
 
 class OpWriter:
@@ -243,41 +252,73 @@ def _quantized_copy(writer: OpWriter, x: Operand) -> Activations:
 
 def _linear_float(writer: OpWriter, operation: Operation, one: bool) -> Iterator[Op]:
     raise _no_kernel(operation)
-    yield
 
 
 # ---- positions, cache, attention -------------------------------------------------------------------------------------
 
 
+def _rotation(writer: OpWriter, operation: Operation, one: bool) -> Iterator[Op]:
+    y = operation.outputs["y"]
+    arguments = rotation_arguments(
+        positions=writer.memory.address(operation.inputs["positions"]),
+        frequencies=writer.floats(operation, "frequencies"),
+        output=writer.place(y),
+        head_dim=y.num_columns,
+        factor=_number(operation.attributes["factor"]),
+    )
+    yield Op(rotation, arguments)
+
+
+def _rope(writer: OpWriter, operation: Operation, one: bool) -> Iterator[Op]:
+    """`rope`, `write_cache` and `rope_write_cache`: one kernel does what there is of a query and of keys and values."""
+    query = operation.inputs.get("query", operation.inputs.get("x"))
+    key, value, turn = (operation.inputs.get(role) for role in ("key", "value", "rotation"))
+    layer = operation.attributes.get("layer")
+    if layer is None:
+        head_dim = _integer(operation, "head_dim")
+    else:
+        head_dim = writer.places.shapes[_integer(operation, "layer")].head_dim
+    op = RopeOp(
+        head_dim=head_dim,
+        num_heads=0 if query is None else query.num_columns // head_dim,
+        num_kv_heads=0 if key is None else key.num_columns // head_dim,
+        query=None if query is None else writer.place(query),
+        output=None if query is None else writer.place(operation.outputs["y"]),
+        key=None if key is None else writer.place(key),
+        value=None if value is None else writer.place(value),
+        rotation=None if turn is None else writer.place(turn),
+        query_norm=writer.floats(operation, "query_norm"),
+        key_norm=writer.floats(operation, "key_norm"),
+        eps=_number(operation.attributes.get("eps") or 0.0),
+        cache=None if layer is None else writer.places.cache(_integer(operation, "layer")),
+    )
+    yield Op(rope_write_cache, op.arguments())
+
+
 def _attention(writer: OpWriter, operation: Operation, one: bool) -> Iterator[Op]:
-    query, y, places = operation.inputs["query"], operation.outputs["y"], writer.places
-    num_heads, num_kv_heads = _integer(operation, "num_heads"), _integer(operation, "num_kv_heads")
-    head_dim, arrays = _integer(operation, "head_dim"), places.arrays
-    keys, values = places.caches[_integer(operation, "layer")]
+    places, arrays = writer.places, writer.places.arrays
+    num_heads, num_kv_heads, head_dim = (
+        _integer(operation, name) for name in ("num_heads", "num_kv_heads", "head_dim")
+    )
     window, soft_cap = operation.attributes.get("sliding_window"), operation.attributes.get("soft_cap")
     max_blocks = arrays.max_batch_size * arrays.block_tables.shape[1]
     partials = partial_bytes(num_heads, head_dim, arrays.tokens_per_block, max_blocks, arrays.max_batch_size)
     scratch = scratch_bytes(num_heads, num_kv_heads, head_dim) * places.num_threads
     op = AttentionOp(
-        *writer.place(query),
-        *writer.place(y),
-        key_cache=keys.data_ptr(),
-        value_cache=values.data_ptr(),
-        is_bfloat16=places.cache_dtype == torch.bfloat16,
-        tokens_per_block=arrays.tokens_per_block,
+        query=writer.place(operation.inputs["query"]),
+        output=writer.place(operation.outputs["y"]),
+        cache=places.cache(_integer(operation, "layer")),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         scale=_number(operation.attributes["scale"]),
-        step=places.step,
         scratch=writer.scratch("attention", scratch),
         partials=writer.scratch("attention partials", partials),
         sliding_window=None if window is None else _integer(operation, "sliding_window"),
         soft_cap=None if soft_cap is None else _number(soft_cap),
     )
-    arguments = tuple(op.arguments())
-    yield Op(attention, arguments)
-    yield Op(attention_combine, arguments)
+    yield Op(attention, op.arguments())
+    yield Op(attention_combine, op.arguments())
 
 
 def _no_kernel(operation: Operation) -> UnsupportedFeatureError:
@@ -290,20 +331,19 @@ def _no_kernel(operation: Operation) -> UnsupportedFeatureError:
 
 def _missing(writer: OpWriter, operation: Operation, one: bool) -> Iterator[Op]:
     raise _no_kernel(operation)
-    yield
 
 
 _TRANSLATIONS: Final[Mapping[str, Translation]] = MappingProxyType({
     "embedding": _missing,
-    "rotation": _missing,
+    "rotation": _rotation,
     "rms_norm": _rms_norm,
     "add_rms_norm": _rms_norm,
     "quantize": _quantize,
     "linear": _linear,
     "add_bias": _add_bias,
-    "rope": _missing,
-    "write_cache": _missing,
-    "rope_write_cache": _missing,
+    "rope": _rope,
+    "write_cache": _rope,
+    "rope_write_cache": _rope,
     "attention": _attention,
     "activation": _activation,
     "gated_activation": _activation,

@@ -86,7 +86,7 @@ class CpuExecutor:
         writer = OpWriter(
             memory,
             CpuWeights(package.program.weights, package.weights, memory),
-            StepPlaces(arrays, self._step.ctypes.data, self._caches, cache_dtype, num_threads),
+            StepPlaces(arrays, self._step.ctypes.data, self._caches, layer_caches(package.program), num_threads),
         )
         self._lists = _write_lists(self._parts, writer)
 

@@ -117,7 +117,7 @@ def forward_batch(arrays: StepArrays, caches: tuple[LayerCache, ...], device: to
         query_start=tensor(query_start, torch.int32),
         kv_lens=tensor(kv_lens, torch.int32),
         block_tables=tensor(arrays.block_tables[:num_sequences, :num_blocks], torch.int32),
-        slot_mapping=tensor(arrays.slot_mapping[:num_tokens]),
+        slot_mapping=tensor(arrays.slot_mapping()),
         num_decode_rows=arrays.num_decode,
         query_lens=tuple(np.diff(query_start).tolist()),
         kv_lens_host=tuple(kv_lens.tolist()),

@@ -23,7 +23,6 @@ from tokenmill.runtime.step_arrays import StepArrays
 Integers: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 
 _REQUIRED: Final = ("token_ids", "query_start", "kv_lens", "block_tables", "row_index")
-_DERIVED: Final = ("positions", "slot_mapping")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +101,7 @@ class Session:
 
     @property
     def inputs(self) -> tuple[TensorInfo, ...]:
-        """What `run` takes; `positions` and `slot_mapping` follow from the others where they are left out."""
+        """What `run` takes. `positions` may be left out: they follow from the others."""
         return (
             TensorInfo("token_ids", ("tokens",), "int32", "tokens of all sequences, one after the other"),
             TensorInfo("query_start", ("sequences + 1",), "int32", "where each sequence's tokens start, and the end"),
@@ -110,9 +109,6 @@ class Session:
             TensorInfo("block_tables", ("sequences", "blocks"), "int32", "cache blocks of each sequence"),
             TensorInfo("row_index", ("rows",), "int32", "indices of the tokens whose logits are wanted"),
             TensorInfo("positions", ("tokens",), "int32", "position of each token in its sequence"),
-            TensorInfo(
-                "slot_mapping", ("tokens",), "int32", "where keys and values go: block * tokens_per_block + offset"
-            ),
         )
 
     @property
@@ -153,7 +149,6 @@ class Session:
             "query_start": (num_sequences + 1,),
             "block_tables": (num_sequences, shapes["block_tables"][1]),
             "positions": (num_tokens,),
-            "slot_mapping": (num_tokens,),
         }
         for name, shape in expected.items():
             if name in shapes and tuple(shapes[name]) != shape:
@@ -247,26 +242,20 @@ class Session:
         longest = tables.shape[1] * arrays.tokens_per_block
         if (kv_lens < lens).any() or kv_lens.max() > longest:
             raise _wrong("kv_lens", f"must be at least the new tokens of each sequence, and at most {longest}")
-        positions = np.arange(num_tokens) + (kv_lens - starts[1:]).repeat(lens)
-        block, offset = np.divmod(positions, arrays.tokens_per_block)
         self._check_range("token_ids", given["token_ids"], self.engine.program.output.columns)
         self._check_range("block_tables", tables, self._num_blocks)
         self._check_range("row_index", given["row_index"], num_tokens)
-        slots = tables[np.arange(num_sequences).repeat(lens), block] * arrays.tokens_per_block + offset
-        slots = given.get("slot_mapping", slots)
-        self._check_range("slot_mapping", slots, self._num_blocks * arrays.tokens_per_block)
-        positions = given.get("positions", positions)
+        positions = given.get("positions", np.arange(num_tokens) + (kv_lens - starts[1:]).repeat(lens))
         self._check_range("positions", positions, 1 << 31)
         arrays.num_decode = num_decode
-        _store(arrays, given, positions, slots)
+        _store(arrays, given, positions)
 
 
-def _store(arrays: StepArrays, given: Mapping[str, Integers], positions: Integers, slots: Integers) -> None:
+def _store(arrays: StepArrays, given: Mapping[str, Integers], positions: Integers) -> None:
     num_tokens, num_sequences, num_rows = len(positions), len(given["kv_lens"]), len(given["row_index"])
     arrays.num_tokens, arrays.num_sequences, arrays.num_rows = num_tokens, num_sequences, num_rows
     arrays.token_ids[:num_tokens] = given["token_ids"]
     arrays.positions[:num_tokens] = positions
-    arrays.slot_mapping[:num_tokens] = slots
     arrays.query_start[: num_sequences + 1] = given["query_start"]
     arrays.kv_lens[:num_sequences] = given["kv_lens"]
     arrays.block_tables[:num_sequences, : given["block_tables"].shape[1]] = given["block_tables"]

@@ -29,7 +29,6 @@ class StepArrays:
 
     Attributes:
         token_ids, positions: [T].
-        slot_mapping: [T], where each token's key and value go: block * tokens_per_block + offset.
         query_start: [S + 1], sequence s has the tokens query_start[s] to query_start[s + 1] - 1.
         kv_lens: [S], cached tokens of each sequence, this step's included.
         block_tables: [S, blocks of the longest sequence].
@@ -47,7 +46,6 @@ class StepArrays:
         self.max_num_rows = max_num_rows
         self.token_ids: Integers = np.zeros(max_num_tokens, np.int32)
         self.positions: Integers = np.zeros(max_num_tokens, np.int32)
-        self.slot_mapping: Integers = np.zeros(max_num_tokens, np.int32)
         self.query_start: Integers = np.zeros(max_batch_size + 1, np.int32)
         self.kv_lens: Integers = np.zeros(max_batch_size, np.int32)
         self.block_tables: Integers = np.zeros((max_batch_size, -(-max_seq_len // tokens_per_block)), np.int32)
@@ -76,8 +74,6 @@ class StepArrays:
         self.num_decode = next((index for index, row in enumerate(rows) if row.num_tokens > 1), num_sequences)
         self.token_ids[:num_tokens] = token_ids[token_slots, positions]
         self.positions[:num_tokens] = positions
-        block, offset = np.divmod(positions, self.tokens_per_block)
-        self.slot_mapping[:num_tokens] = block_tables[token_slots, block] * self.tokens_per_block + offset
         self.query_start[1 : num_sequences + 1] = ends
         self.kv_lens[:num_sequences] = kv_lens
         num_blocks = -(-int(kv_lens.max()) // self.tokens_per_block)
@@ -85,3 +81,12 @@ class StepArrays:
         sampled = [index for index, row in enumerate(rows) if row.sample]
         self.num_rows = len(sampled)
         self.row_index[: self.num_rows] = ends[sampled] - 1
+
+    def slot_mapping(self) -> Integers:
+        """[T], where each token's key and value go: block * tokens_per_block + offset."""
+        lens = np.diff(self.query_start[: self.num_sequences + 1])
+        kv_lens, ends = self.kv_lens[: self.num_sequences], self.query_start[1 : self.num_sequences + 1]
+        positions = np.arange(self.num_tokens) + (kv_lens - ends).repeat(lens)
+        block, offset = np.divmod(positions, self.tokens_per_block)
+        slots: Integers = self.block_tables[np.arange(len(lens)).repeat(lens), block] * self.tokens_per_block + offset
+        return slots

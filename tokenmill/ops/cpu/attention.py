@@ -29,7 +29,7 @@ from tokenmill.ops.cpu.attention_arguments import (
 from tokenmill.ops.cpu.attention_decode import combine_row, decode_split, num_splits
 from tokenmill.ops.cpu.attention_prefill import prefill_tile
 from tokenmill.ops.cpu.attention_tiles import QUERY_TILE, VECTOR_BYTES
-from tokenmill.ops.cpu.cache_layout import kv_len
+from tokenmill.ops.cpu.cache_layout import CacheLocation, kv_len
 from tokenmill.ops.cpu.intrinsics import argument, chunk_range
 from tokenmill.ops.cpu.jit import device, float_bits, kernel
 
@@ -38,61 +38,46 @@ PREFILL_COST: Final = 8
 """Rough cost of a prefill tile for each key group, where a decode split costs 1, and of any item."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionOp:
-    """What the row of an `attention` op says; addresses and strides in bytes.
+    """What the row of an `attention` op says.
 
     Args:
-        query: address of float32 [T, H * D]; query_stride: from token to token.
-        output: of float32 [T, H * D]; may be the query's.
-        key_cache, value_cache: of the layer, see `cache_layout.py`.
-        is_bfloat16: type of the cache.
+        query, output: address, and bytes from row to row, of float32 [T, H * D]; may be the same memory.
+        cache: of the layer.
         scale: factor on the scores.
-        step: address of the step's rows, see `cache_layout.STEP_SIZE`.
         scratch: `num_threads * scratch_bytes(...)` bytes.
         partials: `partial_bytes(...)` bytes.
     """
 
-    query: int
-    query_stride: int
-    output: int
-    output_stride: int
-    key_cache: int
-    value_cache: int
-    is_bfloat16: bool
-    tokens_per_block: int
+    query: tuple[int, int]
+    output: tuple[int, int]
+    cache: CacheLocation
     num_heads: int
     num_kv_heads: int
     head_dim: int
     scale: float
-    step: int
     scratch: int
     partials: int
     sliding_window: int | None = None
     soft_cap: float | None = None
 
-    def arguments(self) -> list[int]:
+    def arguments(self) -> tuple[int, ...]:
         """The row from `FIRST_ARGUMENT` on; the same for `attention` and `attention_combine`."""
-        return [
-            self.query,
-            self.query_stride,
-            self.output,
-            self.output_stride,
-            self.key_cache,
-            self.value_cache,
-            int(self.is_bfloat16),
-            self.tokens_per_block,
+        return (
+            *self.query,
+            *self.output,
+            *self.cache.arguments(),
             self.num_heads,
             self.num_kv_heads,
             self.head_dim,
             float_bits(self.scale if self.soft_cap else self.scale * math.log2(math.e)),
             NO_WINDOW if self.sliding_window is None else self.sliding_window,
             float_bits(self.soft_cap or 0.0),
-            self.step,
             self.scratch,
             scratch_bytes(self.num_heads, self.num_kv_heads, self.head_dim),
             self.partials,
-        ]
+        )
 
 
 def partial_bytes(num_heads: int, head_dim: int, tokens_per_block: int, max_blocks: int, max_rows: int) -> int:

@@ -14,7 +14,7 @@ from llvmlite import ir
 
 from tokenmill.ops.cpu.simd import F32, F32X16, I64, int64, load_vector, none, operation, splat, store_vector
 from tokenmill.ops.cpu.tiles import (
-    KINDS,
+    CACHE_KINDS,
     ElementKind,
     Matrix,
     emit_cases,
@@ -72,7 +72,7 @@ def score_tile(
         totals = tile_loop(builder, kind, a, b, count, zeros(KEYS_PER_TILE, QUERY_VECTORS))
         _store_rows(builder, totals, offsets(builder, out, TILE_STRIDE, KEYS_PER_TILE))
 
-    emit_cases(builder, is_pairs, {index: partial(emit, kind) for index, kind in enumerate(KINDS)})
+    emit_cases(builder, is_pairs, {index: partial(emit, kind) for index, kind in enumerate(CACHE_KINDS)})
 
 
 @operation(none, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)
@@ -101,7 +101,7 @@ def decode_score_tile(
 
     cases = {
         _case(index, num_rows): partial(emit, kind, num_rows)
-        for index, kind in enumerate(KINDS)
+        for index, kind in enumerate(CACHE_KINDS)
         for num_rows in range(1, ROWS_PER_TILE + 1)
     }
     emit_cases(builder, _key(builder, is_pairs, rows), cases)
@@ -137,7 +137,7 @@ def value_tile(
 
     cases = {
         _case(index, num_vectors): partial(emit, kind, num_vectors)
-        for index, kind in enumerate(KINDS)
+        for index, kind in enumerate(CACHE_KINDS)
         for num_vectors in range(1, WIDE_VALUES + 1)
     }
     emit_cases(builder, _key(builder, is_pairs, vectors), cases)
@@ -168,7 +168,7 @@ def decode_value_tile(
 
     cases = {
         _case(index, num_rows + wide * (ROWS_PER_TILE + 1)): partial(emit, kind, num_rows, WIDE_VALUES if wide else 1)
-        for index, kind in enumerate(KINDS)
+        for index, kind in enumerate(CACHE_KINDS)
         for num_rows in range(1, ROWS_PER_TILE + 1)
         for wide in (0, 1)
     }

@@ -14,6 +14,7 @@ its sequence clears its neighbour's value, so that a pair never holds a stranger
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -36,6 +37,28 @@ STEP_SIZE: Final = 5
 Byte offsets of: number of rows R; addresses of int32 `query_starts` [R + 1], `kv_lens` [R] (this step's tokens too) and
 `block_tables` [R, ...]; bytes from one row's block table to the next one's.
 """
+
+
+@dataclass(frozen=True, slots=True)
+class CacheLocation:
+    """One layer's cache, and the rows of the step.
+
+    Args:
+        keys, values: addresses.
+        is_bfloat16: the type of both; else float32.
+        tokens_per_block: B.
+        step: address of the step's rows.
+    """
+
+    keys: int
+    values: int
+    is_bfloat16: bool
+    tokens_per_block: int
+    step: int
+
+    def arguments(self) -> tuple[int, ...]:
+        """Columns of an op row."""
+        return (self.keys, self.values, int(self.is_bfloat16), self.tokens_per_block, self.step)
 
 
 def round_up(size: int, multiple: int = LANES) -> int:

@@ -1,8 +1,7 @@
-"""Maps over rows: add, multiply, scale, copy, select_rows, soft_cap, and activations, with float32 or quantized results.
+"""Maps over rows: add, multiply, scale, copy, select_rows, soft_cap and activations, to float32 or quantized rows.
 
-`elementwise` and `quantize` are told which function by a number of `FUNCTIONS`, so that few kernels need compiling.
-Rows of their ops come from `elementwise_arguments` and `quantize_arguments`; `activation.py` and `quantize.py` name them
-by what they compute.
+`elementwise` here and `quantize` in `quantize.py` are told which function by a number of `FUNCTIONS`, so that few
+kernels need compiling. `activation.py` chooses between the two.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ CHUNK_COLUMNS: Final = 2048
 
 @device
 def apply(row: int, function: int, a: int, b: int, count: int):  # type: ignore[no-untyped-def]
-    """The function of up to 16 values at a (and b); lanes from `count` on mean nothing, but are finite for finite values."""
+    """The function of up to 16 values at a (and b); lanes from `count` on mean nothing."""
     x = load_first(a, count)
     if function == COPY:
         return x

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +32,7 @@ FloatArray: TypeAlias = npt.NDArray[np.float32]
 
 ROW_BLOCK: Final = 16
 ROW_PADDING: Final = 32
-NIBBLE: Final = 15
+NIBBLE: Final = np.uint8(15)
 K_BLOCK: Final = 256
 """Columns of a block of q4_k and q6_k."""
 
@@ -284,7 +284,7 @@ def _concatenate(parts: Sequence[Rows]) -> Rows:
     )
 
 
-def byte_words(values: ByteArray) -> npt.NDArray[np.uint32]:
+def byte_words(values: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.uint32]:
     """Unsigned values [rows, groups, 32] as words of 8-bit encodings."""
     return np.ascontiguousarray(values).view(np.uint32)
 
@@ -370,7 +370,7 @@ def quantize_channels(weight: FloatArray) -> Rows:
     rows, columns = weight.shape
     padded = np.zeros((rows, num_groups(columns) * GROUP_SIZE), np.float32)
     padded[:, :columns] = weight
-    scales = _largest(padded) / 127
+    scales = _largest(padded) / np.float32(127)
     words = _to_bytes(padded, scales).reshape(rows, -1, GROUP_SIZE // 4)
     return Rows(words, scales[:, 0])
 
@@ -385,6 +385,6 @@ def _largest(values: FloatArray) -> FloatArray:
 
 def _to_bytes(values: FloatArray, scales: FloatArray) -> npt.NDArray[np.uint32]:
     """round(values / scales) + 128 in words of 4 bytes."""
-    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
+    inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales > 0)
     quantized = np.clip(np.rint(values * inverse), -127, 127).astype(np.int8)
     return byte_words(quantized.view(np.uint8) ^ 128)

@@ -2,7 +2,7 @@
 
 `tile_loop` writes the LLVM code of C[rows, vectors of 16] += A[rows, k] B[k, vectors of 16]. Attention and the float
 linear kernels make their inner loops with it. An element of A or B is one float32, or one pair of bfloat16 values that
-lie next to each other along k.
+lie next to each other along k; or (`mixed_pair`) one of A is two float32, and one of B a pair of bfloat16.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from llvmlite import ir
 from tokenmill.ops.cpu import simd
 from tokenmill.ops.cpu.simd import F32, F32X16, I32, I64, call, constant, load_vector, splat
 
-ElementKind: TypeAlias = Literal["float32", "bfloat16_pair"]
+ElementKind: TypeAlias = Literal["float32", "bfloat16_pair", "mixed_pair"]
 
 ELEMENT_BYTES: Final = 4
 
@@ -33,6 +33,11 @@ def host_features() -> frozenset[str]:
 def has_wide_registers() -> bool:
     """Whether a vector of 16 lanes is one register, of which there are 32."""
     return "avx512f" in host_features()
+
+
+def has_bfloat16_products() -> bool:
+    """Whether the processor multiplies pairs of bfloat16 and adds both products in one instruction."""
+    return "avx512bf16" in host_features()
 
 
 class _BFloat16(ir.Type):  # llvmlite has no such type
@@ -55,16 +60,37 @@ def _halves(builder: ir.IRBuilder, pairs: ir.Value) -> tuple[ir.Value, ir.Value]
     return builder.bitcast(low, F32X16), builder.bitcast(high, F32X16)
 
 
-def _multiply_add(builder: ir.IRBuilder, kind: ElementKind, total: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
+def _multiply_add(
+    builder: ir.IRBuilder, kind: ElementKind, total: ir.Value, a: Sequence[ir.Value], b: Sequence[ir.Value]
+) -> ir.Value:
     """total + a * b, or the sum of both products of each pair."""
-    if kind == "float32":
-        return call(builder, "llvm.fmuladd.v16f32", F32X16, a, b, total)
-    if "avx512bf16" in host_features():
+    if kind == "bfloat16_pair" and has_bfloat16_products():
         name = "llvm.x86.avx512bf16.dpbf16ps.512"
-        return call(builder, name, F32X16, total, builder.bitcast(a, _PAIRS), builder.bitcast(b, _PAIRS))
-    (a_low, a_high), (b_low, b_high) = _halves(builder, a), _halves(builder, b)  # LLVM computes equal ones once
-    total = call(builder, "llvm.fmuladd.v16f32", F32X16, a_low, b_low, total)
-    return call(builder, "llvm.fmuladd.v16f32", F32X16, a_high, b_high, total)
+        return call(builder, name, F32X16, total, builder.bitcast(a[0], _PAIRS), builder.bitcast(b[0], _PAIRS))
+    for x, y in zip(a, b, strict=True):
+        total = call(builder, "llvm.fmuladd.v16f32", F32X16, x, y, total)
+    return total
+
+
+def _load_element(builder: ir.IRBuilder, kind: ElementKind, address: ir.Value) -> tuple[ir.Value, ...]:
+    """An element of A in all lanes, as `_multiply_add` wants it."""
+    element = I32 if kind == "bfloat16_pair" else F32
+    places = [address, builder.add(address, I64(4))] if kind == "mixed_pair" else [address]
+    values = [splat(builder, builder.load(builder.inttoptr(place, element.as_pointer()), align=4)) for place in places]
+    return _split(builder, kind, values[0]) if kind == "bfloat16_pair" else tuple(values)
+
+
+def _load_elements(builder: ir.IRBuilder, kind: ElementKind, address: ir.Value) -> tuple[ir.Value, ...]:
+    """16 elements of B."""
+    if kind == "float32":
+        return (load_vector(builder, address, F32, align=4),)
+    return _split(builder, kind, load_vector(builder, address, I32, align=4))
+
+
+def _split(builder: ir.IRBuilder, kind: ElementKind, pairs: ir.Value) -> tuple[ir.Value, ...]:
+    if kind == "bfloat16_pair" and has_bfloat16_products():
+        return (pairs,)
+    return _halves(builder, pairs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +115,6 @@ def tile_loop(
     start: Sequence[Sequence[ir.Value]],
 ) -> list[list[ir.Value]]:
     """Add `count` >= 1 products to the accumulators `start` [rows][vectors]; returns them. Opens new basic blocks."""
-    element = F32 if kind == "float32" else I32
     before = builder.block
     body, after = builder.append_basic_block("tile"), builder.append_basic_block("tile.end")
     builder.branch(body)
@@ -101,11 +126,10 @@ def tile_loop(
         for phi, value in zip(phis, values, strict=True):
             phi.add_incoming(value, before)
     offset_a, offset_b = builder.mul(index, a.k_stride), builder.mul(index, b.k_stride)
-    vectors = [load_vector(builder, builder.add(address, offset_b), element, align=4) for address in b.addresses]
+    vectors = [_load_elements(builder, kind, builder.add(address, offset_b)) for address in b.addresses]
     results = []
     for address, row in zip(a.addresses, totals, strict=True):
-        pointer = builder.inttoptr(builder.add(address, offset_a), element.as_pointer())
-        value = splat(builder, builder.load(pointer, align=4))
+        value = _load_element(builder, kind, builder.add(address, offset_a))
         results.append([_multiply_add(builder, kind, total, value, b) for total, b in zip(row, vectors, strict=True)])
     for phis, values in zip(totals, results, strict=True):
         for phi, value in zip(phis, values, strict=True):
@@ -141,5 +165,5 @@ def emit_cases(builder: ir.IRBuilder, key: ir.Value, cases: dict[int, Callable[[
     builder.position_at_end(after)
 
 
-KINDS: Final[tuple[ElementKind, ...]] = ("float32", "bfloat16_pair")
-"""Kinds by the number that kernels are told: `KINDS[is_pairs]`."""
+CACHE_KINDS: Final[tuple[ElementKind, ...]] = ("float32", "bfloat16_pair")
+"""Kinds of a cache by the number that kernels are told: `CACHE_KINDS[is_pairs]`."""
