@@ -124,6 +124,8 @@ def _make_runner(
             package.program, memory.num_blocks, memory.tokens_per_block, cache_dtype, device
         )
         return ModelRunner(program, caches, slots, sampling, use_graphs=args.enable_cuda_graphs)
+    # What is left to torch (sampling, log-probabilities) is small; its threads would only get in the kernels' way.
+    torch.set_num_threads(1)
     limits = StepLimits(
         max_batch_size=description.max_batch_size,
         max_num_tokens=description.max_num_tokens,
