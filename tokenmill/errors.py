@@ -9,6 +9,7 @@
         RequestTooLargeError         the request can never fit the KV cache
         ModelNotFoundError           no such model
         CheckpointError              a checkpoint file is damaged, incomplete or of the wrong kind
+      EngineFileError              a built engine is damaged, incomplete, or made for another version or machine
       ExecutorError                  the layer between callers and engines
         QueueFullError               too many requests wait; try again later
         RequestTimeoutError          the request's deadline passed
@@ -114,6 +115,12 @@ class CheckpointError(UserError):
     """A checkpoint file is damaged, incomplete or of the wrong kind."""
 
     code = "invalid_checkpoint"
+
+
+class EngineFileError(UserError):
+    """A built engine is damaged, incomplete, or made by another version or for another machine."""
+
+    code = "invalid_engine"
 
 
 class ExecutorError(TokenmillError):

@@ -106,6 +106,7 @@ def load_model(
         CheckpointError: tensors are missing, left over or of the wrong shape.
         UnsupportedFeatureError: the architecture is not supported.
     """
+    assert args.quantization in (None, "fp8"), "the backend was chosen by what it can do"
     context = LayerContext(
         dtype=dtype, device=device, backend=backend, linear_method=linear_method_for(args.quantization)
     )

@@ -19,11 +19,12 @@ from numba.extending import intrinsic
 from tokenmill.ops.cpu.cpu_features import DotProduct
 from tokenmill.ops.cpu.layout import GROUP_BYTES, GROUP_SIZE
 from tokenmill.ops.cpu.packing import ENCODINGS, ROW_BLOCK, Encoding
-from tokenmill.ops.cpu.simd import F32, F32X16, I32, I32X16, I64, call, constant, splat
+from tokenmill.ops.cpu.simd import F32, F32X16, I32, I32X16, I64, call, constant, declare, splat
 
 I16X16: Final = ir.VectorType(ir.IntType(16), 16)
 F16X16: Final = ir.VectorType(ir.HalfType(), 16)
 VECTOR_BYTES: Final = 64
+READ, NEAR, DATA = 0, 3, 1  # of llvm.prefetch
 STEPS: Final = GROUP_SIZE // 4
 """Dot products of 4 columns in a group."""
 
@@ -44,6 +45,12 @@ class Writer:
         """Write a value or vector at address + offset."""
         place = self.builder.add(address, I64(offset)) if offset else address
         self.builder.store(value, self.builder.inttoptr(place, value.type.as_pointer()), align=1)
+
+    def prefetch(self, address: ir.Value, offset: int) -> None:
+        """Start to read a cache line, which need not exist."""
+        place = self.builder.inttoptr(self.builder.add(address, I64(offset)), ir.IntType(8).as_pointer())
+        function = declare(self.builder, "llvm.prefetch.p0", ir.VoidType(), [place.type, I32, I32, I32])
+        self.builder.call(function, [place, I32(READ), I32(NEAR), I32(DATA)])
 
     def load_splat(self, kind: ir.Type, address: ir.Value, offset: int) -> ir.Value:
         """The value at address + offset in all 16 lanes."""
@@ -250,6 +257,7 @@ def panel_block(
     first: Any,
     num_tokens: Any,
     num_blocks: Any,
+    fetches: Any,
     weights: Any,
     block_bytes: Any,
     values: Any,
@@ -260,23 +268,29 @@ def panel_block(
     """Add to `result` the products of row blocks and tokens `first` to `first + num_tokens - 1` of a panel.
 
     Args:
-        encoding, way, width, first, num_tokens, num_blocks: known when the kernel is compiled.
+        encoding, way, width, first, num_tokens, num_blocks, fetches: known when the kernel is compiled.
+        fetches: 1 to fetch the row blocks that follow these into the cache meanwhile.
         weights: address of the first row block; the next one is `block_bytes` away.
         values: address of the panel's first group.
         result: address of float32 [token][16 num_blocks], rows `result_stride` bytes apart.
     """
-    numbers = literal_values((encoding, way, width, first, num_tokens, num_blocks))
+    numbers = literal_values((encoding, way, width, first, num_tokens, num_blocks, fetches))
     if numbers is None:
         return None
     tile = PanelTile(
-        ENCODINGS[numbers[0]], DotProduct(numbers[1]), Activations(numbers[2], numbers[3]), numbers[4], numbers[5]
+        ENCODINGS[numbers[0]],
+        DotProduct(numbers[1]),
+        Activations(numbers[2], numbers[3]),
+        numbers[4],
+        numbers[5],
+        bool(numbers[6]),
     )
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
-        tile.write(builder, arguments[6:])
+        tile.write(builder, arguments[7:])
         return context.get_dummy_value()
 
-    literals = (encoding, way, width, first, num_tokens, num_blocks)
+    literals = (encoding, way, width, first, num_tokens, num_blocks, fetches)
     return types.void(*literals, *[types.int64] * 6), codegen
 
 
@@ -289,6 +303,7 @@ class PanelTile:
     activations: Activations
     num_tokens: int
     num_blocks: int
+    fetches: bool
 
     def write(self, builder: ir.IRBuilder, arguments: Sequence[ir.Value]) -> None:
         """The loop over groups. Float totals stay in registers or go through memory, as LLVM decides."""
@@ -299,6 +314,8 @@ class PanelTile:
         loop = Loop(builder, num_groups, [weights, values, *start])
         group, panel, *totals = loop.carried
         blocks = [builder.add(group, builder.mul(block_bytes, I64(block))) for block in range(self.num_blocks)]
+        if self.fetches:
+            self._fetch(writer, blocks, builder.mul(block_bytes, I64(self.num_blocks)))
         sums = self._integer_sums(writer, blocks, panel)
         following = self._add(writer, blocks, panel, sums, totals)
         loop.close(
@@ -310,6 +327,12 @@ class PanelTile:
         )
         for index, total in enumerate(following):
             writer.store(total, tokens[index // self.num_blocks], 64 * (index % self.num_blocks))
+
+    def _fetch(self, writer: Writer, blocks: Sequence[ir.Value], distance: ir.Value) -> None:
+        for block in blocks:
+            following = writer.builder.add(block, distance)
+            for offset in range(0, self.encoding.group_bytes, VECTOR_BYTES):
+                writer.prefetch(following, offset)
 
     def _integer_sums(self, writer: Writer, blocks: Sequence[ir.Value], panel: ir.Value) -> list[list[list[ir.Value]]]:
         """[scale group][token][block]."""

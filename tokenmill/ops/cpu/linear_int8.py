@@ -114,13 +114,13 @@ def _many_tokens_kernel(encoding: int, way: int) -> NativeFunction:
                         x = values + panel * panel_bytes
                         y = result + panel * width * stride
                         if width == 16:
-                            panel_block(encoding, way, 16, 0, 8, 2, w, block_bytes, x, length, y, stride)
+                            panel_block(encoding, way, 16, 0, 8, 2, 1, w, block_bytes, x, length, y, stride)
                             y += 8 * stride
-                            panel_block(encoding, way, 16, 8, 8, 2, w, block_bytes, x, length, y, stride)
+                            panel_block(encoding, way, 16, 8, 8, 2, 0, w, block_bytes, x, length, y, stride)
                         elif width == 8:
-                            panel_block(encoding, way, 8, 0, 8, 2, w, block_bytes, x, length, y, stride)
+                            panel_block(encoding, way, 8, 0, 8, 2, 1, w, block_bytes, x, length, y, stride)
                         else:
-                            panel_block(encoding, way, 4, 0, 4, 2, w, block_bytes, x, length, y, stride)
+                            panel_block(encoding, way, 4, 0, 4, 2, 1, w, block_bytes, x, length, y, stride)
             if gated:
                 finish_gated(row, totals, first_token, count, chunk)
             else:
