@@ -60,7 +60,7 @@ def sum_of_squares(source: int, columns: int) -> float:
 @device
 def norm_factor(source: int, columns: int, epsilon: float) -> float:
     """1 / sqrt(mean of squares + epsilon)."""
-    return float32(1.0) / float32(math.sqrt(sum_of_squares(source, columns) / float32(columns) + float32(epsilon)))
+    return 1.0 / math.sqrt(sum_of_squares(source, columns) / columns + epsilon)
 
 
 @device
