@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import msgspec
+import torch
 
 from tokenmill.builder.build import build
 from tokenmill.builder.config import BuildConfig
@@ -27,6 +28,7 @@ from tokenmill.env import read_environment
 from tokenmill.errors import TokenmillError
 from tokenmill.program.engine_config import LimitsRecord, is_engine
 from tokenmill.program.package import EnginePackage
+from tokenmill.runtime.model_loader import resolve_max_num_tokens
 from tokenmill.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -72,14 +74,15 @@ def build_config(args: LlmArgs, max_seq_len: int) -> BuildConfig:
     quantization: Any = args.quantization or ("auto" if args.dtype == "auto" else "none")
     cache = args.kv_cache_config.dtype
     dtype: Any = args.dtype
+    device: Any = "cuda" if args.device.startswith("cuda") else "cpu"
     return BuildConfig(
         max_batch_size=args.max_batch_size,
-        max_num_tokens=max(args.max_num_tokens, args.max_batch_size),
+        max_num_tokens=max(resolve_max_num_tokens(args, torch.device(device)), args.max_batch_size),
         max_seq_len=max_seq_len,
         dtype=dtype,
         quantization=quantization,
         kv_cache_dtype=cache if cache in ("float32", "bfloat16") else "auto",
-        device="cpu" if not args.device.startswith("cuda") else "cuda",
+        device=device,
         capture="dispatch",
         num_threads=args.num_threads,
     )
