@@ -2,7 +2,7 @@
 
 Engines that were built for a checkpoint are kept in tokenmill's cache folder, under a name made of the files' identity,
 the build's arguments and the sources that the result depends on. They are written whole or not at all; the ones used
-longest ago go when all together take more than `CACHE_BYTES`.
+longest ago go when all together take more than `CACHE_BYTES`. Small ones are not kept.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 
 CACHE_BYTES: Final = 16 << 30
 """Most bytes of cached engines."""
+
+SMALLEST_CACHED: Final = 32 << 20
+"""Bytes of weights below which an engine is built at every start: that takes no longer than to read it."""
 
 _SIZES: Final = ("max_batch_size", "max_num_tokens", "max_input_len", "max_seq_len")
 """Arguments of a build that change the plan of its memory and nothing else."""
@@ -145,7 +148,7 @@ def _load(folder: Path) -> EnginePackage | None:
 
 def _store(package: EnginePackage, folder: Path) -> None:
     """Keep an engine, if it can be written; make room for it first."""
-    if package.weight_nbytes > CACHE_BYTES:
+    if not SMALLEST_CACHED <= package.weight_nbytes <= CACHE_BYTES:
         return
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
