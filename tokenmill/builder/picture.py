@@ -329,7 +329,7 @@ def _numbers(costs: Sequence[Cost]) -> str:
     for cost in costs:
         columns[0].append(_bytes(cost.bytes))
         columns[1].append(_flops(cost.flops))
-        columns[2].append(f"{cost.flops / cost.bytes:.2g}" if cost.bytes and cost.flops else "")
+        columns[2].append(_ratio(cost.flops / cost.bytes) if cost.bytes and cost.flops else "")
     cells = ("".join(f"<i class='s{index}'>{text}</i>" for index, text in enumerate(column)) for column in columns)
     return "".join(f"<span class='num'>{cell}</span>" for cell in cells)
 
@@ -345,6 +345,10 @@ def _time(panel: _Panel, microseconds: float | None) -> str:
 
 def _class(kind: str) -> str:
     return _CLASSES.get(kind, "other")
+
+
+def _ratio(number: float) -> str:
+    return f"{number:.2g}" if number < 10 else f"{number:.0f}"
 
 
 def _bytes(number: float) -> str:

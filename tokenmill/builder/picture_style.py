@@ -95,7 +95,7 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "/" && document.activeElement !== search) { event.preventDefault(); search.focus(); }
   const move = { ArrowDown: 1, ArrowUp: -1 }[event.key];
   if (move === undefined || document.activeElement.tagName !== "SUMMARY") { return; }
-  const shown = all("summary").filter((one) => one.offsetParent !== null);
+  const shown = all("summary").filter((one) => one.checkVisibility());
   const next = shown[shown.indexOf(document.activeElement) + move];
   if (next) { event.preventDefault(); next.focus(); }
 });
