@@ -39,6 +39,9 @@ MAX_SPLITS = 64
 """Parts of a row's context at most, where the number is free: more cost more to combine than they gain."""
 
 
+LAUNCH_EARLY = True
+
+
 class DecodeTiles(NamedTuple):
     """How the decode kernel is cut.
 
@@ -421,7 +424,7 @@ def decode_attention(
         "fixed": fixed_split_tokens,
         "block_n": tiles.block_n,
         "block_d": max(16, triton.next_power_of_2(head_dim)),
-        "overlaps": can_overlap(query.device),
+        "overlaps": can_overlap(query.device) and (LAUNCH_EARLY or num_splits > 1),
     }
     _launch_decode(spec, query, key, value, cache, metadata, result, partial, num_splits, tiles, cut)
     if num_splits > 1:
