@@ -39,9 +39,6 @@ MAX_SPLITS = 64
 """Parts of a row's context at most, where the number is free: more cost more to combine than they gain."""
 
 
-LAUNCH_EARLY = True
-
-
 class DecodeTiles(NamedTuple):
     """How the decode kernel is cut.
 
@@ -284,13 +281,13 @@ def _decode_kernel(
     block_m: tl.constexpr,
     block_n: tl.constexpr,
     block_d: tl.constexpr,
-    overlaps: tl.constexpr,
+    dependent_launch: tl.constexpr,
     in_pairs: tl.constexpr,
     is_interpreted: tl.constexpr,
 ) -> None:
     """Grid: key/value heads, splits, rows."""
-    if overlaps:
-        tl.extra.cuda.gdc_launch_dependents()  # the next kernel waits on the device, not in the queue
+    if dependent_launch:
+        tl.extra.cuda.gdc_launch_dependents()  # the combining kernel waits on the device, not in the queue
     kv_head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     lanes, dims = tl.arange(0, block_m), tl.arange(0, block_d)
     heads, is_head, is_dim = kv_head * group + lanes, lanes < group, dims < head_dim
@@ -300,8 +297,6 @@ def _decode_kernel(
     start = first + split * tokens
     part_end = tl.minimum(start + tokens, end)
     table = block_tables + row * table_stride
-    if overlaps:
-        tl.extra.cuda.gdc_wait()
     rows = row * query.token_stride + heads * query.head_stride
     q = load_tile(query.data, rows, is_head, head_dim, block_d, True).to(operands)
     own_key = _load_own(key, row, kv_head, head_dim, block_d)
@@ -349,15 +344,13 @@ def _combine_kernel(
     block_n: tl.constexpr,
     chunk: tl.constexpr,
     block_d: tl.constexpr,
-    overlaps: tl.constexpr,
+    dependent_launch: tl.constexpr,
 ) -> None:
     """Grid: heads, rows. The parts that had work are known from the row's length; the others hold anything."""
-    if overlaps:
-        tl.extra.cuda.gdc_launch_dependents()
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     _, first, end = _visible_range(tl.load(kv_lens + row), window, block_n)
     used = tl.maximum(tl.cdiv(end - first, _tokens_per_split(end - first, num_splits, fixed, block_n)), 1)
-    if overlaps:
+    if dependent_launch:
         tl.extra.cuda.gdc_wait()
     base = (row * num_heads + head) * num_splits
     dims = tl.arange(0, block_d)
@@ -424,7 +417,7 @@ def decode_attention(
         "fixed": fixed_split_tokens,
         "block_n": tiles.block_n,
         "block_d": max(16, triton.next_power_of_2(head_dim)),
-        "overlaps": can_overlap(query.device) and (LAUNCH_EARLY or num_splits > 1),
+        "dependent_launch": num_splits > 1 and can_overlap(query.device),
     }
     _launch_decode(spec, query, key, value, cache, metadata, result, partial, num_splits, tiles, cut)
     if num_splits > 1:
@@ -437,7 +430,7 @@ def decode_attention(
             num_heads=num_heads,
             chunk=16 if fixed_split_tokens else min(triton.next_power_of_2(num_splits), 64),  # fixes the order of sums
             num_warps=4,
-            launch_pdl=cut["overlaps"],
+            launch_pdl=cut["dependent_launch"],
             **cut,
         )
 
@@ -480,6 +473,5 @@ def _launch_decode(
         is_interpreted=is_interpreted(),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
-        launch_pdl=cut["overlaps"],
         **cut,
     )

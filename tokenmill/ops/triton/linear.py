@@ -18,10 +18,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from tokenmill.ops.linear_plan import StreamPlan
 from tokenmill.ops.triton.launch import can_overlap, is_interpreted
 
-VECTOR = 8
+VECTOR = tl.constexpr(8)
 """Columns of a thread that lie side by side in `matvec`: 16 bytes of x. So its x and its weights meet in registers."""
-FP8_VECTOR = 8
-FP8_LOADS_AHEAD = False
 PREFETCHED_LINES = tl.constexpr(4)
 """Cache lines of each output feature that `small_batch` asks for while the kernel before it still runs."""
 
@@ -73,8 +71,6 @@ def _matvec_kernel(
     in_features: int,
     block_out: tl.constexpr,
     block_in: tl.constexpr,
-    vector: tl.constexpr,
-    loads_ahead: tl.constexpr,
     is_even: tl.constexpr,
     overlaps: tl.constexpr,
 ) -> None:
@@ -83,26 +79,17 @@ def _matvec_kernel(
         gdc_launch_dependents()
     features = tl.program_id(0) * block_out + tl.arange(0, block_out)
     is_feature = features < out_features
-    columns = tl.max_contiguous(tl.arange(0, block_in), vector)
+    columns = tl.max_contiguous(tl.arange(0, block_in), VECTOR)
     # Features past the end read the last one again: no mask on the loads that matter.
     starts = tl.minimum(features, out_features - 1).to(tl.int64) * in_features
     weights = weight + starts[:, None] + columns[None, :]
     w = _load_weights(weights, columns, in_features, is_even)
     if overlaps:
         gdc_wait()  # x is there only now; the first weights have been on their way before
-    if loads_ahead:
-        total = tl.zeros([block_out, block_in], tl.float32)
-        start = in_features * 0
-        for following in range(block_in, in_features, block_in):
-            next_w = _load_weights(weights + following, columns, in_features - following, is_even)
-            total += w.to(tl.float32) * _load_row(x + start, columns, in_features - start, is_even)[None, :]
-            w, start = next_w, following
+    total = w.to(tl.float32) * _load_row(x, columns, in_features, is_even)[None, :]
+    for start in range(block_in, in_features, block_in):
+        w = _load_weights(weights + start, columns, in_features - start, is_even)
         total += w.to(tl.float32) * _load_row(x + start, columns, in_features - start, is_even)[None, :]
-    else:
-        total = w.to(tl.float32) * _load_row(x, columns, in_features, is_even)[None, :]
-        for start in range(block_in, in_features, block_in):
-            w = _load_weights(weights + start, columns, in_features - start, is_even)
-            total += w.to(tl.float32) * _load_row(x + start, columns, in_features - start, is_even)[None, :]
     result = _scaled(tl.sum(total, axis=1, keep_dims=True), features, is_feature, weight_scale, bias)
     tl.store(out + features[:, None], result.to(out.dtype.element_ty), mask=is_feature[:, None])
 
@@ -246,8 +233,6 @@ def matvec(
         in_features,
         block_out=plan.block_out,
         block_in=plan.block_in,
-        vector=FP8_VECTOR if weight.itemsize == 1 else VECTOR,
-        loads_ahead=FP8_LOADS_AHEAD and weight.itemsize == 1,
         is_even=in_features % plan.block_in == 0,
         overlaps=overlaps,
         num_warps=plan.num_warps,
