@@ -65,6 +65,12 @@ class ModelRunner(SlotRunner):
             self._graphs = StepGraphs(self._step, slots, max_batch_size=slots.scratch_slot)
 
     @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Get ready for steps of any number of rows; once, before the first plan."""
+        if self._graphs is not None:
+            self._graphs.warm_up()
+
+    @torch.inference_mode()
     def launch(self, plan: BatchPlan) -> LaunchedStep:
         """Start the step; on a GPU this returns before it is computed."""
         self._apply_changes(plan)
