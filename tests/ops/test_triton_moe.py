@@ -28,7 +28,7 @@ from tokenmill.ops.triton.moe_tiles import block_scaled_linear, grouped_down, gr
 pytestmark = pytest.mark.usefixtures("poisoned")
 BF16 = torch.bfloat16
 PAIR_PLANS = PairPlan(64, 128, 4), PairPlan(32, 64, 4)
-TINY_PLAN = GroupedPlan(16, 4, 2, 64, 4, 2)
+TINY_PLAN = GroupedPlan(16, 4, 2, 128, 64, 4, 2)
 KINDS: tuple[WeightKind, ...] = ("plain", "features", "blocks")
 TOLERANCE = {"plain": 1e-2, "features": 1.5e-2, "blocks": 1.5e-2}
 """Rounding to bfloat16, and single steps of float8 where sums differ in the last place."""

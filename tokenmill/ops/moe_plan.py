@@ -21,17 +21,18 @@ class GroupedPlan(NamedTuple):
     Args:
         block_rows: rows of a tile, all of one expert; a power of two from 16 on.
         gate_up_warps, gate_up_stages: of a program of the first product, which holds 128 features of gate and of up.
-        down_out, down_warps, down_stages: of the second product: output features of a program.
-        block_in_bytes: bytes of a row of weights in flight at a time.
+        gate_up_bytes: bytes of each feature's weights in one stage of the first product.
+        down_out: output features of a program of the second product, which has `SCALE_GROUP` bytes in a stage.
+        down_warps, down_stages: of the second product.
     """
 
     block_rows: int
     gate_up_warps: int
     gate_up_stages: int
+    gate_up_bytes: int
     down_out: int
     down_warps: int
     down_stages: int
-    block_in_bytes: int = 128
 
 
 class PairPlan(NamedTuple):
@@ -43,10 +44,10 @@ class PairPlan(NamedTuple):
 
 
 GROUPED_PLANS: Final = (
-    (12.0, GroupedPlan(16, 4, 4, 128, 4, 4)),
-    (24.0, GroupedPlan(32, 4, 4, 128, 4, 4)),
-    (48.0, GroupedPlan(64, 4, 4, 128, 4, 4)),
-    (float("inf"), GroupedPlan(128, 8, 3, 128, 8, 3)),
+    (12.0, GroupedPlan(16, 4, 4, 128, 128, 4, 4)),
+    (24.0, GroupedPlan(32, 4, 4, 128, 128, 4, 4)),
+    (48.0, GroupedPlan(64, 4, 4, 128, 128, 4, 4)),
+    (float("inf"), GroupedPlan(128, 8, 3, 128, 128, 8, 3)),
 )
 """By the mean number of rows that an expert has, up to that of each line."""
 

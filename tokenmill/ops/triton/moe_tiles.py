@@ -233,7 +233,9 @@ def grouped_gate_up(
     num_groups = triton.cdiv(size, SCALE_GROUP)
     out = torch.empty(num_pairs, size, dtype=x.dtype, device=x.device)
     out_scales = None if x_scales is None else torch.empty(num_pairs, num_groups, dtype=torch.float32, device=x.device)
-    block_in = plan.block_in_bytes // x.element_size()
+    block_in = plan.gate_up_bytes // x.element_size()
+    if weights.gate_up.is_block_scaled:
+        block_in = min(block_in, SCALE_GROUP)  # one factor for each stage
     overlaps = can_overlap(x.device)
     _gate_up_kernel[(blocks.experts.shape[0], num_groups)](
         x,
@@ -301,7 +303,7 @@ def _launch_rows(
     out_features = out.shape[1]
     block_rows = plan.block_rows
     num_tiles = triton.cdiv(num_rows, block_rows) if blocks is None else blocks.experts.shape[0]
-    block_in = plan.block_in_bytes // values.element_size()
+    block_in = SCALE_GROUP // values.element_size()
     overlaps = can_overlap(values.device)
     _rows_kernel[(num_tiles, triton.cdiv(out_features, plan.down_out))](
         values,
