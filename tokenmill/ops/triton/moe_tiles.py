@@ -46,11 +46,13 @@ def _product(
     if is_interpreted:  # the interpreter would multiply the bits of bfloat16 as integers
         weights, values = weights.to(tl.float32), values.to(tl.float32)
     if row_factors is None:
-        return tl.dot(weights, values, total)
-    part = tl.dot(weights, values) * row_factors[None, :]
-    if factors is not None:
-        part *= factors[:, None]
-    return total + part
+        total = tl.dot(weights, values, total)
+    else:
+        part = tl.dot(weights, values) * row_factors[None, :]
+        if factors is not None:
+            part *= factors[:, None]
+        total += part
+    return total
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
