@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from tokenmill.ops.moe import (
     run_experts,
     run_experts_reference,
 )
-from tokenmill.ops.moe_plan import GROUPED_PLANS, grouped_plan, max_row_blocks, pair_plan
+from tokenmill.ops.moe_plan import GROUPED_PLANS, down_pair_plan, gate_up_pair_plan, grouped_plan, max_row_blocks
 
 
 def by_hand(x: torch.Tensor, routing: Routing, weights: ExpertWeights) -> torch.Tensor:
@@ -129,8 +130,10 @@ def test_plans() -> None:
     assert grouped_plan(2048, 128).block_rows < grouped_plan(65536, 128).block_rows
     assert max_row_blocks(2048, 128, 16) == 256
     assert max_row_blocks(8, 128, 16) == 8
-    for shape in ((768, 2048), (2048, 768), (14336, 4096), (4096, 14336), (24, 40), (1, 1)):
-        plan = pair_plan(*shape)
+    assert gate_up_pair_plan(768, 2048) == (2, 2048, 4)
+    assert down_pair_plan(2048, 768) == (4, 256, 1)
+    for shape, plan_of in itertools.product(((14336, 4096), (24, 40), (1, 1)), (gate_up_pair_plan, down_pair_plan)):
+        plan = plan_of(*shape)
         assert plan.block_out & (plan.block_out - 1) == 0 < plan.block_out
         assert plan.block_in & (plan.block_in - 1) == 0 < plan.block_in
         assert 1 <= plan.num_warps <= 4

@@ -17,7 +17,7 @@ from tokenmill.ops.moe import (
     run_experts_reference,
     run_experts_torch,
 )
-from tokenmill.ops.moe_plan import GroupedPlan, PairPlan, grouped_plan, pair_plan
+from tokenmill.ops.moe_plan import GroupedPlan, PairPlan, down_pair_plan, gate_up_pair_plan, grouped_plan
 
 pytest.importorskip("triton")
 from tokenmill.ops.triton.moe_pairs import run_pairs
@@ -28,7 +28,7 @@ from tokenmill.ops.triton.moe_tiles import block_scaled_linear, grouped_down, gr
 pytestmark = pytest.mark.usefixtures("poisoned")
 BF16 = torch.bfloat16
 PAIR_PLANS = PairPlan(64, 128, 4), PairPlan(32, 64, 4)
-TINY_PLAN = GroupedPlan(16, 4, 2, 64, 4, 2)
+TINY_PLAN = GroupedPlan(16, 4, 2, 128, 64, 4, 2)
 KINDS: tuple[WeightKind, ...] = ("plain", "features", "blocks")
 TOLERANCE = {"plain": 1e-2, "features": 1.5e-2, "blocks": 1.5e-2}
 """Rounding to bfloat16, and single steps of float8 where sums differ in the last place."""
@@ -191,7 +191,7 @@ def test_real_shapes(num_tokens: int, kind: WeightKind) -> None:
     x = torch.randn(num_tokens, 2048, generator=torch.Generator().manual_seed(3)).to("cuda", BF16)
     routing = random_routing(num_tokens, 32, 8, "cuda")
     expected = run_experts_torch(x, routing, weights)
-    run = lambda: run_pairs(x, routing, weights, pair_plan(768, 2048), pair_plan(2048, 768))  # noqa: E731
+    run = lambda: run_pairs(x, routing, weights, gate_up_pair_plan(768, 2048), down_pair_plan(2048, 768))  # noqa: E731
     if num_tokens > 4:
         run = lambda: run_tiles(x, routing, weights, grouped_plan(8 * num_tokens, 32))  # noqa: E731
     actual = run()

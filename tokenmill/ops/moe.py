@@ -18,7 +18,13 @@ import torch
 from tokenmill.ops.activation import gated_activation
 from tokenmill.ops.fp8 import FP8_DTYPE, QuantizedRows, per_token_quantize_fp8, per_token_quantize_reference
 from tokenmill.ops.linear import PackedWeight, StreamedWeight, linear, pack_linear_weight
-from tokenmill.ops.moe_plan import MAX_PAIR_TOKENS, SCALE_GROUP, grouped_plan, pair_plan
+from tokenmill.ops.moe_plan import (
+    MAX_PAIR_TOKENS,
+    SCALE_GROUP,
+    down_pair_plan,
+    gate_up_pair_plan,
+    grouped_plan,
+)
 
 PackedMatrices: TypeAlias = tuple[torch.Tensor | PackedWeight | StreamedWeight, ...]
 
@@ -208,7 +214,7 @@ def run_experts_triton(x: torch.Tensor, routing: Routing, weights: ExpertWeights
         from tokenmill.ops.triton.moe_pairs import run_pairs
 
         hidden, size = weights.down.values.shape[1:]
-        return run_pairs(rows, routing, weights, pair_plan(size, hidden), pair_plan(hidden, size))
+        return run_pairs(rows, routing, weights, gate_up_pair_plan(size, hidden), down_pair_plan(hidden, size))
     from tokenmill.ops.triton.moe_tiles import run_tiles
 
     return run_tiles(rows, routing, weights, grouped_plan(routing.experts.numel(), weights.num_experts))

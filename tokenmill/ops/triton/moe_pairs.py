@@ -39,6 +39,21 @@ def _weights_in_float(
     return values
 
 
+@triton.jit
+def _prefetch(rows: tl.tensor, size: tl.tensor, num_lines: tl.constexpr) -> None:
+    """Ask for the cache lines of some rows of weights to come to L2."""
+    line: tl.constexpr = 128 // (rows.dtype.element_ty.primitive_bitwidth // 8)
+    columns = tl.minimum(tl.arange(0, num_lines) * line, size - 1)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [rows[:, None] + columns[None, :]],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
 @triton.jit(do_not_specialize=["first_expert"])
 def _pair_gate_up_kernel(
     x: tl.tensor,
@@ -60,9 +75,9 @@ def _pair_gate_up_kernel(
     overlaps: tl.constexpr,
 ) -> None:
     """`block_out` features of gate and of up for one token and expert, activated and multiplied."""
-    if overlaps:
-        gdc_launch_dependents()
+    if overlaps:  # in this order, so that the next kernel may read the routing before it waits
         gdc_wait()
+        gdc_launch_dependents()
     pair = tl.program_id(1).to(tl.int64)
     expert = tl.load(experts + pair).to(tl.int64) - first_expert
     if (expert < 0) | (expert >= num_experts):
@@ -107,17 +122,22 @@ def _pair_down_kernel(
     block_out: tl.constexpr,
     block_in: tl.constexpr,
     num_blocks_in: tl.constexpr,
+    prefetched_lines: tl.constexpr,
     scale_kind: tl.constexpr,
     is_even: tl.constexpr,
     overlaps: tl.constexpr,
 ) -> None:
     """`block_out` output features of one token: its experts' products, weighted and added up."""
-    if overlaps:
-        gdc_launch_dependents()
-        gdc_wait()
     token = tl.program_id(1).to(tl.int64)
     features = tl.program_id(0) * block_out + tl.arange(0, block_out)
     inside = tl.minimum(features, out_features - 1)
+    if overlaps:
+        gdc_launch_dependents()
+        for k in tl.static_range(top_k):
+            expert = tl.load(experts + token * top_k + k).to(tl.int64) - first_expert
+            if (expert >= 0) & (expert < num_experts):
+                _prefetch(weight + (expert * out_features + inside) * in_features, in_features, prefetched_lines)
+        gdc_wait()
     columns = tl.max_contiguous(tl.arange(0, block_in), 8)
     blocks_per_expert = ((out_features + GROUP - 1) // GROUP) * ((in_features + GROUP - 1) // GROUP)
     total = tl.zeros([block_out, block_in], tl.float32)
@@ -195,6 +215,7 @@ def run_pairs(
         block_out=plan.block_out,
         block_in=plan.block_in,
         num_blocks_in=triton.cdiv(size, plan.block_in),
+        prefetched_lines=triton.next_power_of_2(triton.cdiv(size * weights.down.values.element_size(), 128)),
         scale_kind=scale_kind_of(weights.down),
         is_even=size % plan.block_in == 0,
         overlaps=overlaps,

@@ -46,11 +46,13 @@ def _product(
     if is_interpreted:  # the interpreter would multiply the bits of bfloat16 as integers
         weights, values = weights.to(tl.float32), values.to(tl.float32)
     if row_factors is None:
-        return tl.dot(weights, values, total)
-    part = tl.dot(weights, values) * row_factors[None, :]
-    if factors is not None:
-        part *= factors[:, None]
-    return total + part
+        total = tl.dot(weights, values, total)
+    else:
+        part = tl.dot(weights, values) * row_factors[None, :]
+        if factors is not None:
+            part *= factors[:, None]
+        total += part
+    return total
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
@@ -81,13 +83,13 @@ def _gate_up_kernel(
     if overlaps:
         gdc_launch_dependents()
         gdc_wait()
-    expert = tl.load(tile_experts + tl.program_id(0)).to(tl.int64)
+    expert = tl.load(tile_experts + tl.program_id(1)).to(tl.int64)
     if expert < 0:
         return
-    rows = tl.load(pairs + tl.program_id(0) * block_rows + tl.arange(0, block_rows))
+    rows = tl.load(pairs + tl.program_id(1) * block_rows + tl.arange(0, block_rows))
     is_row = rows < num_pairs
     tokens = tl.where(is_row, rows // top_k, 0).to(tl.int64)
-    features = tl.program_id(1) * GROUP + tl.arange(0, GROUP)
+    features = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
     inside = tl.minimum(features, size - 1)
     columns = tl.arange(0, block_in)
     gate_weights = weight + (expert * 2 * size + inside)[:, None] * in_features + columns[None, :]
@@ -126,7 +128,7 @@ def _gate_up_kernel(
         scales = tl.maximum(tl.max(tl.abs(inner), axis=0) * INVERSE_FP8_MAX, MIN_SCALE)
         scaled = inner * tl.div_rn(1.0, scales)[None, :]
         tl.store(out + offsets, tl.clamp(scaled, -FP8_MAX, FP8_MAX).to(tl.float8e4nv), mask=mask)
-        places = rows.to(tl.int64) * ((size + GROUP - 1) // GROUP) + tl.program_id(1)
+        places = rows.to(tl.int64) * ((size + GROUP - 1) // GROUP) + tl.program_id(0)
         tl.store(out_scale + places, scales, mask=is_row)
 
 
@@ -162,9 +164,9 @@ def _rows_kernel(
     if overlaps:
         gdc_launch_dependents()
         gdc_wait()
-    rows = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
+    rows = tl.program_id(1) * block_rows + tl.arange(0, block_rows)
     if pairs is not None:
-        expert = tl.load(tile_experts + tl.program_id(0)).to(tl.int64)
+        expert = tl.load(tile_experts + tl.program_id(1)).to(tl.int64)
         if expert < 0:
             return
         rows = tl.load(pairs + rows)
@@ -175,7 +177,7 @@ def _rows_kernel(
             weight_scale += expert * ((out_features + GROUP - 1) // GROUP) * ((in_features + GROUP - 1) // GROUP)
     is_row = rows < num_rows
     sources = tl.where(is_row, rows, 0).to(tl.int64)
-    features = tl.program_id(1) * block_out + tl.arange(0, block_out)
+    features = tl.program_id(0) * block_out + tl.arange(0, block_out)
     inside = tl.minimum(features, out_features - 1)
     columns = tl.arange(0, block_in)
     weights = weight + inside.to(tl.int64)[:, None] * in_features + columns[None, :]
@@ -233,9 +235,11 @@ def grouped_gate_up(
     num_groups = triton.cdiv(size, SCALE_GROUP)
     out = torch.empty(num_pairs, size, dtype=x.dtype, device=x.device)
     out_scales = None if x_scales is None else torch.empty(num_pairs, num_groups, dtype=torch.float32, device=x.device)
-    block_in = plan.block_in_bytes // x.element_size()
+    block_in = plan.gate_up_bytes // x.element_size()
+    if weights.gate_up.is_block_scaled:
+        block_in = min(block_in, SCALE_GROUP)  # one factor for each stage
     overlaps = can_overlap(x.device)
-    _gate_up_kernel[(blocks.experts.shape[0], num_groups)](
+    _gate_up_kernel[(num_groups, blocks.experts.shape[0])](  # programs with the same rows run together
         x,
         x_scales,
         *weights.gate_up,
@@ -301,9 +305,9 @@ def _launch_rows(
     out_features = out.shape[1]
     block_rows = plan.block_rows
     num_tiles = triton.cdiv(num_rows, block_rows) if blocks is None else blocks.experts.shape[0]
-    block_in = plan.block_in_bytes // values.element_size()
+    block_in = SCALE_GROUP // values.element_size()
     overlaps = can_overlap(values.device)
-    _rows_kernel[(num_tiles, triton.cdiv(out_features, plan.down_out))](
+    _rows_kernel[(triton.cdiv(out_features, plan.down_out), num_tiles)](
         values,
         scales,
         *matrix,
