@@ -27,6 +27,7 @@ from tokenmill.builder.pass_selection import disabled_passes
 from tokenmill.builder.passes import PassReport, Target, run_passes
 from tokenmill.builder.report import BuildReport, count_kinds, weight_bytes
 from tokenmill.builder.tokenizer_files import tokenizer_files
+from tokenmill.builder.tune_program import tune_program
 from tokenmill.builder.weight_source import WeightSource
 from tokenmill.checkpoints.base import Checkpoint, open_checkpoint
 from tokenmill.checkpoints.resolve import resolve_model
@@ -35,10 +36,12 @@ from tokenmill.models.config import ModelConfig
 from tokenmill.ops.cpu.packing import FORMATS as INTEGER_KERNEL_FORMATS
 from tokenmill.program.checks import check_program
 from tokenmill.program.engine_config import EngineConfig, LimitsRecord, ModelRecord, TargetRecord
+from tokenmill.program.package import TIMING_CACHE_NAME
 from tokenmill.program.program import Program
+from tokenmill.program.timing_cache import TimingCache
 from tokenmill.version import __version__
 
-PHASES: Final = ("resolve", "capture", "passes", "lower", "pack")
+PHASES: Final = ("resolve", "capture", "passes", "lower", "tune", "pack")
 """What `on_progress` is told, in order."""
 
 ProgressCallback = Callable[[str, int, int], None]
@@ -75,6 +78,8 @@ def build(
         settings = _settings(config, checkpoint, model_config)
         source = WeightSource(checkpoint, model_config)
     program, constants, choice = builder.compile(model_config, settings, source, on_passes)
+    with builder.phase("tune"):
+        timings = builder.timings(program, settings)
     with builder.phase("pack"):
         source.check(program.weights)
         weights = {}
@@ -82,7 +87,8 @@ def build(
             weights = pack_weights(program, source, constants, lambda _, done, total: builder.tell("pack", done, total))
         else:
             weights = pack_weights(_constants_only(program), source, constants)
-    return builder.engine(checkpoint, settings, program, choice, weights)
+    engine = builder.engine(checkpoint, settings, program, choice, weights)
+    return engine if timings is None else engine.with_files({TIMING_CACHE_NAME: timings.encode()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +110,7 @@ class _Builder:
     tell: ProgressCallback
     seconds: dict[str, float] = field(default_factory=dict)
     num_nodes: dict[str, int] = field(default_factory=dict)
+    tuned: dict[str, int] = field(default_factory=dict)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -143,6 +150,14 @@ class _Builder:
         check_program(program)
         return program
 
+    def timings(self, program: Program, settings: _Settings) -> TimingCache | None:
+        """Times of the variants of the program's kernels; None if there are none to choose from."""
+        if settings.device != "cpu" or self.config.opt_level < 2:
+            return None
+        report = tune_program(self.config, program, settings.limits, lambda done, of: self.tell("tune", done, of))
+        self.tuned = {"measured": report.num_measured, "reused": report.num_reused}
+        return report.cache if report.cache.times else None
+
     def engine(
         self,
         checkpoint: Checkpoint,
@@ -167,6 +182,7 @@ class _Builder:
             weight_bytes=weight_bytes(program, weights),
             arena_bytes=memory.arena_bytes,
             arena_sum_bytes=memory.sum_bytes,
+            kernels=self.tuned,
             seconds=self.seconds,
             notices=list(choice.notices),
         )

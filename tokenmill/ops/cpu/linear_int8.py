@@ -12,7 +12,7 @@ from functools import cache
 from typing import Final
 
 from tokenmill.errors import InvalidParameterError
-from tokenmill.ops.cpu.cpu_features import DotProduct, best_dot_product
+from tokenmill.ops.cpu.cpu_features import DotProduct, best_dot_product, supported_dot_products
 from tokenmill.ops.cpu.dot_product import gemv_block, panel_block
 from tokenmill.ops.cpu.intrinsics import argument, chunk_range, device_panel_width
 from tokenmill.ops.cpu.jit import NativeFunction, device
@@ -40,14 +40,43 @@ SCRATCH: Final = FIRST_ARGUMENT + 6  # address of the scratch memory of thread 0
 TOKEN_BLOCK: Final = 256
 """Tokens that are computed with one preparation of a chunk: their activations stay in the cache."""
 
-GROUP_BLOCK: Final = 48
-"""Groups of a chunk that are multiplied with all tokens before the next ones: they stay in the fastest cache."""
-
 MAX_BLOCKS: Final = 4
 """Row blocks of a chunk."""
 
 SCRATCH_BYTES: Final = TOKEN_BLOCK * MAX_BLOCKS * BLOCK_TOTALS
 """Scratch memory of one thread; ops may share it."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinearVariant:
+    """One of several ways to compute the same bits; which is the fastest depends on the machine and the shape.
+
+    Args:
+        way: how to compute dot products.
+        fetches: with several tokens, whether the row blocks that come next are fetched meanwhile.
+        group_block: with several tokens, groups of a chunk that are multiplied with all tokens before the next ones, so
+            that they stay in the fastest cache.
+    """
+
+    way: DotProduct
+    fetches: bool = True
+    group_block: int = 48
+
+    @property
+    def name(self) -> str:
+        """In timing caches."""
+        return f"{self.way.name.lower()} {'fetch' if self.fetches else 'plain'} {self.group_block}"
+
+
+def linear_variants(*, one_token: bool) -> tuple[LinearVariant, ...]:
+    """The variants that may be the fastest on this CPU, the usual one first."""
+    best, *others = supported_dot_products()
+    variants = [LinearVariant(best)]
+    if not one_token:
+        variants += [LinearVariant(best, fetches=False), LinearVariant(best, group_block=16)]
+    # Half as wide instructions may let the cores run faster; what has no instruction for it never wins.
+    variants += [LinearVariant(way) for way in others if way is DotProduct.AVX_VNNI]
+    return tuple(variants)
 
 
 @device
@@ -57,8 +86,9 @@ def zero_totals(totals: int, num_bytes: int) -> None:
         store(totals + offset, broadcast(float32(0.0)))
 
 
-def _one_token_kernel(encoding: int, way: int) -> NativeFunction:
+def _one_token_kernel(encoding: int, variant: LinearVariant) -> NativeFunction:
     group_bytes = ENCODINGS[encoding].group_bytes
+    way = int(variant.way)
 
     def linear_one_token(thread: int, num_threads: int, row: int) -> None:
         num_groups = argument(row, NUM_GROUPS)
@@ -81,8 +111,9 @@ def _one_token_kernel(encoding: int, way: int) -> NativeFunction:
     return NativeFunction(linear_one_token)
 
 
-def _many_tokens_kernel(encoding: int, way: int) -> NativeFunction:
+def _many_tokens_kernel(encoding: int, variant: LinearVariant) -> NativeFunction:
     group_bytes = ENCODINGS[encoding].group_bytes
+    way, fetches, group_block = int(variant.way), int(variant.fetches), variant.group_block
 
     def linear_many_tokens(thread: int, num_threads: int, row: int) -> None:
         num_tokens, num_groups = argument(row, COLUMN_NUM_TOKENS), argument(row, NUM_GROUPS)
@@ -106,21 +137,21 @@ def _many_tokens_kernel(encoding: int, way: int) -> NativeFunction:
             for pair in range(0, chunk_blocks, 2):
                 weights = argument(row, WEIGHT) + (chunk * chunk_blocks + pair) * block_bytes
                 result = totals + pair * BLOCK_TOTALS
-                for group in range(0, num_groups, GROUP_BLOCK):
-                    length = min(num_groups - group, GROUP_BLOCK)
+                for group in range(0, num_groups, group_block):
+                    length = min(num_groups - group, group_block)
                     w = weights + group * group_bytes
                     values = panels + (argument(row, FIRST_GROUP) + group) * panel_group
                     for panel in range(num_panels):
                         x = values + panel * panel_bytes
                         y = result + panel * width * stride
                         if width == 16:
-                            panel_block(encoding, way, 16, 0, 8, 2, 1, w, block_bytes, x, length, y, stride)
+                            panel_block(encoding, way, 16, 0, 8, 2, fetches, w, block_bytes, x, length, y, stride)
                             y += 8 * stride
                             panel_block(encoding, way, 16, 8, 8, 2, 0, w, block_bytes, x, length, y, stride)
                         elif width == 8:
-                            panel_block(encoding, way, 8, 0, 8, 2, 1, w, block_bytes, x, length, y, stride)
+                            panel_block(encoding, way, 8, 0, 8, 2, fetches, w, block_bytes, x, length, y, stride)
                         else:
-                            panel_block(encoding, way, 4, 0, 4, 2, 1, w, block_bytes, x, length, y, stride)
+                            panel_block(encoding, way, 4, 0, 4, 2, fetches, w, block_bytes, x, length, y, stride)
             if gated:
                 finish_gated(row, totals, first_token, count, chunk)
             else:
@@ -130,20 +161,23 @@ def _many_tokens_kernel(encoding: int, way: int) -> NativeFunction:
 
 
 @cache
-def linear_kernel(weight_format: str, *, one_token: bool, way: DotProduct | None = None) -> NativeFunction:
+def linear_kernel(
+    weight_format: str, *, one_token: bool, way: DotProduct | None = None, variant: LinearVariant | None = None
+) -> NativeFunction:
     """The kernel for packed weights of a format; compiled at first use of its address.
 
     Args:
         weight_format: one of `packing.FORMATS`.
         one_token: for steps in which the op has exactly one token; else for 2 and more.
         way: how to compute dot products; default: the best that this CPU has.
+        variant: how to do everything; default: `way` and what is usual.
 
     Raises:
         UnsupportedFeatureError: no kernel reads the format.
     """
     encoding = ENCODINGS.index(encoding_of(weight_format))
     make = _one_token_kernel if one_token else _many_tokens_kernel
-    return make(encoding, int(best_dot_product() if way is None else way))
+    return make(encoding, variant or LinearVariant(best_dot_product() if way is None else way))
 
 
 @dataclass(frozen=True, slots=True)
