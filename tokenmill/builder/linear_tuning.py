@@ -131,7 +131,7 @@ class _Bench:
 
     def tunable(self, shape: LinearShape, count: int, num_tokens: int) -> Tunable:
         """One shape for one number of tokens."""
-        variants = {variant.name: variant for variant in _distinct(shape, one_token=num_tokens == 1)}
+        variants = {variant.name: variant for variant in linear_variants(one_token=num_tokens == 1)}
         copies = shape.num_copies(count, num_tokens)
 
         num_runs = max(1, min(MAX_RUNS, len(self._weights) // (copies * shape.num_bytes)))
@@ -180,12 +180,3 @@ class _Bench:
             kind = np.float16 if encoding.scale_bytes == 2 else np.float32
             records[:, : encoding.values_offset].view(kind)[:] = 0.01
         self._filled_for = weight_format
-
-
-def _distinct(shape: LinearShape, *, one_token: bool) -> list[LinearVariant]:
-    """The variants that differ for this shape."""
-    groups = -(-shape.num_columns // GROUP_SIZE)
-    found: dict[tuple[object, ...], LinearVariant] = {}
-    for variant in linear_variants(one_token=one_token):
-        found.setdefault((variant.way, variant.fetches, min(variant.group_block, groups)), variant)
-    return list(found.values())

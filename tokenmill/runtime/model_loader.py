@@ -74,6 +74,13 @@ def resolve_cache_dtype(name: str, dtype: torch.dtype, device: torch.device) -> 
     return resolve_dtype(name, device)
 
 
+def resolve_max_num_tokens(args: LlmArgs, device: torch.device) -> int:
+    """Most tokens of one step: what the user said, else what `LlmArgs.max_num_tokens` says of the device."""
+    if args.max_num_tokens is not None:
+        return args.max_num_tokens
+    return 512 if device.type == "cpu" and args.enable_chunked_prefill else 2048
+
+
 def resolve_max_seq_len(args: LlmArgs, config: ModelConfig) -> int:
     """The longest sequence: what the user said, else the model's context.
 
