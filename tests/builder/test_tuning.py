@@ -45,8 +45,8 @@ class Clock:
 
 def test_every_variant_gets_as_many_turns_and_hopeless_ones_none() -> None:
     clock = Clock()
-    times = measure(clock.tunable("k", {"a": 0.002, "b": 0.001, "c": 0.01}), clock)
-    assert times == {"a": 2000.0, "b": 1000.0, "c": 10000.0}
+    times = measure(clock.tunable("k", {"a": 0.0015, "b": 0.0009, "c": 0.01}), clock)
+    assert times == {"a": 1500.0, "b": 900.0, "c": 10000.0}
     assert clock.runs.count("c") == 4  # to warm up, and the first look
     assert clock.runs.count("a") == 4 + ROUNDS
     assert clock.runs.count("b") == 4 + 2 * ROUNDS
@@ -120,9 +120,8 @@ def test_a_second_build_measures_nothing(tuned: Engine, model_dir: Path, cache_p
     again = build(model_dir, timing_cache=cache_path, **OPTIONS)
     assert again.config.report["kernels"] == {"measured": 0, "reused": tuned.config.report["kernels"]["measured"]}
     assert again.files["timing.cache"] == tuned.files["timing.cache"]
-    other_threads = build(model_dir, timing_cache=cache_path, **{**OPTIONS, "num_threads": 2})
-    assert other_threads.config.report["kernels"]["reused"] == 0
-    assert TimingCache.load(cache_path).times.keys() == {machine_key(1), machine_key(2)}
+    assert TimingCache.load(cache_path).times.keys() == {machine_key(1)}
+    assert machine_key(1) != machine_key(2)
 
 
 def test_no_level_below_two_measures(model_dir: Path, tmp_path: Path) -> None:
@@ -144,7 +143,7 @@ def test_a_damaged_cache_is_named(model_dir: Path, tmp_path: Path) -> None:
 
 def test_measured_products_do_not_depend_on_the_variant(tuned: Engine) -> None:
     """Bit by bit, whatever the number of tokens: a choice changes nothing but time."""
-    with linear_tunables(tuned.program, (1, 4, 16), 64, 1) as tunables:
+    with linear_tunables(tuned.program, (1, 5, 23), 64, 1) as tunables:
         bench = tunables[0].prepare.__closure__
         assert bench is not None
         owner = next(cell.cell_contents for cell in bench if hasattr(cell.cell_contents, "pool"))

@@ -51,7 +51,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "attention",
         "checkpoints",
         "engine",
+        "executor.backend_choice",
         "executor.description",
+        "executor.engine_source",
         "executor.program_factory",
         "executor.scheduling",
         "kv_cache",
@@ -73,6 +75,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "runtime",
         "sampling",
     ),
+    "executor.backend_choice": ("models",),
+    "executor.engine_source": ("builder", "program"),  # engines are built here, or read
     "executor.scheduling": ("engine", "engine.plan", "executor.description", "kv_cache"),
     "tokenization": ("checkpoints",),
     "engine": ("engine.plan", "engine.request", "kv_cache"),

@@ -43,6 +43,12 @@ def capture(
     Raises:
         UnsupportedFeatureError: the model does something that programs cannot do.
     """
+    if config.moe is not None:
+        raise UnsupportedFeatureError(
+            f"Models with experts ({config.model_type}) cannot be compiled.",
+            field="model",
+            remedy="Run the model with backend='torch'.",
+        )
     context = LayerContext(dtype=dtype, device=META, backend=CapturedAttention())
     model = load_model_class(config.model_type)(config, context).eval()
     parameters = parameters_of(model)

@@ -7,7 +7,7 @@ run takes other weights, so that one token streams its weights from memory and n
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle
@@ -37,6 +37,9 @@ from tokenmill.program.weight_file import Bytes
 
 REGION_BYTES: Final = 128 << 20
 """Weights that runs of one shape take turns on: more than the caches of some cores hold."""
+
+MAX_RUNS: Final = 64
+"""Runs with weights of their own, at most: tiny weights stay in a cache in real steps, too."""
 
 MAX_OPERATIONS: Final = 2e9
 """Multiplications and additions of one measured run; with many tokens fewer copies are enough."""
@@ -96,7 +99,7 @@ def linear_tunables(
     if not shapes or not profiles:
         yield []
         return
-    bench = _Bench(list(shapes), max(profiles), num_threads)
+    bench = _Bench(shapes, max(profiles), num_threads)
     try:
         yield [
             bench.tunable(shape, count, num_tokens)
@@ -111,22 +114,27 @@ def linear_tunables(
 class _Bench:
     """Memory and threads that all measurements share."""
 
-    def __init__(self, shapes: Sequence[LinearShape], max_tokens: int, num_threads: int) -> None:
+    def __init__(self, shapes: Mapping[LinearShape, int], max_tokens: int, num_threads: int) -> None:
         self.pool = ThreadPool(num_threads)
         columns = max(shape.num_columns for shape in shapes)
         self._x = huge_page_memory(int8_group32_bytes(max_tokens, columns))
-        self._x[:] = 1  # ordinary numbers, whatever their type
+        self._x[:] = 0x3C  # as int8 60, as float32 0.0115: ordinary numbers, whatever is read
         self._y = huge_page_memory(max(4 * shape.num_rows * (1 if shape.is_head else max_tokens) for shape in shapes))
         self._scratch = huge_page_memory(SCRATCH_BYTES * num_threads)
-        self._weights = huge_page_memory(max(REGION_BYTES, *(shape.num_bytes for shape in shapes)))
+        self._weights = huge_page_memory(
+            max(
+                max(shape.num_bytes, min(REGION_BYTES, MAX_RUNS * count * shape.num_bytes))
+                for shape, count in shapes.items()
+            )
+        )
         self._filled_for = ""
 
     def tunable(self, shape: LinearShape, count: int, num_tokens: int) -> Tunable:
         """One shape for one number of tokens."""
-        variants = {variant.name: variant for variant in _distinct(shape, one_token=num_tokens == 1)}
+        variants = {variant.name: variant for variant in linear_variants(one_token=num_tokens == 1)}
         copies = shape.num_copies(count, num_tokens)
 
-        num_runs = max(1, len(self._weights) // (copies * shape.num_bytes))
+        num_runs = max(1, min(MAX_RUNS, len(self._weights) // (copies * shape.num_bytes)))
 
         def prepare(name: str) -> Callable[[], None]:
             self._fill(shape.format)
@@ -172,12 +180,3 @@ class _Bench:
             kind = np.float16 if encoding.scale_bytes == 2 else np.float32
             records[:, : encoding.values_offset].view(kind)[:] = 0.01
         self._filled_for = weight_format
-
-
-def _distinct(shape: LinearShape, *, one_token: bool) -> list[LinearVariant]:
-    """The variants that differ for this shape."""
-    groups = -(-shape.num_columns // GROUP_SIZE)
-    found: dict[tuple[object, ...], LinearVariant] = {}
-    for variant in linear_variants(one_token=one_token):
-        found.setdefault((variant.way, variant.fetches, min(variant.group_block, groups)), variant)
-    return list(found.values())

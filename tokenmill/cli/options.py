@@ -78,7 +78,7 @@ class ModelOptions:
             metavar="N",
             min=1,
             help="Most tokens computed in one step.",
-            show_default="2048",
+            show_default="2048; on a CPU: 512",
             rich_help_panel=_MODEL_PANEL,
         ),
     ] = None

@@ -73,7 +73,7 @@ class CpuWeights:
         weight = self._weights[name]
         self._check_rows(weight)
         content = self._content(name)[: rows_nbytes(weight.format, weight.shape)]
-        values = content.view(np.float32 if weight.format == "float32" else np.uint16).reshape(weight.shape)
+        values: Any = content.view(np.float32 if weight.format == "float32" else np.uint16).reshape(weight.shape)
         return pack_float_weight(np.split(values, 2) if gated else [values], gated=gated)
 
     def _packed(self, weight: Weight, gated: bool) -> Bytes:

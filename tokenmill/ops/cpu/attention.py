@@ -13,7 +13,6 @@ from typing import Final
 
 from tokenmill.ops.cpu.attention_arguments import (
     DECODE_GROUPS,
-    GROUP,
     NO_WINDOW,
     NUM_HEADS,
     NUM_KV_HEADS,
@@ -28,7 +27,7 @@ from tokenmill.ops.cpu.attention_arguments import (
 )
 from tokenmill.ops.cpu.attention_decode import combine_row, decode_split, num_splits
 from tokenmill.ops.cpu.attention_prefill import prefill_tile
-from tokenmill.ops.cpu.attention_tiles import QUERY_TILE, VECTOR_BYTES
+from tokenmill.ops.cpu.attention_tiles import GROUP, QUERY_TILE, VECTOR_BYTES
 from tokenmill.ops.cpu.cache_layout import CacheLocation, kv_len
 from tokenmill.ops.cpu.intrinsics import argument, chunk_range
 from tokenmill.ops.cpu.jit import device, float_bits, kernel

@@ -101,8 +101,8 @@ def pack_cache(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, 
     keys, values = (torch.nn.functional.pad(part, padding).transpose(1, 2) for part in (keys, values))  # [N, G, B, D]
     if keys.dtype == torch.float32:
         return keys.transpose(2, 3).contiguous(), values.contiguous()
-    paired_keys = keys.unflatten(3, (-1, 2)).permute(0, 1, 3, 2, 4)
-    paired_values = values.unflatten(2, (-1, 2)).permute(0, 1, 2, 4, 3)
+    paired_keys = keys.reshape(*keys.shape[:3], -1, 2).permute(0, 1, 3, 2, 4)
+    paired_values = values.reshape(*values.shape[:2], -1, 2, values.shape[3]).permute(0, 1, 2, 4, 3)
     return paired_keys.contiguous(), paired_values.contiguous()
 
 

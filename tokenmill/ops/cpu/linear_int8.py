@@ -7,16 +7,16 @@ the same in both.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Final
 
 from tokenmill.errors import InvalidParameterError
 from tokenmill.ops.cpu.cpu_features import DotProduct, best_dot_product, supported_dot_products
-from tokenmill.ops.cpu.dot_product import gemv_block, panel_block
 from tokenmill.ops.cpu.intrinsics import argument, chunk_range, device_panel_width
 from tokenmill.ops.cpu.jit import NativeFunction, device
 from tokenmill.ops.cpu.layout import COLUMN_NUM_TOKENS, FIRST_ARGUMENT, GROUP_BYTES
+from tokenmill.ops.cpu.linear_blocks import gemv_block, panel_block
 from tokenmill.ops.cpu.linear_epilogue import (
     ACTIVATION,
     ACTIVATIONS,
@@ -40,8 +40,19 @@ SCRATCH: Final = FIRST_ARGUMENT + 6  # address of the scratch memory of thread 0
 TOKEN_BLOCK: Final = 256
 """Tokens that are computed with one preparation of a chunk: their activations stay in the cache."""
 
+GROUP_BLOCK: Final = 48
+"""Groups of a chunk that are multiplied with all tokens before the next ones: they stay in the fastest cache."""
+
 MAX_BLOCKS: Final = 4
 """Row blocks of a chunk."""
+
+TILES: Final = {
+    DotProduct.AVX512_VNNI: (8, 2),
+    DotProduct.AVX_VNNI: (4, 1),
+    DotProduct.AVX2: (4, 1),
+    DotProduct.PORTABLE: (4, 1),
+}
+"""Tokens and row blocks whose sums fit the registers."""
 
 SCRATCH_BYTES: Final = TOKEN_BLOCK * MAX_BLOCKS * BLOCK_TOTALS
 """Scratch memory of one thread; ops may share it."""
@@ -53,29 +64,38 @@ class LinearVariant:
 
     Args:
         way: how to compute dot products.
-        fetches: with several tokens, whether the row blocks that come next are fetched meanwhile.
-        group_block: with several tokens, groups of a chunk that are multiplied with all tokens before the next ones, so
-            that they stay in the fastest cache.
+        tile_tokens, tile_blocks: tokens and row blocks whose sums stay in registers, with several tokens.
+        fetches: whether the row blocks that come next are fetched meanwhile, with several tokens.
     """
 
     way: DotProduct
+    tile_tokens: int
+    tile_blocks: int
     fetches: bool = True
-    group_block: int = 48
 
     @property
     def name(self) -> str:
         """In timing caches."""
-        return f"{self.way.name.lower()} {'fetch' if self.fetches else 'plain'} {self.group_block}"
+        fetching = "fetch" if self.fetches else "plain"
+        return f"{self.way.name.lower()} {self.tile_tokens}x{self.tile_blocks} {fetching}"
+
+
+def usual_variant(way: DotProduct) -> LinearVariant:
+    """What is used where nothing was measured."""
+    return LinearVariant(way, *TILES[way])
 
 
 def linear_variants(*, one_token: bool) -> tuple[LinearVariant, ...]:
     """The variants that may be the fastest on this CPU, the usual one first."""
     best, *others = supported_dot_products()
-    variants = [LinearVariant(best)]
+    usual = usual_variant(best)
+    variants = [usual]
     if not one_token:
-        variants += [LinearVariant(best, fetches=False), LinearVariant(best, group_block=16)]
+        variants.append(replace(usual, fetches=False))
+    if not one_token and best is DotProduct.AVX512_VNNI:
+        variants.append(replace(usual, tile_tokens=16, tile_blocks=1))
     # Half as wide instructions may let the cores run faster; what has no instruction for it never wins.
-    variants += [LinearVariant(way) for way in others if way is DotProduct.AVX_VNNI]
+    variants += [usual_variant(way) for way in others if way is DotProduct.AVX_VNNI]
     return tuple(variants)
 
 
@@ -113,7 +133,9 @@ def _one_token_kernel(encoding: int, variant: LinearVariant) -> NativeFunction:
 
 def _many_tokens_kernel(encoding: int, variant: LinearVariant) -> NativeFunction:
     group_bytes = ENCODINGS[encoding].group_bytes
-    way, fetches, group_block = int(variant.way), int(variant.fetches), variant.group_block
+    way, wide, tile_blocks = int(variant.way), variant.tile_tokens, variant.tile_blocks
+    wide_8 = min(wide, 8)
+    blocks_ahead = 2 if variant.fetches else 0
 
     def linear_many_tokens(thread: int, num_threads: int, row: int) -> None:
         num_tokens, num_groups = argument(row, COLUMN_NUM_TOKENS), argument(row, NUM_GROUPS)
@@ -124,8 +146,10 @@ def _many_tokens_kernel(encoding: int, variant: LinearVariant) -> NativeFunction
         gated = argument(row, ACTIVATION) != NO_ACTIVATION
         chunk_blocks = 4 if gated else 2
         stride = chunk_blocks * BLOCK_TOTALS
+        tile_tokens = min(width, wide)
         num_chunks = argument(row, NUM_BLOCKS) // chunk_blocks
         block_bytes = num_groups * group_bytes
+        ahead = blocks_ahead * block_bytes
         num_token_blocks = (num_tokens + TOKEN_BLOCK - 1) // TOKEN_BLOCK
         first, end = chunk_range(thread, num_threads, num_chunks * num_token_blocks)
         for item in range(first, end):
@@ -137,21 +161,28 @@ def _many_tokens_kernel(encoding: int, variant: LinearVariant) -> NativeFunction
             for pair in range(0, chunk_blocks, 2):
                 weights = argument(row, WEIGHT) + (chunk * chunk_blocks + pair) * block_bytes
                 result = totals + pair * BLOCK_TOTALS
-                for group in range(0, num_groups, group_block):
-                    length = min(num_groups - group, group_block)
+                for group in range(0, num_groups, GROUP_BLOCK):
+                    length = min(num_groups - group, GROUP_BLOCK)
                     w = weights + group * group_bytes
                     values = panels + (argument(row, FIRST_GROUP) + group) * panel_group
-                    for panel in range(num_panels):
-                        x = values + panel * panel_bytes
-                        y = result + panel * width * stride
-                        if width == 16:
-                            panel_block(encoding, way, 16, 0, 8, 2, fetches, w, block_bytes, x, length, y, stride)
-                            y += 8 * stride
-                            panel_block(encoding, way, 16, 8, 8, 2, 0, w, block_bytes, x, length, y, stride)
-                        elif width == 8:
-                            panel_block(encoding, way, 8, 0, 8, 2, fetches, w, block_bytes, x, length, y, stride)
-                        else:
-                            panel_block(encoding, way, 4, 0, 4, 2, fetches, w, block_bytes, x, length, y, stride)
+                    for tile in range(num_panels * width // tile_tokens):
+                        token = tile * tile_tokens
+                        x = values + token // width * panel_bytes + token % width * 4
+                        y = result + token * stride
+                        for block in range(0, 2, tile_blocks):
+                            v, z = w + block * block_bytes, y + block * BLOCK_TOTALS
+                            if width == 16:
+                                panel_block(
+                                    encoding, way, 16, wide, tile_blocks, v, block_bytes, ahead, x, length, z, stride
+                                )
+                            elif width == 8:
+                                panel_block(
+                                    encoding, way, 8, wide_8, tile_blocks, v, block_bytes, ahead, x, length, z, stride
+                                )
+                            else:
+                                panel_block(
+                                    encoding, way, 4, 4, tile_blocks, v, block_bytes, ahead, x, length, z, stride
+                                )
             if gated:
                 finish_gated(row, totals, first_token, count, chunk)
             else:
@@ -170,14 +201,14 @@ def linear_kernel(
         weight_format: one of `packing.FORMATS`.
         one_token: for steps in which the op has exactly one token; else for 2 and more.
         way: how to compute dot products; default: the best that this CPU has.
-        variant: how to do everything; default: `way` and what is usual.
+        variant: how to do everything; default: what is usual for `way`.
 
     Raises:
         UnsupportedFeatureError: no kernel reads the format.
     """
     encoding = ENCODINGS.index(encoding_of(weight_format))
     make = _one_token_kernel if one_token else _many_tokens_kernel
-    return make(encoding, variant or LinearVariant(best_dot_product() if way is None else way))
+    return make(encoding, variant or usual_variant(best_dot_product() if way is None else way))
 
 
 @dataclass(frozen=True, slots=True)

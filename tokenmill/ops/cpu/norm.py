@@ -10,6 +10,7 @@ from tokenmill.ops.cpu.activations import group_address, store_group
 from tokenmill.ops.cpu.intrinsics import argument, chunk_range, device_panel_width, float_argument
 from tokenmill.ops.cpu.jit import device, float_bits, kernel
 from tokenmill.ops.cpu.layout import COLUMN_NUM_TOKENS, FIRST_ARGUMENT, GROUP_SIZE
+from tokenmill.ops.cpu.panels import TILE_STRIDE, clear_tile, store_panel_group, tile_memory
 from tokenmill.ops.cpu.simd import (
     LANES,
     add,
@@ -17,9 +18,11 @@ from tokenmill.ops.cpu.simd import (
     float32,
     fma,
     load,
+    load_f32,
     load_first,
     multiply,
     reduce_add,
+    store_f32,
     store_first,
 )
 
@@ -60,7 +63,7 @@ def sum_of_squares(source: int, columns: int) -> float:
 @device
 def norm_factor(source: int, columns: int, epsilon: float) -> float:
     """1 / sqrt(mean of squares + epsilon)."""
-    return float32(1.0) / float32(math.sqrt(sum_of_squares(source, columns) / float32(columns) + float32(epsilon)))
+    return 1.0 / math.sqrt(sum_of_squares(source, columns) / columns + epsilon)
 
 
 @device
@@ -80,38 +83,70 @@ def add_residual(row: int, token: int) -> int:
 
 
 @device
-def normalized(source: int, weight: int, factor: float, column: int, end: int):  # type: ignore[no-untyped-def]
-    """16 values from a column on; zero from `end` on."""
-    count = max(0, min(LANES, end - column))
-    values = multiply(load_first(source + 4 * column, count), broadcast(factor))
-    return multiply(values, load_first(weight + 4 * column, count))
+def write_normalized(row: int, source: int, factor: float, column: int, count: int, target: int) -> None:
+    """Up to `count` columns of a row, times the factor and the weight."""
+    weight = argument(row, WEIGHT)
+    for begin in range(column, column + count, LANES):
+        number = min(LANES, column + count - begin)
+        values = multiply(load_first(source + 4 * begin, number), broadcast(factor))
+        values = multiply(values, load_first(weight + 4 * begin, number))
+        store_first(target + 4 * (begin - column), values, number)
+
+
+@device
+def norm_token(row: int, token: int) -> None:
+    """The norm of a token, or of its heads, as float32."""
+    columns, span = argument(row, COLUMNS), argument(row, SPAN)
+    source = add_residual(row, token)
+    output = argument(row, OUTPUT) + token * argument(row, OUTPUT_STRIDE)
+    for begin in range(0, 4 * columns, 4 * span):
+        factor = norm_factor(source + begin, span, float_argument(row, EPSILON))
+        write_normalized(row, source + begin, factor, 0, span, output + begin)
+
+
+@device
+def norm_panel(row: int, panel: int, width: int, tile: int, factors: int) -> None:
+    """The norm of a panel's tokens, quantized. A thread has whole panels: their tokens share cache lines."""
+    columns, num_groups = argument(row, COLUMNS), argument(row, OUTPUT_GROUPS)
+    first_token = panel * width
+    count = min(width, argument(row, COLUMN_NUM_TOKENS) - first_token)
+    for token in range(count):
+        source = add_residual(row, first_token + token)
+        store_f32(factors + 4 * token, norm_factor(source, columns, float_argument(row, EPSILON)))
+    base, stride = argument(row, X), argument(row, X_STRIDE)
+    if argument(row, RESIDUAL) != 0:
+        base, stride = argument(row, SUM), argument(row, SUM_STRIDE)
+    clear_tile(tile)
+    for group in range(num_groups):
+        column = group * GROUP_SIZE
+        if column + GROUP_SIZE > columns:
+            clear_tile(tile)
+        for token in range(count):
+            source = base + (first_token + token) * stride
+            factor = load_f32(factors + 4 * token)
+            number = min(GROUP_SIZE, columns - column)
+            write_normalized(row, source, factor, column, number, tile + token * TILE_STRIDE)
+        record = group_address(argument(row, OUTPUT), num_groups, width, first_token, group)
+        if width == 1:
+            store_group(record, width, 0, load(tile), load(tile + TILE_STRIDE // 2))
+        else:
+            store_panel_group(record, width, tile)
 
 
 @kernel
 def rms_norm(thread: int, num_threads: int, row: int) -> None:
-    """y = x / sqrt(mean(x^2) + eps) * weight, of x + residual if there is one; a thread has whole tokens."""
+    """y = x / sqrt(mean(x^2) + eps) * weight, of x + residual if there is one."""
     num_tokens = argument(row, COLUMN_NUM_TOKENS)
-    columns, span = argument(row, COLUMNS), argument(row, SPAN)
-    weight, epsilon = argument(row, WEIGHT), float_argument(row, EPSILON)
-    num_groups = argument(row, OUTPUT_GROUPS)
+    if argument(row, OUTPUT_GROUPS) == 0:
+        first, end = chunk_range(thread, num_threads, num_tokens)
+        for token in range(first, end):
+            norm_token(row, token)
+        return
     width = device_panel_width(num_tokens)
-    first, end = chunk_range(thread, num_threads, num_tokens)
-    for token in range(first, end):
-        source = add_residual(row, token)
-        if num_groups != 0:
-            factor = norm_factor(source, columns, epsilon)
-            for group in range(num_groups):
-                low = normalized(source, weight, factor, group * GROUP_SIZE, columns)
-                high = normalized(source, weight, factor, group * GROUP_SIZE + LANES, columns)
-                record = group_address(argument(row, OUTPUT), num_groups, width, token, group)
-                store_group(record, width, token % width, low, high)
-            continue
-        output = argument(row, OUTPUT) + token * argument(row, OUTPUT_STRIDE)
-        for begin in range(0, 4 * columns, 4 * span):
-            factor = norm_factor(source + begin, span, epsilon)
-            for column in range(0, span, LANES):
-                values = normalized(source + begin, weight, factor, column, span)
-                store_first(output + begin + 4 * column, values, min(LANES, span - column))
+    tile, factors = tile_memory(), tile_memory()
+    first, end = chunk_range(thread, num_threads, (num_tokens + width - 1) // width)
+    for panel in range(first, end):
+        norm_panel(row, panel, width, tile, factors)
 
 
 def rms_norm_arguments(

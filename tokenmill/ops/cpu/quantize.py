@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 from tokenmill.ops.cpu.activations import group_address, store_group
 from tokenmill.ops.cpu.elementwise import (
     A_STRIDE,
@@ -18,37 +16,43 @@ from tokenmill.ops.cpu.elementwise import (
     function_number,
 )
 from tokenmill.ops.cpu.intrinsics import argument, chunk_range, device_panel_width
-from tokenmill.ops.cpu.jit import float_bits, kernel
+from tokenmill.ops.cpu.jit import device, float_bits, kernel
 from tokenmill.ops.cpu.layout import COLUMN_NUM_TOKENS, GROUP_SIZE
-from tokenmill.ops.cpu.simd import LANES, keep_lanes
+from tokenmill.ops.cpu.panels import TILE_STRIDE, clear_tile, store_panel_group, tile_memory
+from tokenmill.ops.cpu.simd import LANES, load, store_first
 
-CHUNK_GROUPS: Final = 8
-"""Groups of a token that one thread computes at a time."""
+
+@device
+def group_values(row: int, token: int, column: int, tile: int) -> None:
+    """The function's values of 32 columns of a token; nothing is written beyond the last column."""
+    columns, function = argument(row, COLUMNS), argument(row, FUNCTION)
+    a = argument(row, A) + token * argument(row, A_STRIDE) + 4 * column
+    b = argument(row, B) + token * argument(row, B_STRIDE) + 4 * column
+    for offset in range(0, min(GROUP_SIZE, columns - column), LANES):
+        count = min(LANES, columns - column - offset)
+        store_first(tile + 4 * offset, apply(row, function, a + 4 * offset, b + 4 * offset, count), count)
 
 
 @kernel
 def quantize(thread: int, num_threads: int, row: int) -> None:
-    """A function of rows (copy for the op `quantize`), quantized; columns beyond the last one are zero."""
-    columns, function = argument(row, COLUMNS), argument(row, FUNCTION)
-    num_tokens = argument(row, COLUMN_NUM_TOKENS)
+    """A function of rows (copy for the op `quantize`), quantized. Items: panel and group."""
+    num_tokens, num_groups = argument(row, COLUMN_NUM_TOKENS), argument(row, OUTPUT_STRIDE)
     width = device_panel_width(num_tokens)
-    num_groups = (columns + GROUP_SIZE - 1) // GROUP_SIZE
-    chunks_per_token = (num_groups + CHUNK_GROUPS - 1) // CHUNK_GROUPS
-    first, end = chunk_range(thread, num_threads, num_tokens * chunks_per_token)
-    for chunk in range(first, end):
-        token, begin = chunk // chunks_per_token, chunk % chunks_per_token * CHUNK_GROUPS
-        a = argument(row, A) + token * argument(row, A_STRIDE)
-        b = argument(row, B) + token * argument(row, B_STRIDE)
-        for group in range(begin, min(num_groups, begin + CHUNK_GROUPS)):
-            column = group * GROUP_SIZE
-            low_count = min(LANES, columns - column)
-            high_count = max(0, min(LANES, columns - column - LANES))
-            offset = 4 * column
-            low = apply(row, function, a + offset, b + offset, low_count)
-            high = apply(row, function, a + offset + 4 * LANES, b + offset + 4 * LANES, high_count)
-            low, high = keep_lanes(low, 0, low_count, 0.0), keep_lanes(high, 0, high_count, 0.0)
-            record = group_address(argument(row, OUTPUT), argument(row, OUTPUT_STRIDE), width, token, group)
-            store_group(record, width, token % width, low, high)
+    tile = tile_memory()
+    clear_tile(tile)
+    first, end = chunk_range(thread, num_threads, (num_tokens + width - 1) // width * num_groups)
+    for item in range(first, end):
+        first_token, group = item // num_groups * width, item % num_groups
+        column = group * GROUP_SIZE
+        if num_tokens - first_token < width or column + GROUP_SIZE > argument(row, COLUMNS):
+            clear_tile(tile)
+        for token in range(first_token, min(num_tokens, first_token + width)):
+            group_values(row, token, column, tile + (token - first_token) * TILE_STRIDE)
+        record = group_address(argument(row, OUTPUT), num_groups, width, first_token, group)
+        if width == 1:
+            store_group(record, width, 0, load(tile), load(tile + TILE_STRIDE // 2))
+        else:
+            store_panel_group(record, width, tile)
 
 
 def quantize_arguments(

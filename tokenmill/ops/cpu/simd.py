@@ -23,7 +23,7 @@ F32X16: Final = ir.VectorType(F32, LANES)
 I32X16: Final = ir.VectorType(I32, LANES)
 
 
-class VectorType(types.Type):  # type: ignore[misc]  # numba has no types
+class VectorType(types.Type):
     """A Numba type whose values are LLVM vectors."""
 
     def __init__(self, element: str) -> None:

@@ -7,7 +7,7 @@ lie next to each other along k; or (`mixed_pair`) one of A is two float32, and o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Final, Literal, TypeAlias
@@ -40,7 +40,7 @@ def has_bfloat16_products() -> bool:
     return "avx512bf16" in host_features()
 
 
-class _BFloat16(ir.Type):  # llvmlite has no such type
+class _BFloat16(ir.Type):  # type: ignore[misc]  # llvmlite has no such type, and no types
     def _to_string(self) -> str:
         return "bfloat"
 
@@ -152,7 +152,7 @@ def offsets(builder: ir.IRBuilder, address: ir.Value, stride: ir.Value | int, co
     return [builder.add(address, builder.mul(step, I64(index))) for index in range(count)]
 
 
-def emit_cases(builder: ir.IRBuilder, key: ir.Value, cases: dict[int, Callable[[], None]]) -> None:
+def emit_cases(builder: ir.IRBuilder, key: ir.Value, cases: Mapping[int, Callable[[], None]]) -> None:
     """Run the case that equals `key` at run time; each one writes its own code. Nothing happens without one."""
     after = builder.append_basic_block("cases.end")
     switch = builder.switch(key, after)

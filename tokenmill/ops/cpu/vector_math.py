@@ -160,6 +160,19 @@ def keep_visible(
     return builder.select(builder.and_(is_past, is_near), scores, splat(builder, other))
 
 
+def transposed(builder: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
+    """16 rows of 16 lanes as columns, by perfect shuffles."""
+    half = LANES // 2
+    low, high = ([lane for pair in range(half) for lane in (first + pair, first + pair + LANES)] for first in (0, half))
+    for _ in range(LANES.bit_length() - 1):
+        rows = [
+            builder.shuffle_vector(rows[row], rows[row + half], ir.Constant(I32X16, lanes))
+            for row in range(half)
+            for lanes in (low, high)
+        ]
+    return rows
+
+
 @operation(none, int64, int64, int64, int64)
 def transpose_16x16(
     builder: ir.IRBuilder, source: ir.Value, source_stride: ir.Value, target: ir.Value, target_stride: ir.Value
@@ -169,22 +182,7 @@ def transpose_16x16(
         load_vector(builder, builder.add(source, builder.mul(source_stride, I64(row))), F32, align=4)
         for row in range(LANES)
     ]
-    half = LANES // 2
-    halves = [
-        [
-            lane
-            for pair in zip(range(begin, begin + half), range(LANES + begin, LANES + begin + half), strict=True)
-            for lane in pair
-        ]
-        for begin in (0, half)
-    ]
-    for _ in range(LANES.bit_length() - 1):  # perfect shuffles
-        rows = [
-            builder.shuffle_vector(rows[row], rows[row + half], ir.Constant(I32X16, lanes))
-            for row in range(half)
-            for lanes in halves
-        ]
-    for row, vector in enumerate(rows):
+    for row, vector in enumerate(transposed(builder, rows)):
         store_vector(builder, builder.add(target, builder.mul(target_stride, I64(row))), vector)
 
 
