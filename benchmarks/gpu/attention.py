@@ -194,6 +194,7 @@ def time_prefill(layers: Layers, tiles: PrefillTiles) -> float:
     def run_layer(layer: int) -> None:
         prefill_attention(
             spec, layers.query, keys, values, layers.caches[layer], metadata, Result(output),
+            rows=slice(0, None), has_history=layers.work.kv_len > layers.work.query_len,
             max_query_len=layers.work.query_len, tiles=tiles,
         )  # fmt: skip
 
@@ -256,9 +257,9 @@ def measure_prefill(work: Work) -> dict[str, object]:
 
 
 DECODE_TILES = tuple(
-    DecodeTiles(block_n, num_warps, num_stages, 0, through_registers)
+    DecodeTiles(block_n, num_warps, num_stages, 0)
     for block_n, num_warps in ((32, 1), (32, 2), (32, 4), (64, 2), (64, 4), (128, 4))
-    for num_stages, through_registers in ((2, False), (3, False), (4, False), (1, True))
+    for num_stages in (2, 3, 4)
 )
 UNFIT = (triton.OutOfResources, PTXASError)  # tiles that the chip has no room for
 PREFILL_TILES = (

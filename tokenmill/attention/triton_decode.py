@@ -33,7 +33,7 @@ from tokenmill.attention.triton_common import (
     to_cached,
     triton_type,
 )
-from tokenmill.ops.triton.launch import can_overlap
+from tokenmill.ops.triton.launch import can_overlap, is_interpreted
 
 MAX_SPLITS = 64
 """Parts of a row's context at most, where the number is free: more cost more to combine than they gain."""
@@ -47,14 +47,12 @@ class DecodeTiles(NamedTuple):
         num_warps: of a program.
         num_stages: steps whose loads are under way at a time.
         programs_per_multiprocessor: what the number of splits aims at.
-        through_registers: a tile is loaded into registers one step ahead, see `_attend_part_through_registers`.
     """
 
     block_n: int
     num_warps: int
     num_stages: int
     programs_per_multiprocessor: int
-    through_registers: bool = False
 
 
 class Partial(NamedTuple):
@@ -71,7 +69,7 @@ class Partial(NamedTuple):
 
 def decode_tiles(head_dim: int, cache_itemsize: int) -> DecodeTiles:
     """Tiles by head size and bytes of a cached number: small ones, so that many programs have loads under way."""
-    return DecodeTiles(32, 2, 3, 2, through_registers=cache_itemsize == 1)
+    return DecodeTiles(32, 2, 3, 2)
 
 
 def choose_num_splits(num_programs: int, max_kv_len: int, num_multiprocessors: int, tiles: DecodeTiles) -> int:
@@ -150,31 +148,34 @@ def _attend_part(
 
 
 @triton.jit
-def _load_keys_and_values(
-    cache: PagedCache,
-    blocks: tl.tensor,
-    positions: tl.tensor,  # [block_n]
-    kv_head: tl.tensor,
-    first_visible: tl.tensor,
-    end: tl.tensor,
-    num_kv_heads: tl.constexpr,
-    head_dim: tl.constexpr,
-    tokens_per_block: tl.constexpr,
-    block_d: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:
-    """[block_n, block_d] each, as they lie in the cache; zero where not visible."""
-    inside = (positions >= first_visible) & (positions < end)
-    rows = cache_slots(blocks, positions, tokens_per_block) * (num_kv_heads * head_dim) + kv_head * head_dim
-    key = load_tile(cache.key_data, rows, inside, head_dim, block_d, True)
-    value = load_tile(cache.value_data, rows, inside, head_dim, block_d, True)
-    return key, value
+def _unpack_float8(pairs: tl.tensor, is_interpreted: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """float16 of the low bytes and of the high bytes of int16 `pairs`, which are two float8_e4m3fn each."""
+    if is_interpreted:
+        even = (pairs & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
+        odd = ((pairs >> 8) & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
+    else:
+        even, odd = tl.inline_asm_elementwise(
+            """{
+                .reg .b32 sorted;
+                .reg .b16 even, odd;
+                prmt.b32 sorted, $2, $2, 0x3120;
+                mov.b32 {even, odd}, sorted;
+                cvt.rn.f16x2.e4m3x2 $0, even;
+                cvt.rn.f16x2.e4m3x2 $1, odd;
+            }""",
+            "=r,=r,r",
+            [pairs],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    return even, odd
 
 
 @triton.jit
-def _attend_part_through_registers(
-    query: tl.tensor,  # [block_m, block_d]
-    key: tl.tensor,  # [block_n, block_d] of the first tile, as it lies in the cache
-    value: tl.tensor,
+def _attend_part_in_pairs(
+    query_even: tl.tensor,  # [block_m, block_d / 2] even dimensions
+    query_odd: tl.tensor,
     cache: PagedCache,
     table: tl.tensor,  # pointer
     kv_head: tl.tensor,
@@ -186,35 +187,39 @@ def _attend_part_through_registers(
     head_dim: tl.constexpr,
     tokens_per_block: tl.constexpr,
     cap: tl.constexpr,
-    operands: tl.constexpr,
     block_m: tl.constexpr,
     block_n: tl.constexpr,
-    block_d: tl.constexpr,
+    is_interpreted: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """As `_attend_part`; each tile waits in registers for its turn, not in shared memory.
+    """As `_attend_part`, of a float8 cache, two neighbouring dimensions at a time.
 
-    Values of one byte that are copied to shared memory as they are must be fetched from there byte by byte: the matrix
-    units want pairs of tokens side by side, and the instruction that transposes moves two bytes. Converted on the way
-    from registers to shared memory, they have two.
+    The matrix units want pairs of tokens side by side, and the instruction that transposes tiles of shared memory moves
+    16 bits: numbers of 8 bits would be fetched one by one. So the cache is read as 16-bit integers, transposed like
+    them, and taken apart in registers into even and odd dimensions, which are multiplied separately.
     """
+    half: tl.constexpr = head_dim // 2
     offsets = tl.arange(0, block_n)
     maximum = tl.full([block_m], float("-inf"), tl.float32)
     total = tl.zeros([block_m], tl.float32)
-    values = tl.zeros([block_m, block_d], tl.float32)
-    blocks = load_blocks(table, start + block_n, first_visible, tl.maximum(end, 1), tokens_per_block, block_n)
-    for tile in tl.range(start, end, block_n, num_stages=1):
+    values_even = tl.zeros([block_m, half], tl.float32)
+    values_odd = tl.zeros([block_m, half], tl.float32)
+    keys = cache.key_data.to(tl.pointer_type(tl.int16), bitcast=True)
+    values = cache.value_data.to(tl.pointer_type(tl.int16), bitcast=True)
+    blocks = load_blocks(table, start, first_visible, tl.maximum(end, 1), tokens_per_block, block_n)
+    for tile in range(start, end, block_n):
         positions = tile + offsets
-        tile_key, tile_value = key.to(operands), value.to(operands)
-        key, value = _load_keys_and_values(
-            cache, blocks, positions + block_n, kv_head, first_visible, end, num_kv_heads, head_dim, tokens_per_block,
-            block_d,
-        )  # fmt: skip
-        blocks = load_blocks(table, tile + 2 * block_n, first_visible, end, tokens_per_block, block_n)
         inside = (positions >= first_visible) & (positions < end)
-        products = tl.dot(query, tl.trans(tile_key), input_precision="ieee")
+        rows = cache_slots(blocks, positions, tokens_per_block) * (num_kv_heads * half) + kv_head * half
+        blocks = load_blocks(table, tile + block_n, first_visible, end, tokens_per_block, block_n)
+        key_even, key_odd = _unpack_float8(load_tile(keys, rows, inside, half, half, True), is_interpreted)
+        products = tl.dot(query_even, tl.trans(key_even), input_precision="ieee")
+        products = tl.dot(query_odd, tl.trans(key_odd), products, input_precision="ieee")
         weights, decay, maximum, total = softmax_step(products, inside[None, :], maximum, total, factor, cap, True)
-        values = tl.dot(weights.to(operands), tile_value, values * decay[:, None], input_precision="ieee")
-    return values, maximum, total
+        weights = weights.to(tl.float16)
+        value_even, value_odd = _unpack_float8(load_tile(values, rows, inside, half, half, True), is_interpreted)
+        values_even = tl.dot(weights, value_even, values_even * decay[:, None], input_precision="ieee")
+        values_odd = tl.dot(weights, value_odd, values_odd * decay[:, None], input_precision="ieee")
+    return tl.join(values_even, values_odd).reshape(block_m, head_dim), maximum, total
 
 
 @triton.jit
@@ -276,12 +281,13 @@ def _decode_kernel(
     block_m: tl.constexpr,
     block_n: tl.constexpr,
     block_d: tl.constexpr,
-    overlaps: tl.constexpr,
-    through_registers: tl.constexpr,
+    dependent_launch: tl.constexpr,
+    in_pairs: tl.constexpr,
+    is_interpreted: tl.constexpr,
 ) -> None:
     """Grid: key/value heads, splits, rows."""
-    if overlaps:
-        tl.extra.cuda.gdc_launch_dependents()  # the next kernel waits on the device, not in the queue
+    if dependent_launch:
+        tl.extra.cuda.gdc_launch_dependents()  # the combining kernel waits on the device, not in the queue
     kv_head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     lanes, dims = tl.arange(0, block_m), tl.arange(0, block_d)
     heads, is_head, is_dim = kv_head * group + lanes, lanes < group, dims < head_dim
@@ -291,23 +297,16 @@ def _decode_kernel(
     start = first + split * tokens
     part_end = tl.minimum(start + tokens, end)
     table = block_tables + row * table_stride
-    if through_registers:  # the first tile is on its way while the kernel before this one still runs
-        blocks = load_blocks(table, start, first_visible, tl.maximum(part_end, 1), tokens_per_block, block_n)
-        first_key, first_value = _load_keys_and_values(
-            cache, blocks, start + tl.arange(0, block_n), kv_head, first_visible, part_end, num_kv_heads, head_dim,
-            tokens_per_block, block_d,
-        )  # fmt: skip
-    if overlaps:
-        tl.extra.cuda.gdc_wait()
     rows = row * query.token_stride + heads * query.head_stride
     q = load_tile(query.data, rows, is_head, head_dim, block_d, True).to(operands)
     own_key = _load_own(key, row, kv_head, head_dim, block_d)
     own_value = _load_own(value, row, kv_head, head_dim, block_d)
     if (start < end) | (split == 0):
-        if through_registers:
-            values, maximum, total = _attend_part_through_registers(
-                q, first_key, first_value, cache, table, kv_head, first_visible, start, part_end, score.factor,
-                num_kv_heads, head_dim, tokens_per_block, cap, operands, block_m, block_n, block_d,
+        if in_pairs:
+            q_even, q_odd = tl.split(q.reshape(block_m, block_d // 2, 2))
+            values, maximum, total = _attend_part_in_pairs(
+                q_even, q_odd, cache, table, kv_head, first_visible, start, part_end, score.factor, num_kv_heads,
+                head_dim, tokens_per_block, cap, block_m, block_n, is_interpreted,
             )  # fmt: skip
         else:
             values, maximum, total = _attend_part(
@@ -345,15 +344,13 @@ def _combine_kernel(
     block_n: tl.constexpr,
     chunk: tl.constexpr,
     block_d: tl.constexpr,
-    overlaps: tl.constexpr,
+    dependent_launch: tl.constexpr,
 ) -> None:
     """Grid: heads, rows. The parts that had work are known from the row's length; the others hold anything."""
-    if overlaps:
-        tl.extra.cuda.gdc_launch_dependents()
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     _, first, end = _visible_range(tl.load(kv_lens + row), window, block_n)
     used = tl.maximum(tl.cdiv(end - first, _tokens_per_split(end - first, num_splits, fixed, block_n)), 1)
-    if overlaps:
+    if dependent_launch:
         tl.extra.cuda.gdc_wait()
     base = (row * num_heads + head) * num_splits
     dims = tl.arange(0, block_d)
@@ -420,7 +417,7 @@ def decode_attention(
         "fixed": fixed_split_tokens,
         "block_n": tiles.block_n,
         "block_d": max(16, triton.next_power_of_2(head_dim)),
-        "overlaps": can_overlap(query.device),
+        "dependent_launch": num_splits > 1 and can_overlap(query.device),
     }
     _launch_decode(spec, query, key, value, cache, metadata, result, partial, num_splits, tiles, cut)
     if num_splits > 1:
@@ -433,7 +430,7 @@ def decode_attention(
             num_heads=num_heads,
             chunk=16 if fixed_split_tokens else min(triton.next_power_of_2(num_splits), 64),  # fixes the order of sums
             num_warps=4,
-            launch_pdl=cut["overlaps"],
+            launch_pdl=cut["dependent_launch"],
             **cut,
         )
 
@@ -451,7 +448,8 @@ def _launch_decode(
     tiles: DecodeTiles,
     cut: dict[str, int],
 ) -> None:
-    group = spec.num_heads // spec.num_kv_heads
+    group, head_dim = spec.num_heads // spec.num_kv_heads, query.shape[2]
+    operands = operand_type(query.dtype, cache[0].dtype)
     _decode_kernel[(spec.num_kv_heads, num_splits, query.shape[0])](
         strided(query),
         strided(key),
@@ -469,11 +467,11 @@ def _launch_decode(
         group=group,
         tokens_per_block=cache[0].shape[1],
         cap=soft_cap_base2(spec),
-        operands=triton_type(operand_type(query.dtype, cache[0].dtype)),
+        operands=triton_type(operands),
         block_m=max(16, triton.next_power_of_2(group)),
-        through_registers=tiles.through_registers,
+        in_pairs=operands == torch.float16 and cache[0].itemsize == 1 and cut["block_d"] == head_dim,
+        is_interpreted=is_interpreted(),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
-        launch_pdl=cut["overlaps"],
         **cut,
     )

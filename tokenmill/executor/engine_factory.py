@@ -91,6 +91,7 @@ def build_engine(
         memory = plan_memory(config, request, args.kv_cache_config, free, measured)
         description = replace(description, memory=memory)
     runner = _make_runner(description, model, slots, cache_dtype, use_graphs=args.enable_cuda_graphs)
+    runner.warm_up()
     overlap = device.type == "cuda" and not args.disable_overlap_scheduler  # elsewhere host and device are one
     records = args.stats_config
     recorder = StepRecorder(records.iter_stats_max_iterations, records.request_stats_max_iterations)

@@ -76,6 +76,12 @@ class ModelRunner:
         if slots.device.type == "cuda" and use_graphs:
             self._graphs = StepGraphs(self._step, slots, max_batch_size=slots.scratch_slot)
 
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Get ready for steps of any number of rows; once, before the first plan."""
+        if self._graphs is not None:
+            self._graphs.warm_up()
+
     def run(self, plan: BatchPlan) -> StepOutput:
         """Launch and collect."""
         return self.collect(self.launch(plan))
