@@ -30,6 +30,7 @@ from tokenmill.inputs import (
     is_single_prompt,
 )
 from tokenmill.outputs import RequestOutput
+from tokenmill.program.engine_config import is_engine, read_config
 from tokenmill.progress import generation_progress, loading_progress
 from tokenmill.sampling_params import SamplingParams
 from tokenmill.telemetry.stats import EngineStats, IterationStats
@@ -64,7 +65,7 @@ class LLM:
         if self.args.skip_tokenizer_init:
             return None
         if self.args.tokenizer is None:
-            return TokenizerSource(model_path, self.args.tokenizer_mode)
+            return TokenizerSource(_own_tokenizer(model_path), self.args.tokenizer_mode)
         if isinstance(self.args.tokenizer, (str, Path)):
             path = resolve_model(self.args.tokenizer, revision=self.args.tokenizer_revision)
             return TokenizerSource(path, self.args.tokenizer_mode)
@@ -291,6 +292,24 @@ class LLM:
                     result.abort()
                 raise
         return outputs
+
+
+def _own_tokenizer(model_path: Path) -> Path:
+    """Where the tokenizer of a model or of a built engine is.
+
+    Raises:
+        InvalidParameterError: the engine was built without one.
+    """
+    if not is_engine(model_path):
+        return model_path
+    name = read_config(model_path).tokenizer
+    if name is None:
+        raise InvalidParameterError(
+            f"The engine at {model_path} has no tokenizer.",
+            field="tokenizer",
+            remedy="Give one with tokenizer=..., or set skip_tokenizer_init.",
+        )
+    return model_path / name
 
 
 def _params_for_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.support.tiny_models import (
+    TINY_MOE,
     all_logits,
     build_model,
     random_tokens,
@@ -70,6 +71,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma3_soft_capped_logits": ("gemma3_text", {"final_logit_softcapping": 5.0, "attention_bias": True}),
 }
+COMPILED_CASES = {name: case for name, case in CASES.items() if case[0] not in TINY_MOE}
+"""Those that the builder compiles."""
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -9,6 +9,7 @@ import torch
 
 from tokenmill.layers.norm import RMSNorm
 from tokenmill.layers.rope_config import RopeConfig
+from tokenmill.ops import captured
 from tokenmill.ops.head_norm import HeadNorm, norm_and_rope
 from tokenmill.ops.rope import apply_rope
 
@@ -42,6 +43,7 @@ class RotaryEmbedding:
 
     def __init__(self, config: RopeConfig, head_dim: int, device: torch.device) -> None:
         frequencies = inverse_frequencies(config, head_dim)
+        self._captured_frequencies = frequencies.tolist() if device.type == "meta" else []
         self._frequencies = torch.cat((frequencies, frequencies)).to(device)
         signs = torch.ones(head_dim, device="cpu")
         signs[: head_dim // 2] = -1.0
@@ -50,6 +52,8 @@ class RotaryEmbedding:
 
     def __call__(self, positions: torch.Tensor) -> Rotation:
         """Angles of positions [T] int64."""
+        if positions.is_meta:
+            return Rotation(*captured.rotation(positions, self._captured_frequencies, self._cos_factor))
         angles = positions[:, None, None].float() * self._frequencies
         cos = angles.cos()
         if self._cos_factor != 1.0:

@@ -114,6 +114,7 @@ def load_model(
         CheckpointError: tensors are missing, left over or of the wrong shape.
         UnsupportedFeatureError: the architecture is not supported.
     """
+    assert args.quantization in (None, "fp8"), "the backend was chosen by what it can do"
     shapes = {tensor.name: tensor.shape for tensor in checkpoint.tensors()}
     linear_method, experts_method = methods_for(args.quantization, read_format(checkpoint.hf_config, shapes))
     context = LayerContext(

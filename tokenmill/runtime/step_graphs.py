@@ -94,7 +94,7 @@ class StepGraphs:
         self._max_batch_size = max_batch_size
         self._captured: dict[StepSize, _Captured | None] = {}  # None: has run once
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(state.device)
+        self._stream = torch.cuda.Stream(state.device)  # type: ignore[no-untyped-call]
 
     def size_of(self, rows: Sequence[Row], *, greedy: bool) -> StepSize | None:
         """The size under which a step with these rows runs; None if it is not one to capture."""
