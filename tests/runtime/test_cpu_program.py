@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.models.test_logits import CASES
+from tests.models.test_logits import COMPILED_CASES
 from tests.support.programs import captured, compiled, program_weights
 from tests.support.single_thread import single_thread
 from tests.support.tiny_checkpoint import VOCAB_SIZE, write_tiny_model
@@ -81,9 +81,9 @@ def hf_logits(hf_model: Any, token_ids: list[int]) -> torch.Tensor:
     return logits
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=COMPILED_CASES)
 def hf_model(request: pytest.FixtureRequest) -> Any:
-    model_type, changes = CASES[request.param]
+    model_type, changes = COMPILED_CASES[request.param]
     return tiny_hf_model(model_type, **changes)
 
 

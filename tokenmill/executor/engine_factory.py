@@ -118,6 +118,7 @@ def _build_torch_engine(
         memory = plan_memory(config, request, args.kv_cache_config, free, measured)
         description = replace(description, memory=memory)
     runner = _make_runner(description, model, slots, cache_dtype, use_graphs=args.enable_cuda_graphs)
+    runner.warm_up()
     overlap = device.type == "cuda"  # elsewhere host and device are one
     return make_core(args, description, runner, overlap=overlap), description
 

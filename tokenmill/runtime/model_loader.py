@@ -17,7 +17,7 @@ from tokenmill.models import load_model_class
 from tokenmill.models.base import CausalLM
 from tokenmill.models.config import ModelConfig
 from tokenmill.ops.platform import computes_bfloat16
-from tokenmill.quantization.select import linear_method_for
+from tokenmill.quantization.select import experts_method_for, linear_method_for
 
 
 def resolve_device(name: str) -> torch.device:
@@ -115,7 +115,11 @@ def load_model(
     """
     assert args.quantization in (None, "fp8"), "the backend was chosen by what it can do"
     context = LayerContext(
-        dtype=dtype, device=device, backend=backend, linear_method=linear_method_for(args.quantization)
+        dtype=dtype,
+        device=device,
+        backend=backend,
+        linear_method=linear_method_for(args.quantization),
+        experts_method=experts_method_for(args.quantization),
     )
     model = load_model_class(config.model_type)(config, context)
     targets = weight_targets(model)
@@ -123,7 +127,12 @@ def load_model(
         fill_dummy(targets, seed=0)
     else:
         load_weights(
-            targets, checkpoint, ignore=model.ignored_weights, rename=model.rename_weight, on_progress=on_progress
+            targets,
+            checkpoint,
+            ignore=model.ignored_weights,
+            rename=model.rename_weight,
+            unstack=model.unstack_weight,
+            on_progress=on_progress,
         )
     finalize_weights(model)
     return model.eval()
