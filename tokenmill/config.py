@@ -184,8 +184,9 @@ class LlmArgs(StrictModel):
     """Attention backend by name (`tokenmill inspect` lists them)."""
     max_batch_size: int = Field(default=64, ge=1)
     """Most sequences that run at the same time."""
-    max_num_tokens: int = Field(default=2048, ge=1)
-    """Most tokens computed in one step, over all sequences."""
+    max_num_tokens: int | None = Field(default=None, ge=1)
+    """Most tokens computed in one step, over all sequences. None: 2048; on a CPU 512 with chunked prefill, since a step
+    of 2048 tokens takes seconds there, in which nobody else gets a token and nothing shows that the engine lives."""
     max_seq_len: int | None = Field(default=None, ge=2)
     """Longest prompt plus answer, in tokens; None: the model's context."""
     enable_chunked_prefill: bool = True

@@ -12,6 +12,7 @@
       EngineFileError              a built engine is damaged, incomplete, or made for another version or machine
       ExecutorError                  the layer between callers and engines
         QueueFullError               too many requests wait; try again later
+        RateLimitError               a client sends more requests than it may
         RequestTimeoutError          the request's deadline passed
         RequestCancelledError        the request was cancelled
         ExecutorShutdownError        the executor is shut down
@@ -134,6 +135,13 @@ class QueueFullError(ExecutorError):
     """Too many requests wait already."""
 
     code = "queue_full"
+    http_status = 429
+
+
+class RateLimitError(ExecutorError):
+    """A client sends more requests than it may."""
+
+    code = "rate_limit_exceeded"
     http_status = 429
 
 

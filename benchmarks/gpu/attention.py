@@ -194,6 +194,7 @@ def time_prefill(layers: Layers, tiles: PrefillTiles) -> float:
     def run_layer(layer: int) -> None:
         prefill_attention(
             spec, layers.query, keys, values, layers.caches[layer], metadata, Result(output),
+            rows=slice(0, None), has_history=layers.work.kv_len > layers.work.query_len,
             max_query_len=layers.work.query_len, tiles=tiles,
         )  # fmt: skip
 
@@ -303,7 +304,7 @@ def tune_decode(work: Work) -> None:
             except UNFIT:
                 break
     for seconds, tiles, num_splits in sorted(tried)[:6]:
-        print(f"  {work.name}: {seconds * 1e6:7.1f} us splits {num_splits:2} {tuple(tiles)[:3]}")
+        print(f"  {work.name}: {seconds * 1e6:7.1f} us splits {num_splits:2} {tiles}")
 
 
 def tune_prefill(work: Work) -> None:

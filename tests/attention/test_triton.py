@@ -15,7 +15,7 @@ from tokenmill.attention.base import AttentionMetadata, AttentionSpec, LayerCach
 from tokenmill.attention.reference import ReferenceAttention
 
 pytest.importorskip("triton")
-from tokenmill.attention.triton import TritonAttention
+from tokenmill.attention.triton import TritonAttention, first_row_without_history
 from tokenmill.attention.triton_common import Result
 from tokenmill.attention.triton_decode import DecodeTiles, choose_num_splits, decode_attention
 from tokenmill.attention.triton_kv_write import write_kv_triton
@@ -257,7 +257,7 @@ def test_sinks_and_log_sum_exp(num_splits: int, device: str) -> None:
     )  # fmt: skip
     prefill_attention(
         step.spec, step.query[2:], step.key[2:], step.value[2:], cache, metadata, Result(output[2:], sums[2:], sinks),
-        max_query_len=18, tiles=PrefillTiles(16, 16, 4, 2),
+        rows=slice(2, None), has_history=True, max_query_len=18, tiles=PrefillTiles(16, 16, 4, 2),
     )  # fmt: skip
     assert_close(output, expected, TOLERANCES[torch.float32])
     torch.testing.assert_close(sums, expected_sums, rtol=1e-5, atol=1e-5)
@@ -265,6 +265,23 @@ def test_sinks_and_log_sum_exp(num_splits: int, device: str) -> None:
         step.spec, step.query, step.key, step.value, step.cloned_cache(), metadata, sinks=sinks
     )
     assert_close(through_backend, expected, TOLERANCES[torch.float32])
+
+
+@pytest.mark.parametrize(
+    ("lens", "first"),
+    [
+        (((1, 4), (1, 9)), 2),  # decode rows alone
+        (((1, 4), (5, 0), (18, 0)), 1),
+        (((1, 4), (5, 9), (18, 0), (2, 0)), 2),
+        (((5, 0), (18, 3)), 2),  # one without history before one with it: all count as having it
+    ],
+)
+def test_rows_without_history_at_the_end_are_attended_to_apart(
+    lens: tuple[tuple[int, int], ...], first: int, device: str
+) -> None:
+    case = Case(lens)
+    assert first_row_without_history(make_step(case, device).metadata) == first
+    check(case, device)
 
 
 def test_batch_invariant_rows_have_the_same_bits_alone_and_in_company(device: str) -> None:

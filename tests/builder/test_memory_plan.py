@@ -86,6 +86,26 @@ def test_quantized_buffers_hold_values_scales_and_sums() -> None:
     assert buffer_nbytes(Buffer("x", 2, 40, "bfloat16"), 16, 5) == 192
 
 
+def test_kept_buffers_are_not_overwritten() -> None:
+    program = lower(run_passes(captured(tiny_model("llama")))[0])
+    keep = [operation.outputs["y"].buffer for operation in program.operations[2:12:3]]
+    planned = plan_memory(program, max_tokens=MAX_TOKENS, max_rows=MAX_ROWS, keep=keep)
+    spans = {
+        buffer.name: (buffer.offset, buffer.offset + buffer_nbytes(buffer, MAX_TOKENS, MAX_ROWS))
+        for buffer in planned.buffers
+        if buffer.offset is not None
+    }
+    alive = lifetimes(program)
+    for kept in keep:
+        start, end = spans[kept]
+        later = [name for name, (first, _) in alive.items() if first > alive[kept][0] and name in spans]
+        assert later
+        assert all(spans[name][1] <= start or end <= spans[name][0] for name in later)
+    report = memory_report(program, max_tokens=MAX_TOKENS, max_rows=MAX_ROWS, keep=keep)
+    assert report.arena_bytes == planned.arena_bytes
+    assert report.arena_bytes > plan_memory(program, max_tokens=MAX_TOKENS, max_rows=MAX_ROWS).arena_bytes
+
+
 def test_sizes_follow_the_largest_step() -> None:
     graph = captured(tiny_model("llama"))
     graph = assign_formats(graph, {part.name: "q8_0" for one in graph.weights.values() for part in one.parts})

@@ -10,11 +10,12 @@ import torch
 
 from tests.support.programs import ARCHITECTURES, captured, empty_cache, program_logits, program_weights, tiny_model
 from tests.support.tiny_models import random_tokens, relative_error
-from tokenmill.builder.graph import Graph, assign_formats
+from tokenmill.builder.graph import Graph, Node, Value, assign_formats
 from tokenmill.builder.lowering import lower
 from tokenmill.builder.memory_plan import plan_memory
 from tokenmill.builder.passes import PASSES, Target, run_passes
 from tokenmill.errors import InvalidParameterError
+from tokenmill.program.program import Weight, WeightPart
 
 PASS_NAMES = [one.name for one in PASSES]
 INT8 = Target(int8_activation_formats=frozenset({"q8_0"}))
@@ -104,6 +105,25 @@ def test_only_weights_of_one_format_are_merged(different: str | None, expected: 
         node.name.rpartition(".")[2] for node in graph.nodes_of_kind("linear") if "layers.1.self" in node.name
     )
     assert found == sorted([*expected, "o_proj"])
+
+
+def test_a_part_that_is_read_before_the_others_are_computed_may_be_merged() -> None:
+    """Value first, then the query: the merged product stands where the first of its parts stood."""
+    x, heads = Value("x", "tokens", 8), {"head_dim": 4}
+    weights = {name: Weight(f"{name}_proj.weight", (8, 8), parts=(WeightPart(name, 8),)) for name in "qkv"}
+    products = {
+        name: Node("linear", f"{name}_proj", {"x": "x"}, {"y": Value(name, "tokens", 8)}, {"weight": weight.name})
+        for name, weight in weights.items()
+    }
+    norm = Node("rms_norm", "norm", {"x": "v"}, {"y": Value("n", "tokens", 8)}, {"weight": "w"}, {"eps": 1e-5, **heads})
+    write = Node("write_cache", "write", {"key": "k", "value": "n"}, attributes={"layer": 0})
+    sizes = {"layer": 0, "num_heads": 2, "num_kv_heads": 2, "scale": 1.0, **heads}
+    attention = Node("attention", "attention", {"query": "q"}, {"y": Value("y", "tokens", 8)}, {}, sizes)
+    nodes = (products["v"], norm, products["k"], write, products["q"], attention)
+    by_name = {weight.name: weight for weight in (*weights.values(), Weight("w", (4,)))}
+    merged, _ = run_passes(Graph((x,), "y", nodes, by_name), disabled=only("merge_qkv"))
+    assert [node.name for node in merged.nodes if node.kind != "slice"] == ["qkv_proj", "norm", "write", "attention"]
+    assert [part.name for part in merged.weights["qkv_proj.weight"].parts] == ["q", "k", "v"]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

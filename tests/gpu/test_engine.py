@@ -12,6 +12,7 @@ import torch
 from tests.support.tiny_checkpoint import write_tiny_model
 from tokenmill import LLM, KvCacheConfig, SamplingParams, SchedulerConfig
 from tokenmill.config import CapacitySchedulerPolicy
+from tokenmill.layers.linear import LinearBase
 
 pytestmark = [pytest.mark.gpu, pytest.mark.spec("H3")]
 
@@ -99,3 +100,30 @@ def test_a_cache_beyond_memory_is_refused_and_memory_is_given_back(model_dir: Pa
         make_llm(model_dir, kv_cache_config=KvCacheConfig(max_tokens=10**9))
     with make_llm(model_dir) as llm:
         assert len(tokens_of(llm)) == len(PROMPTS)
+
+
+def test_rows_quantized_in_passing_or_by_themselves_give_the_same(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Float8 weights and cache: norms and activations that quantize their result, or leave it to the next layer."""
+    cache = KvCacheConfig(max_tokens=8192, enable_block_reuse=False, dtype="fp8")
+    options: dict[str, Any] = {"dtype": "bfloat16", "quantization": "fp8", "kv_cache_config": cache}
+    with make_llm(model_dir, **options) as llm:
+        in_passing = tokens_of(llm)
+        assert tokens_of(llm) == in_passing
+    monkeypatch.setattr(LinearBase, "takes_quantized", lambda self, num_rows: False)
+    with make_llm(model_dir, **options) as llm:
+        assert tokens_of(llm) == in_passing
+
+
+def test_sampling_from_graphs_of_many_sizes_in_turn(model_dir: Path) -> None:
+    """Batches that shrink from step to step capture one size after another, among steps that run."""
+    params = [
+        SamplingParams(max_tokens=4 + 3 * index, temperature=0.8, seed=index, ignore_eos=True) for index in range(12)
+    ]
+    with make_llm(model_dir, max_batch_size=12) as llm, make_llm(model_dir, enable_cuda_graphs=False) as eager:
+        first: Any = llm.generate(PROMPTS, params, use_tqdm=False)
+        second: Any = llm.generate(PROMPTS, params, use_tqdm=False)
+        expected: Any = eager.generate(PROMPTS, params, use_tqdm=False)
+    tokens = [[output.outputs[0].token_ids for output in outputs] for outputs in (first, second, expected)]
+    assert tokens[0] == tokens[1] == tokens[2]

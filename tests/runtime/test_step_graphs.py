@@ -15,9 +15,10 @@ def test_batches_are_padded_by_little_and_there_are_few_sizes() -> None:
 
 
 def test_context_bounds_are_powers_of_two_within_the_longest_sequence() -> None:
-    bounds = [kv_bucket(length, 5000) for length in (1, 1024, 1025, 2048, 4097, 5000)]
+    bounds = [kv_bucket(length, 5000, 8) for length in (1, 1024, 1025, 2048, 4097, 5000)]
     assert bounds == [1024, 1024, 2048, 2048, 5000, 5000]
-    assert kv_bucket(3, 256) == 256
+    assert kv_bucket(3, 256, 8) == 256
+    assert kv_bucket(3, 5000, 64) == 5000  # many rows: one graph for all contexts
 
 
 def test_which_steps_are_captured() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.models.test_logits import CASES
+from tests.models.test_logits import COMPILED_CASES
 from tests.support.paged_cache import PagedSequences
 from tests.support.programs import captured, compiled, program_weights
 from tests.support.single_thread import single_thread
@@ -30,9 +30,9 @@ def _one_thread() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=COMPILED_CASES)
 def hf_model(request: pytest.FixtureRequest) -> Any:
-    model_type, changes = CASES[request.param]
+    model_type, changes = COMPILED_CASES[request.param]
     return tiny_hf_model(model_type, **changes)
 
 

@@ -22,6 +22,15 @@ INVARIANT_SPLIT_TOKENS = 512
 LARGEST = 1 << 30
 
 
+def first_row_without_history(metadata: AttentionMetadata) -> int:
+    """The first of the rows at the end of a step that have no cached tokens from before, as far as the host knows."""
+    row = len(metadata.query_lens)
+    if metadata.kv_lens_host:
+        while row > metadata.num_decode_rows and metadata.kv_lens_host[row - 1] == metadata.query_lens[row - 1]:
+            row -= 1
+    return row
+
+
 class TritonAttention:
     """Attention by Triton kernels.
 
@@ -54,12 +63,42 @@ class TritonAttention:
             rows = slice(num_decode)
             self._decode(spec, query[rows], key[rows], value[rows], cache, metadata, Result(output[rows], None, sinks))
         if len(metadata.query_lens) > num_decode:
-            rows = slice(num_decode, None)
-            keys, values = write_kv_triton(spec, key[rows], value[rows], cache, metadata.slot_mapping[rows])
-            longest = LARGEST if self.batch_invariant else max(metadata.query_lens[rows])
-            result = Result(output[rows], None, sinks)
-            prefill_attention(spec, query[rows], keys, values, cache, metadata, result, max_query_len=longest)
+            rest = slice(num_decode, None)
+            keys, values = write_kv_triton(spec, key[rest], value[rest], cache, metadata.slot_mapping[rest])
+            self._prefill(spec, query[rest], keys, values, cache, metadata, Result(output[rest], None, sinks))
         return output
+
+    def _prefill(
+        self,
+        spec: AttentionSpec,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cache: LayerCache,
+        metadata: AttentionMetadata,
+        result: Result,
+    ) -> None:
+        """Rows with history and rows without it in a launch each, as far as those without stand at the end."""
+        first, num_rows = metadata.num_decode_rows, len(metadata.query_lens)
+        first_new = first_row_without_history(metadata)
+        num_tokens = sum(metadata.query_lens[first:first_new]) if first_new < num_rows else query.shape[0]
+        for rows, tokens, has_history in (
+            (slice(first, first_new), slice(0, num_tokens), True),
+            (slice(first_new, num_rows), slice(num_tokens, None), False),
+        ):
+            if rows.start < rows.stop:
+                prefill_attention(
+                    spec,
+                    query[tokens],
+                    key[tokens],
+                    value[tokens],
+                    cache,
+                    metadata,
+                    result._replace(output=result.output[tokens]),
+                    rows=rows,
+                    has_history=has_history,
+                    max_query_len=LARGEST if self.batch_invariant else max(metadata.query_lens[rows]),
+                )
 
     def _decode(
         self,

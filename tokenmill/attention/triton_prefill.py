@@ -360,27 +360,30 @@ def prefill_attention(
     metadata: AttentionMetadata,
     result: Result,
     *,
+    rows: slice,
+    has_history: bool,
     max_query_len: int,
     tiles: PrefillTiles | None = None,
 ) -> None:
-    """Attend causally over history and this step's tokens of all rows after the decode rows. Writes no cache.
+    """Attend causally over history and this step's tokens of some neighbouring rows. Writes no cache.
 
     Args:
         spec: the layer.
         query: [T, H, D], tokens of these rows only, any strides but 1 along D.
         key, value: [T, G, D], likewise; as a later step will read them but for the scales (see `write_kv_triton`).
         cache: two tensors [N, B, G, D] with the rows' history.
-        metadata: its `query_start`, `kv_lens`, `block_tables` are read from row `num_decode_rows` on.
+        metadata: its `query_start`, `kv_lens`, `block_tables` are read.
         result: of the T tokens, written.
+        rows: which rows of the step.
+        has_history: whether any of them may have cached tokens from before.
         max_query_len: of these rows; chooses the tiles, so an upper bound will do.
         tiles: for tuning.
     """
     num_tokens, num_heads, head_dim = query.shape
-    rows = slice(metadata.num_decode_rows, None)
-    block_tables, num_rows = metadata.block_tables[rows], len(metadata.query_lens) - metadata.num_decode_rows
+    block_tables = metadata.block_tables[rows]
+    num_rows = block_tables.shape[0]
     group = num_heads // spec.num_kv_heads
     operands = operand_type(query.dtype, cache[0].dtype)
-    has_history = metadata.kv_lens_host[rows] != metadata.query_lens[rows]
     tiles = tiles or prefill_tiles(head_dim, max_query_len * group, operands.itemsize, cache[0].itemsize, has_history)
     block_m = max(tiles.block_m, triton.next_power_of_2(group))
     num_tiles = num_tokens // (block_m // group) + num_rows

@@ -104,7 +104,6 @@ class _Builder:
     tell: ProgressCallback
     seconds: dict[str, float] = field(default_factory=dict)
     num_nodes: dict[str, int] = field(default_factory=dict)
-    kinds: dict[str, int] = field(default_factory=dict)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -139,9 +138,9 @@ class _Builder:
     def _lowered(self, graph: Graph, settings: _Settings) -> Program:
         limits = settings.limits
         program = choose_layouts(lower(graph), settings.device)
-        program = plan_memory(program, max_tokens=limits.max_num_tokens, max_rows=limits.max_num_rows)
+        keep = _debug_outputs(self.config.debug_outputs, program).values()
+        program = plan_memory(program, max_tokens=limits.max_num_tokens, max_rows=limits.max_num_rows, keep=keep)
         check_program(program)
-        self.kinds = count_kinds(program)
         return program
 
     def engine(
@@ -154,11 +153,17 @@ class _Builder:
     ) -> Engine:
         """Everything together."""
         limits = settings.limits
-        memory = memory_report(program, max_tokens=limits.max_num_tokens, max_rows=limits.max_num_rows)
+        debug_outputs = _debug_outputs(self.config.debug_outputs, program)
+        memory = memory_report(
+            program,
+            max_tokens=limits.max_num_tokens,
+            max_rows=limits.max_num_rows,
+            keep=debug_outputs.values(),
+        )
         report = BuildReport(
             nodes_captured=self.num_nodes["captured"],
             nodes_after_passes=self.num_nodes["after_passes"],
-            operations=self.kinds,
+            operations=count_kinds(program),
             weight_bytes=weight_bytes(program, weights),
             arena_bytes=memory.arena_bytes,
             arena_sum_bytes=memory.sum_bytes,
@@ -181,7 +186,7 @@ class _Builder:
             quantization=choice.quantization,
             tokenizer=tokenizer,
             stripped=self.config.strip_weights,
-            debug_outputs=_debug_outputs(self.config.debug_outputs, program),
+            debug_outputs=debug_outputs,
             build_config=self.config.model_dump(mode="json"),
             report=report.to_dict(),
         )

@@ -13,6 +13,7 @@ import torch
 from tokenmill.builder.graph import Graph
 from tokenmill.builder.importer import Parameter, import_recording
 from tokenmill.builder.recording import META, CapturedAttention, export, record
+from tokenmill.errors import UnsupportedFeatureError
 from tokenmill.layers.context import LayerContext
 from tokenmill.layers.weights import weight_targets
 from tokenmill.models import load_model_class
@@ -35,6 +36,12 @@ def capture(
     Raises:
         UnsupportedFeatureError: the model does something that programs cannot do.
     """
+    if config.moe is not None:
+        raise UnsupportedFeatureError(
+            f"Models with experts ({config.model_type}) cannot be compiled.",
+            field="model",
+            remedy="Run the model with backend='torch'.",
+        )
     context = LayerContext(dtype=dtype, device=META, backend=CapturedAttention())
     model = load_model_class(config.model_type)(config, context).eval()
     recording = export(model) if method == "export" else record(model)

@@ -61,7 +61,9 @@ class _Importer:
     def graph(self, recording: Recording) -> Graph:
         assert recording.output is not None
         inputs = tuple(self.values[tensor] for tensor in recording.inputs)
-        return Graph(inputs, self.values[recording.output].name, tuple(self.nodes), self.weights, self.constants)
+        # Arithmetic on weights needs nothing but them: it comes first, so that whoever reads it may move up.
+        nodes = sorted(self.nodes, key=lambda node: node.kind != "offset_weight")
+        return Graph(inputs, self.values[recording.output].name, tuple(nodes), self.weights, self.constants)
 
     def add_call(self, call: Call) -> None:
         handler = _HANDLERS.get(call.operator)

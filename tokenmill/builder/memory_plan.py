@@ -7,7 +7,7 @@ bound, the most bytes that are alive at once, shows how much that leaves on the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -78,31 +78,37 @@ def buffer_nbytes(buffer: Buffer, max_tokens: int, max_rows: int) -> int:
     return _round_up(num_rows * row_nbytes, ALIGNMENT)
 
 
-def plan_memory(program: Program, *, max_tokens: int, max_rows: int) -> Program:
-    """The program with offsets for its buffers, for steps of up to so many tokens and wanted rows."""
-    blocks = _placed(_blocks(program, max_tokens, max_rows))
+def plan_memory(program: Program, *, max_tokens: int, max_rows: int, keep: Collection[str] = ()) -> Program:
+    """The program with offsets for its buffers.
+
+    Args:
+        program: lowered.
+        max_tokens, max_rows: of the largest step.
+        keep: names of buffers whose values stay until the step's end: debug outputs.
+    """
+    blocks = _placed(_blocks(program, max_tokens, max_rows, keep))
     offsets = {name: block.offset for block in blocks for name in block.names}
     buffers = tuple(replace(buffer, offset=offsets[buffer.name]) for buffer in program.buffers)
     arena_bytes = max((block.offset + block.nbytes for block in blocks), default=0)
     return replace(program, buffers=buffers, arena_bytes=arena_bytes)
 
 
-def memory_report(program: Program, *, max_tokens: int, max_rows: int) -> MemoryReport:
-    """What `plan_memory` achieves for the same sizes."""
-    blocks = _blocks(program, max_tokens, max_rows)
-    alive = [0] * len(program.operations)
+def memory_report(program: Program, *, max_tokens: int, max_rows: int, keep: Collection[str] = ()) -> MemoryReport:
+    """What `plan_memory` achieves for the same arguments."""
+    blocks = _placed(_blocks(program, max_tokens, max_rows, keep))
+    alive = [0] * (len(program.operations) + 1)
     for block in blocks:
         for position in range(block.first, block.last + 1):
             alive[position] += block.nbytes
     return MemoryReport(
-        arena_bytes=plan_memory(program, max_tokens=max_tokens, max_rows=max_rows).arena_bytes,
+        arena_bytes=max((block.offset + block.nbytes for block in blocks), default=0),
         sum_bytes=sum(buffer_nbytes(buffer, max_tokens, max_rows) for buffer in program.buffers),
         lower_bound_bytes=max(alive, default=0),
         num_in_place=sum(len(block.names) - 1 for block in blocks),
     )
 
 
-def _blocks(program: Program, max_tokens: int, max_rows: int) -> list[_Block]:
+def _blocks(program: Program, max_tokens: int, max_rows: int, keep: Collection[str]) -> list[_Block]:
     """One block for each buffer, or for several that follow each other in place."""
     buffers = {buffer.name: buffer for buffer in program.buffers}
     blocks: dict[str, _Block] = {}
@@ -113,7 +119,7 @@ def _blocks(program: Program, max_tokens: int, max_rows: int) -> list[_Block]:
             if operand.buffer not in blocks:
                 nbytes = buffer_nbytes(buffers[operand.buffer], max_tokens, max_rows)
                 blocks[operand.buffer] = _Block([operand.buffer], nbytes, position, position)
-            blocks[operand.buffer].last = position
+            blocks[operand.buffer].last = len(program.operations) if operand.buffer in keep else position
     for position, operation in enumerate(program.operations):
         _share(operation, position, buffers, blocks)
     return list({id(block): block for block in blocks.values()}.values())

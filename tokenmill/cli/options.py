@@ -78,7 +78,7 @@ class ModelOptions:
             metavar="N",
             min=1,
             help="Most tokens computed in one step.",
-            show_default="2048",
+            show_default="2048; on a CPU: 512",
             rich_help_panel=_MODEL_PANEL,
         ),
     ] = None
@@ -192,6 +192,21 @@ def read_config_file(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file cannot be read, is not YAML, or holds something that `LLM` does not take.
     """
+    content = read_table(path)
+    try:
+        checked_arguments({"model": DEFAULT_MODEL, **content})
+    except UserError as error:
+        kind = UnknownParameterError if isinstance(error, UnknownParameterError) else InvalidParameterError
+        raise kind(f"{path}: {error.message}", field=error.field, remedy=error.remedy) from None
+    return content
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """The arguments in a YAML file, by name; none if it is empty.
+
+    Raises:
+        InvalidParameterError: the file cannot be read, is not YAML, or holds no table.
+    """
     import yaml  # type: ignore[import-untyped]
 
     try:
@@ -210,11 +225,6 @@ def read_config_file(path: Path) -> dict[str, Any]:
             field="config",
             remedy="Write lines such as 'max_batch_size: 8'.",
         )
-    try:
-        checked_arguments({"model": DEFAULT_MODEL, **content})
-    except UserError as error:
-        kind = UnknownParameterError if isinstance(error, UnknownParameterError) else InvalidParameterError
-        raise kind(f"{path}: {error.message}", field=error.field, remedy=error.remedy) from None
     return content
 
 

@@ -15,6 +15,7 @@ from tokenmill.engine.core import EngineCore
 from tokenmill.engine.events import EngineEvent, TokenDelta
 from tokenmill.engine.request import GenerationRequest
 from tokenmill.errors import TokenmillError
+from tokenmill.executor.garbage import rare_collections
 from tokenmill.executor.health import StepClock
 from tokenmill.executor.iteration_queue import IterationResultQueue
 from tokenmill.executor.postproc import Ended, Postprocessed, Postprocessor, split_events
@@ -88,15 +89,16 @@ class BaseWorker(ABC):
 
     def run(self) -> None:
         """Step until `stop`. What an engine raises past its own boundaries comes out here."""
-        while not self._stopping:
-            self._take_commands()
-            if self._engine.has_work and not self._stopping:
-                started = time.monotonic()
-                events = self._engine.advance()
-                self._record(started)
-                self._progress_time = time.monotonic()
-                if events:
-                    self._handle(events)
+        with rare_collections():
+            while not self._stopping:
+                self._take_commands()
+                if self._engine.has_work and not self._stopping:
+                    started = time.monotonic()
+                    events = self._engine.advance()
+                    self._record(started)
+                    self._progress_time = time.monotonic()
+                    if events:
+                        self._handle(events)
 
     def check_integrity(self) -> None:
         """Assert that the engine has lost nothing. On the engine's thread, or after its end."""

@@ -16,7 +16,7 @@ from tokenmill.engine.core import EngineCore
 from tokenmill.errors import UnsupportedFeatureError
 from tokenmill.executor.backend_choice import choose_backend
 from tokenmill.executor.description import EngineDescription
-from tokenmill.executor.engine_source import open_engine
+from tokenmill.executor.engine_source import EngineSizes, open_engine
 from tokenmill.executor.program_factory import build_program_engine
 from tokenmill.executor.scheduling import make_core
 from tokenmill.kv_cache.tensors import allocate_caches
@@ -32,6 +32,7 @@ from tokenmill.runtime.model_loader import (
     resolve_cache_dtype,
     resolve_device,
     resolve_dtype,
+    resolve_max_num_tokens,
     resolve_max_seq_len,
 )
 from tokenmill.runtime.model_runner import ModelRunner
@@ -61,11 +62,13 @@ def build_engine(
     if is_engine(Path(args.model)):
         return build_program_engine(args, EnginePackage.load(args.model), num_sharing=num_sharing)
     device = resolve_device(args.device)
+    max_num_tokens = resolve_max_num_tokens(args, device)
     checkpoint = open_checkpoint(Path(args.model), config_only=args.load_format == "dummy")
     config = ModelConfig.from_hf(checkpoint.hf_config)
     choice = choose_backend(args, device, config)
     if choice.name == "engine":
-        package = open_engine(args, resolve_max_seq_len(args, config), on_progress)
+        sizes = EngineSizes(args.max_batch_size, max_num_tokens, resolve_max_seq_len(args, config))
+        package = open_engine(args, sizes, on_progress)
         return build_program_engine(args, package, num_sharing=num_sharing)
     if choice.reason is not None:
         logger.warning("The model runs on the torch backend: %s", choice.reason)
@@ -81,6 +84,7 @@ def _build_torch_engine(
     num_sharing: int,
 ) -> tuple[EngineCore, EngineDescription]:
     """The model runs as layers of torch."""
+    max_num_tokens = resolve_max_num_tokens(args, device)
     dtype = resolve_dtype(args.dtype, device)
     cache_dtype = resolve_cache_dtype(args.kv_cache_config.dtype, dtype, device)
     max_seq_len = resolve_max_seq_len(args, config)
@@ -89,7 +93,7 @@ def _build_torch_engine(
         weight_bytes=dtype.itemsize,
         cache_bytes=cache_dtype.itemsize,
         max_batch_size=args.max_batch_size,
-        max_num_tokens=args.max_num_tokens,
+        max_num_tokens=max_num_tokens,
         max_seq_len=max_seq_len,
         is_cpu=device.type == "cpu",
     )
@@ -101,7 +105,7 @@ def _build_torch_engine(
         cache_dtype=str(cache_dtype).removeprefix("torch."),
         attn_backend=backend.name,
         max_batch_size=args.max_batch_size,
-        max_num_tokens=args.max_num_tokens,
+        max_num_tokens=max_num_tokens,
         max_seq_len=max_seq_len,
         enable_chunked_prefill=args.enable_chunked_prefill,
         memory=memory,
@@ -109,21 +113,24 @@ def _build_torch_engine(
     model = load_model(args, config, checkpoint, device, dtype, backend, on_progress)
     slots = SlotState(args.max_batch_size, max_seq_len, memory.tokens_per_block, device)
     if device.type == "cuda":
-        measured = _measure(model, slots, args, cache_dtype)
+        measured = _measure(model, slots, description, cache_dtype)
         free = free_memory(device) // num_sharing + measured.weights
         memory = plan_memory(config, request, args.kv_cache_config, free, measured)
         description = replace(description, memory=memory)
     runner = _make_runner(description, model, slots, cache_dtype, use_graphs=args.enable_cuda_graphs)
+    runner.warm_up()
     overlap = device.type == "cuda"  # elsewhere host and device are one
     return make_core(args, description, runner, overlap=overlap), description
 
 
-def _measure(model: CausalLM, slots: SlotState, args: LlmArgs, cache_dtype: torch.dtype) -> MeasuredMemory:
+def _measure(
+    model: CausalLM, slots: SlotState, description: EngineDescription, cache_dtype: torch.dtype
+) -> MeasuredMemory:
     """What weights and the largest step take on the GPU; compiles the kernels of large steps on the way."""
     torch.cuda.empty_cache()
     weights = torch.cuda.memory_allocated(slots.device)
     return MeasuredMemory(
-        weights, measure_activations(model, slots, args.max_num_tokens, args.max_batch_size, cache_dtype)
+        weights, measure_activations(model, slots, description.max_num_tokens, description.max_batch_size, cache_dtype)
     )
 
 

@@ -2,7 +2,7 @@
 
 Engines that were built for a checkpoint are kept in tokenmill's cache folder, under a name made of the files' identity,
 the build's arguments and the sources that the result depends on. They are written whole or not at all; the ones used
-longest ago go when all together take more than `CACHE_BYTES`.
+longest ago go when all together take more than `CACHE_BYTES`. Small ones are not kept.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -34,20 +34,31 @@ logger = logging.getLogger(__name__)
 CACHE_BYTES: Final = 16 << 30
 """Most bytes of cached engines."""
 
+SMALLEST_CACHED: Final = 32 << 20
+"""Bytes of weights below which an engine is built at every start: that takes no longer than to read it."""
+
 _SIZES: Final = ("max_batch_size", "max_num_tokens", "max_input_len", "max_seq_len")
 """Arguments of a build that change the plan of its memory and nothing else."""
 
 _MODEL_FILES: Final = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.gguf")
 
 
+class EngineSizes(NamedTuple):
+    """The largest sizes of steps."""
+
+    max_batch_size: int
+    max_num_tokens: int
+    max_seq_len: int
+
+
 def open_engine(
-    args: LlmArgs, max_seq_len: int, on_progress: Callable[[str, int, int], None] | None = None
+    args: LlmArgs, sizes: EngineSizes, on_progress: Callable[[str, int, int], None] | None = None
 ) -> EnginePackage:
     """The engine for `args`.
 
     Args:
         args: `args.model` is a local path.
-        max_seq_len: longest sequence, in tokens.
+        sizes: that it shall serve.
         on_progress: told about a build.
 
     Raises:
@@ -56,26 +67,26 @@ def open_engine(
     path = Path(args.model)
     if is_engine(path):
         return EnginePackage.load(path)
-    config = build_config(args, max_seq_len)
+    config = build_config(args, sizes)
     folder = _cache_folder() / _key(path, config)
     cached = _load(folder)
     if cached is not None:
-        return resized(cached, config, max_seq_len)
+        return resized(cached, sizes)
     package: EnginePackage = build(path, config, on_progress=on_progress)
     _store(package, folder)
     return package
 
 
-def build_config(args: LlmArgs, max_seq_len: int) -> BuildConfig:
+def build_config(args: LlmArgs, sizes: EngineSizes) -> BuildConfig:
     """How a model is built for `args`. A `dtype` that the caller named is the type of all weights; with `auto` the
     weights of the checkpoint stay in their formats."""
     quantization: Any = args.quantization or ("auto" if args.dtype == "auto" else "none")
     cache = args.kv_cache_config.dtype
     dtype: Any = args.dtype
     return BuildConfig(
-        max_batch_size=args.max_batch_size,
-        max_num_tokens=max(args.max_num_tokens, args.max_batch_size),
-        max_seq_len=max_seq_len,
+        max_batch_size=sizes.max_batch_size,
+        max_num_tokens=max(sizes.max_num_tokens, sizes.max_batch_size),
+        max_seq_len=sizes.max_seq_len,
         dtype=dtype,
         quantization=quantization,
         kv_cache_dtype=cache if cache in ("float32", "bfloat16") else "auto",
@@ -85,13 +96,13 @@ def build_config(args: LlmArgs, max_seq_len: int) -> BuildConfig:
     )
 
 
-def resized(package: EnginePackage, config: BuildConfig, max_seq_len: int) -> EnginePackage:
+def resized(package: EnginePackage, sizes: EngineSizes) -> EnginePackage:
     """The same engine for steps of other sizes: its memory is planned again."""
     limits = LimitsRecord(
-        max_batch_size=config.max_batch_size,
-        max_num_tokens=config.max_num_tokens,
-        max_input_len=max_seq_len - 1,
-        max_seq_len=max_seq_len,
+        max_batch_size=sizes.max_batch_size,
+        max_num_tokens=max(sizes.max_num_tokens, sizes.max_batch_size),
+        max_input_len=sizes.max_seq_len - 1,
+        max_seq_len=sizes.max_seq_len,
         max_beam_width=package.config.limits.max_beam_width,
     )
     if limits == package.config.limits:
@@ -145,7 +156,7 @@ def _load(folder: Path) -> EnginePackage | None:
 
 def _store(package: EnginePackage, folder: Path) -> None:
     """Keep an engine, if it can be written; make room for it first."""
-    if package.weight_nbytes > CACHE_BYTES:
+    if not SMALLEST_CACHED <= package.weight_nbytes <= CACHE_BYTES:
         return
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from tokenmill.models.config import ModelConfig
 from tokenmill.ops.platform import free_memory
 from tokenmill.program.package import EnginePackage
 from tokenmill.runtime.memory_planner import MeasuredMemory, MemoryRequest, plan_memory
-from tokenmill.runtime.model_loader import resolve_cache_dtype, resolve_device
+from tokenmill.runtime.model_loader import resolve_cache_dtype, resolve_device, resolve_max_num_tokens
 from tokenmill.runtime.model_runner import ModelRunner
 from tokenmill.runtime.program_loading import (
     StepLimits,
@@ -59,7 +59,7 @@ def build_program_engine(
             remedy="Leave the device out, or build the engine for it.",
         )
     config = ModelConfig.from_hf(package.config.model.hf_config)
-    sizes = _sizes(args, package, config)
+    sizes = _sizes(args, package, device)
     dtype = getattr(torch, package.config.dtype)
     cache_name = args.kv_cache_config.dtype
     engine_cache_dtype = getattr(torch, package.config.kv_cache_dtype)
@@ -92,7 +92,7 @@ def build_program_engine(
     return make_core(args, description, runner, overlap=device.type == "cuda"), description
 
 
-def _sizes(args: LlmArgs, package: EnginePackage, config: ModelConfig) -> _Sizes:
+def _sizes(args: LlmArgs, package: EnginePackage, device: torch.device) -> _Sizes:
     limits = package.config.limits
     found = {}
     for name in ("max_batch_size", "max_num_tokens", "max_seq_len"):
@@ -103,6 +103,8 @@ def _sizes(args: LlmArgs, package: EnginePackage, config: ModelConfig) -> _Sizes
                 field=name,
                 remedy=f"Use {limit} or less, or build the engine with a larger {name}.",
             )
+        if name == "max_num_tokens":
+            wanted = resolve_max_num_tokens(args, device)
         found[name] = limit if wanted is None else min(wanted, limit)
     return _Sizes(**found)
 
@@ -124,6 +126,8 @@ def _make_runner(
             package.program, memory.num_blocks, memory.tokens_per_block, cache_dtype, device
         )
         return ModelRunner(program, caches, slots, sampling, use_graphs=args.enable_cuda_graphs)
+    # What is left to torch (sampling, log-probabilities) is small; its threads would only get in the kernels' way.
+    torch.set_num_threads(1)
     limits = StepLimits(
         max_batch_size=description.max_batch_size,
         max_num_tokens=description.max_num_tokens,

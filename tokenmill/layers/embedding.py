@@ -52,7 +52,7 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class LMHead(nn.Module):
-    """Logits over the vocabulary, in float32.
+    """Logits over the vocabulary.
 
     Args:
         vocab_size, hidden_size: of the model.
@@ -87,10 +87,10 @@ class LMHead(nn.Module):
                 parameter.data[self.num_tokens :].zero_()
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, hidden_size] to [n, vocab_size] float32."""
-        logits = self.group.all_gather(self.method.apply(hidden, None))[:, : self.vocab_size].float()
+        """[n, hidden_size] to [n, vocab_size], of the input's type; float32 with a soft cap."""
+        logits = self.group.all_gather(self.method.apply(hidden, None))[:, : self.vocab_size]
         if self.soft_cap is not None:
-            logits = soft_cap(logits, self.soft_cap)
+            logits = soft_cap(logits.float(), self.soft_cap)
         return logits
 
     def finalize_weights(self) -> None:

@@ -16,7 +16,8 @@ from torch import nn
 
 from tokenmill.layers.context import LayerContext
 from tokenmill.layers.weights import Shard, WeightTarget, join_name
-from tokenmill.quantization.base import ConvertsWhileLoading, ParameterAxes
+from tokenmill.ops.fp8 import QuantizedRows
+from tokenmill.quantization.base import ConvertsWhileLoading, ParameterAxes, Rows, TakesQuantizedRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,9 @@ class LinearBase(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.group = context.group
+        self.dtype = context.dtype
         self.method = context.linear_method(context.prefix)
+        self._quantized_method = self.method if isinstance(self.method, TakesQuantizedRows) else None
         axes = dict(self.method.create_weights(self, in_features, out_features, context.dtype, context.device))
         self.bias: nn.Parameter | None = None
         if bias:
@@ -72,6 +75,17 @@ class LinearBase(nn.Module):
     def finalize_weights(self) -> None:
         """Let the method prepare the filled weight."""
         self.method.process_after_loading(self)
+
+    def takes_quantized(self, num_rows: int) -> bool:
+        """Whether so many rows are better given as `QuantizedRows`, if the op before can make them."""
+        return self._quantized_method is not None and self._quantized_method.takes_quantized(num_rows)
+
+    def _product(self, x: Rows, bias: torch.Tensor | None) -> torch.Tensor:
+        """[T, in_features] to [T, out_features]."""
+        if isinstance(x, QuantizedRows):
+            assert self._quantized_method is not None, "these rows are quantized for another layer"
+            return self._quantized_method.apply_quantized(x, bias, self.dtype)
+        return self.method.apply(x, bias)
 
     def _part_targets(self, part: OutputPart, start: int, prefix: str) -> Iterator[tuple[str, WeightTarget]]:
         """Targets for one projection that begins at this rank's output feature `start`."""
@@ -111,9 +125,9 @@ class MergedColumnLinear(LinearBase):
         super().__init__(in_features, sum(sizes.values()), bias=bias, context=context)
         self._parts = [OutputPart(name, sizes[name], rank * sizes[name], parts[name]) for name in parts]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Rows) -> torch.Tensor:
         """[T, in_features] to [T, this rank's output features], the projections side by side."""
-        return self.method.apply(x, self.bias)
+        return self._product(x, self.bias)
 
     def named_weight_targets(self, prefix: str) -> Iterator[tuple[str, WeightTarget]]:
         """One weight (and bias) for each projection, named beside this module."""
@@ -153,9 +167,10 @@ class QKVLinear(LinearBase):
             OutputPart("v_proj", *key_value),
         ]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Rows) -> torch.Tensor:
         """[T, hidden_size] to [T, H + 2 G, head_dim]: this rank's query heads, key heads, value heads."""
-        return self.method.apply(x, self.bias).view(x.shape[0], -1, self.head_dim)
+        product = self._product(x, self.bias)
+        return product.view(product.shape[0], self.num_heads + 2 * self.num_kv_heads, self.head_dim)
 
     def split_heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[T, H + 2 G, D] to query [T, H, D], key [T, G, D] and value [T, G, D]; views."""
@@ -184,10 +199,10 @@ class RowParallelLinear(LinearBase):
         source = (group.rank * rank_features, in_features) if group.size > 1 else None
         super().__init__(rank_features, out_features, bias=bias, context=context, source_inputs=source)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Rows) -> torch.Tensor:
         """[T, this rank's input features] to [T, out_features], equal on all ranks."""
         bias = self.bias if self.group.rank == 0 else None  # added once, not by every rank
-        return self.group.all_reduce(self.method.apply(x, bias))
+        return self.group.all_reduce(self._product(x, bias))
 
     def named_weight_targets(self, prefix: str) -> Iterator[tuple[str, WeightTarget]]:
         """The weight and the bias under this module's own name."""

@@ -7,7 +7,8 @@ from torch import nn
 
 from tokenmill.layers.context import LayerContext
 from tokenmill.layers.linear import MergedColumnLinear, RowParallelLinear
-from tokenmill.ops.activation import gated_activation
+from tokenmill.ops.activation import gated_activation, gated_activation_fp8
+from tokenmill.quantization.base import Rows
 
 
 class GatedMLP(nn.Module):
@@ -32,7 +33,15 @@ class GatedMLP(nn.Module):
             intermediate_size, hidden_size, bias=bias, context=context.child("down_proj"), what="MLP features"
         )
         self.activation = gated_activation(activation, context.device, context.dtype)
+        self.quantized_activation = gated_activation_fp8(activation, context.device, context.dtype)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def takes_quantized(self, num_rows: int) -> bool:
+        """Whether so many rows are better given as `QuantizedRows`."""
+        return self.gate_up_proj.takes_quantized(num_rows)
+
+    def forward(self, x: Rows) -> torch.Tensor:
         """[T, hidden_size] to [T, hidden_size]."""
-        return self.down_proj(self.activation(self.gate_up_proj(x)))  # type: ignore[no-any-return]
+        gate_up = self.gate_up_proj(x)
+        is_quantized = self.down_proj.takes_quantized(gate_up.shape[0])
+        activated = self.quantized_activation(gate_up) if is_quantized else self.activation(gate_up)
+        return self.down_proj(activated)  # type: ignore[no-any-return]

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import nn
 
 from tokenmill.layers.context import LayerContext
-from tokenmill.ops.rms_norm import add_rms_norm, rms_norm
+from tokenmill.ops.rms_norm import add_rms_norm, add_rms_norm_fp8, rms_norm, rms_norm_fp8
+from tokenmill.quantization.base import Rows
+
+
+class TakesRows(Protocol):
+    """What follows a norm: a linear layer, or a block that begins with some."""
+
+    def takes_quantized(self, num_rows: int) -> bool:
+        """Whether so many rows are better given as `QuantizedRows`."""
+        ...
 
 
 class RMSNorm(nn.Module):
@@ -32,6 +43,16 @@ class RMSNorm(nn.Module):
         if residual is None:
             return rms_norm(x, self.scale, self.eps), x
         return add_rms_norm(x, residual, self.scale, self.eps)
+
+    def add_and_norm_for(
+        self, consumer: TakesRows, x: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[Rows, torch.Tensor]:
+        """`add_and_norm`, the normalized sum in the form that `consumer` takes fastest."""
+        if not consumer.takes_quantized(x.shape[0]):
+            return self.add_and_norm(x, residual)
+        if residual is None:
+            return rms_norm_fp8(x, self.scale, self.eps), x
+        return add_rms_norm_fp8(x, residual, self.scale, self.eps)
 
 
 class GemmaRMSNorm(RMSNorm):

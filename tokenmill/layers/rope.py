@@ -7,8 +7,10 @@ from typing import NamedTuple
 
 import torch
 
+from tokenmill.layers.norm import RMSNorm
 from tokenmill.layers.rope_config import RopeConfig
 from tokenmill.ops import captured
+from tokenmill.ops.head_norm import HeadNorm, norm_and_rope
 from tokenmill.ops.rope import apply_rope
 
 
@@ -21,6 +23,13 @@ class Rotation(NamedTuple):
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """Turn all heads of x [T, heads, D]."""
         return apply_rope(x, self.cos, self.signed_sin)
+
+    def normalize_and_apply(
+        self, heads: torch.Tensor, num_query_heads: int, query_norm: RMSNorm, key_norm: RMSNorm
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalize, then turn the query and key heads [T, H + G, D]: query [T, H, D] and key [T, G, D]."""
+        norm = HeadNorm(query_norm.scale, key_norm.scale, query_norm.eps)
+        return norm_and_rope(heads, num_query_heads, norm, self.cos, self.signed_sin)
 
 
 class RotaryEmbedding:

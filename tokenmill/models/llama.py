@@ -15,11 +15,12 @@ from tokenmill.layers.context import LayerContext
 from tokenmill.layers.embedding import LMHead, VocabParallelEmbedding
 from tokenmill.layers.forward_batch import ForwardBatch
 from tokenmill.layers.linear import QKVLinear, RowParallelLinear
-from tokenmill.layers.mlp import GatedMLP
 from tokenmill.layers.norm import RMSNorm
 from tokenmill.layers.rope import RotaryEmbedding, Rotation
 from tokenmill.models.base import CausalLM
 from tokenmill.models.config import ModelConfig
+from tokenmill.models.feed_forward import feed_forward
+from tokenmill.quantization.base import Rows
 
 
 class LlamaAttention(nn.Module):
@@ -52,9 +53,7 @@ class LlamaAttention(nn.Module):
         self.attention = Attention(spec, context)
         self.num_rotated_heads = spec.num_heads + spec.num_kv_heads
 
-    def forward(
-        self, x: torch.Tensor, rotation: Rotation, metadata: AttentionMetadata, cache: LayerCache
-    ) -> torch.Tensor:
+    def forward(self, x: Rows, rotation: Rotation, metadata: AttentionMetadata, cache: LayerCache) -> torch.Tensor:
         """[T, hidden_size] to [T, hidden_size]."""
         qkv = self.qkv_proj(x)  # [T, H + 2 G, D]
         query_key = rotation.apply(qkv[:, : self.num_rotated_heads])
@@ -64,18 +63,12 @@ class LlamaAttention(nn.Module):
 
 
 class LlamaDecoderLayer(nn.Module):
-    """Attention and MLP, each behind a norm and added to the residual stream."""
+    """Attention and MLP (or experts), each behind a norm and added to the residual stream."""
 
     def __init__(self, config: ModelConfig, layer: int, context: LayerContext) -> None:
         super().__init__()
         self.self_attn = LlamaAttention(config, layer, context.child("self_attn"))
-        self.mlp = GatedMLP(
-            config.hidden_size,
-            config.intermediate_size,
-            config.hidden_act,
-            bias=config.mlp_bias,
-            context=context.child("mlp"),
-        )
+        self.mlp = feed_forward(config, layer, context.child("mlp"))
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
 
@@ -88,10 +81,10 @@ class LlamaDecoderLayer(nn.Module):
         cache: LayerCache,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(what the MLP adds, residual stream), [T, hidden_size] each; the next norm adds them up."""
-        x, residual = self.input_layernorm.add_and_norm(x, residual)
-        x = self.self_attn(x, rotation, metadata, cache)
-        x, residual = self.post_attention_layernorm.add_and_norm(x, residual)
-        return self.mlp(x), residual
+        rows, residual = self.input_layernorm.add_and_norm_for(self.self_attn.qkv_proj, x, residual)
+        x = self.self_attn(rows, rotation, metadata, cache)
+        rows, residual = self.post_attention_layernorm.add_and_norm_for(self.mlp, x, residual)
+        return self.mlp(rows), residual
 
 
 class LlamaModel(nn.Module):
@@ -134,7 +127,7 @@ class LlamaForCausalLM(CausalLM):
         return self.model(batch)  # type: ignore[no-any-return]
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, hidden_size] to [n, vocab_size] float32."""
+        """[n, hidden_size] to [n, vocab_size], of the model's type or float32."""
         return self.lm_head(hidden)  # type: ignore[no-any-return]
 
 

@@ -86,7 +86,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     target: TargetRecord
     limits: LimitsRecord
     dtype: str
-    """Type of activations between operations: `float32` or `bfloat16`."""
+    """Type of weights that are not quantized: `float32` or `bfloat16`."""
     kv_cache_dtype: str
     """Type of cached keys and values."""
     quantization: str

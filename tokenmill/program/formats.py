@@ -50,7 +50,7 @@ _ALL: Final = (
     WeightFormat("bfloat16", 1, 2, is_quantized=False, meaning="the value"),
     WeightFormat("int8_channel", 1, 1, 4, meaning="row: float32 scale; then int8 values: w = scale * q"),
     WeightFormat(
-        "int8_group32", 32, 36, meaning="float32 scale, 32 int8; w = scale * q; the last group is filled with 0"
+        "int8_group32", 32, 34, meaning="float16 scale, 32 int8; w = scale * q; the last group is filled with 0"
     ),
     WeightFormat("q4_0", 32, 18, meaning="float16 d, 16 bytes: low nibbles are values 0..15; w = d * (q - 8)"),
     WeightFormat("q4_1", 32, 20, meaning="float16 d, float16 m, 16 bytes of nibbles as q4_0; w = d * q + m"),

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Literal, TypeAlias, get_args
 
 from tokenmill.errors import InvalidParameterError, did_you_mean
-from tokenmill.quantization.base import LinearMethod, LinearMethodFactory
-from tokenmill.quantization.fp8 import Fp8Linear
-from tokenmill.quantization.unquantized import UnquantizedLinear, unquantized
+from tokenmill.quantization.base import ExpertsMethodFactory, LinearMethod, LinearMethodFactory
+from tokenmill.quantization.fp8 import Fp8Experts, Fp8Linear
+from tokenmill.quantization.unquantized import UnquantizedLinear, unquantized, unquantized_experts
 
 Quantization: TypeAlias = Literal["none", "fp8"]
 
@@ -36,3 +36,9 @@ def linear_method_for(name: Quantization | None, *, quantize_lm_head: bool = Fal
         return UnquantizedLinear() if is_head and not quantize_lm_head else Fp8Linear()
 
     return method_of
+
+
+def experts_method_for(name: Quantization | None) -> ExpertsMethodFactory:
+    """What makes the method of the experts of each layer, as `linear_method_for` does for linear layers."""
+    linear_method_for(name)  # refuses what does not exist
+    return unquantized_experts if name in (None, "none") else lambda layer_name: Fp8Experts()

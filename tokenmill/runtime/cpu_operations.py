@@ -16,8 +16,11 @@ from tokenmill.ops.cpu.attention import AttentionOp, attention, attention_combin
 from tokenmill.ops.cpu.attention_arguments import scratch_bytes
 from tokenmill.ops.cpu.cache_layout import CacheLocation
 from tokenmill.ops.cpu.elementwise import elementwise, elementwise_arguments
+from tokenmill.ops.cpu.embedding import embedding, embedding_arguments
 from tokenmill.ops.cpu.jit import NativeFunction
 from tokenmill.ops.cpu.layout import GROUP_SIZE, int8_group32_bytes
+from tokenmill.ops.cpu.linear_float import SCRATCH_BYTES as FLOAT_SCRATCH_BYTES
+from tokenmill.ops.cpu.linear_float import LinearFloatOp, linear_float
 from tokenmill.ops.cpu.linear_int8 import SCRATCH_BYTES, Activations, Matrix, linear_arguments, linear_kernel
 from tokenmill.ops.cpu.norm import rms_norm, rms_norm_arguments
 from tokenmill.ops.cpu.packing import FORMATS
@@ -122,6 +125,22 @@ def _integer(operation: Operation, name: str) -> int:
 def _text(value: AttributeValue) -> str:
     assert isinstance(value, str), value
     return value
+
+
+def _embedding(writer: OpWriter, operation: Operation, one: bool) -> Iterator[Op]:
+    name, y = operation.weights["table"], operation.outputs["y"]
+    table = writer.weights[name]
+    num_rows, columns = table.shape
+    arguments = embedding_arguments(
+        token_ids=writer.memory.address(operation.inputs["token_ids"]),
+        table=writer.weights.rows(name),
+        table_format=table.format,
+        num_rows=num_rows,
+        columns=columns,
+        output=writer.place(y),
+        scale=_number(operation.attributes["scale"]),
+    )
+    yield Op(embedding, arguments)
 
 
 # ---- norms and maps --------------------------------------------------------------------------------------------------
@@ -234,7 +253,7 @@ def _linear_int8(writer: OpWriter, operation: Operation, one: bool) -> Iterator[
         weight,
         values,
         output,
-        writer.scratch("linear", SCRATCH_BYTES * writer.places.num_threads),
+        writer.scratch("linear", max(SCRATCH_BYTES, FLOAT_SCRATCH_BYTES) * writer.places.num_threads),
         bias=writer.floats(operation, "bias"),
         residual=None if residual is None else Matrix(*writer.place(residual)),
         activation=None if name is None else _text(name),
@@ -251,7 +270,28 @@ def _quantized_copy(writer: OpWriter, x: Operand) -> Activations:
 
 
 def _linear_float(writer: OpWriter, operation: Operation, one: bool) -> Iterator[Op]:
-    raise _no_kernel(operation)
+    x, y = operation.inputs["x"], operation.outputs["y"]
+    if writer.memory.is_quantized(x):
+        raise _no_kernel(operation)
+    name = operation.weights["weight"]
+    weight = writer.weights[name]
+    activation = operation.attributes.get("activation")
+    residual = operation.inputs.get("residual")
+    quantized = writer.memory.is_quantized(y)
+    op = LinearFloatOp(
+        x=writer.place(x),
+        weight=writer.weights.float_linear(name, gated=activation is not None),
+        is_bfloat16=weight.format == "bfloat16",
+        num_rows=weight.shape[0],
+        num_columns=weight.shape[1],
+        output=(writer.memory.buffer_address(y.buffer), 0) if quantized else writer.place(y),
+        scratch=writer.scratch("linear", max(SCRATCH_BYTES, FLOAT_SCRATCH_BYTES) * writer.places.num_threads),
+        bias=writer.floats(operation, "bias"),
+        residual=None if residual is None else writer.place(residual),
+        activation=None if activation is None else _text(activation),
+        quantized=quantized,
+    )
+    yield Op(linear_float, op.arguments())
 
 
 # ---- positions, cache, attention -------------------------------------------------------------------------------------
@@ -329,12 +369,8 @@ def _no_kernel(operation: Operation) -> UnsupportedFeatureError:
     )
 
 
-def _missing(writer: OpWriter, operation: Operation, one: bool) -> Iterator[Op]:
-    raise _no_kernel(operation)
-
-
 _TRANSLATIONS: Final[Mapping[str, Translation]] = MappingProxyType({
-    "embedding": _missing,
+    "embedding": _embedding,
     "rotation": _rotation,
     "rms_norm": _rms_norm,
     "add_rms_norm": _rms_norm,

@@ -11,6 +11,7 @@ from typing import Any, Final
 import numpy as np
 
 from tokenmill.errors import UnsupportedFeatureError
+from tokenmill.ops.cpu.linear_float import pack_float_weight
 from tokenmill.ops.cpu.linear_int8 import LinearWeight
 from tokenmill.ops.cpu.packing import ENCODINGS, PackedWeight, pack_blocks, pack_floats
 from tokenmill.program.formats import WEIGHT_FORMATS, rows_nbytes
@@ -19,8 +20,8 @@ from tokenmill.runtime.cpu_memory import ProgramMemory
 from tokenmill.runtime.huge_pages import Bytes
 from tokenmill.runtime.weight_decoding import decode_weight
 
-ROW_BLOCKS: Final = "row_blocks"
-GATED_ROW_BLOCKS: Final = "row_blocks_gated"
+PACKED: Final = "packed"
+PACKED_GATED: Final = "packed_gated"
 """Layouts of `Weight`: the bytes of `ops.cpu.packing.PackedWeight`, plain and gated."""
 
 BLOCK_FORMATS: Final = frozenset(encoding.format for encoding in ENCODINGS if encoding.block_columns)
@@ -53,26 +54,45 @@ class CpuWeights:
     def rows(self, name: str) -> int:
         """Address of a weight's rows in its own format."""
         weight = self._weights[name]
-        if weight.layout != "rows":
-            raise UnsupportedFeatureError(f"Rows of the packed weight '{name}' cannot be looked up.", field="engine")
+        self._check_rows(weight)
         return self._place(name, "rows", lambda: self._content(name)[: rows_nbytes(weight.format, weight.shape)])
 
     def linear(self, name: str, *, gated: bool) -> LinearWeight:
         """A quantized weight for the integer kernels."""
         weight = self._weights[name]
-        layout = GATED_ROW_BLOCKS if gated else ROW_BLOCKS
+        layout = PACKED_GATED if gated else PACKED
         address = self._place(name, layout, lambda: self._packed(weight, gated))
         num_rows, num_columns = weight.shape
         return LinearWeight(address, weight.format, num_rows, num_columns, gated)
 
+    def float_linear(self, name: str, *, gated: bool) -> int:
+        """Address of a float weight, packed for the float kernels."""
+        return self._place(name, "float gated" if gated else "float", lambda: self._packed_floats(name, gated))
+
+    def _packed_floats(self, name: str, gated: bool) -> Bytes:
+        weight = self._weights[name]
+        self._check_rows(weight)
+        content = self._content(name)[: rows_nbytes(weight.format, weight.shape)]
+        values: Any = content.view(np.float32 if weight.format == "float32" else np.uint16).reshape(weight.shape)
+        return pack_float_weight(np.split(values, 2) if gated else [values], gated=gated)
+
     def _packed(self, weight: Weight, gated: bool) -> Bytes:
         content = self._content(weight.name)
-        if weight.layout == (GATED_ROW_BLOCKS if gated else ROW_BLOCKS):
+        if weight.layout == (PACKED_GATED if gated else PACKED):
             return content
+        self._check_rows(weight)
         num_rows, num_columns = weight.shape
         rows = content[: rows_nbytes(weight.format, weight.shape)].reshape(num_rows, -1)
         parts = np.split(rows, 2) if gated else [rows]
         return _pack(weight.format, parts, num_columns, gated).data
+
+    def _check_rows(self, weight: Weight) -> None:
+        if weight.layout != "rows":
+            raise UnsupportedFeatureError(
+                f"The weight '{weight.name}' is laid out as '{weight.layout}', which this kernel does not read.",
+                field="engine",
+                remedy="Build the engine again with `tokenmill build`.",
+            )
 
     def _content(self, name: str) -> Bytes:
         return self._contents[name]

@@ -65,6 +65,12 @@ class ModelRunner(SlotRunner):
             self._graphs = StepGraphs(self._step, slots, max_batch_size=slots.scratch_slot)
 
     @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Get ready for steps of any number of rows; once, before the first plan."""
+        if self._graphs is not None:
+            self._graphs.warm_up()
+
+    @torch.inference_mode()
     def launch(self, plan: BatchPlan) -> LaunchedStep:
         """Start the step; on a GPU this returns before it is computed."""
         self._apply_changes(plan)
@@ -116,18 +122,21 @@ class ModelRunner(SlotRunner):
         if result.sampled is not None:
             # Rows that do not sample gave a token, too, which went nowhere: all rows are read, and theirs left out.
             return LaunchedStep(plan, sampled_rows, TokenReadback(result.sampled.first(len(rows))), {}, reads_all=True)
-        assert result.logits is not None
+        assert result.hidden is not None
         index = upload(np.array(sampled_rows, np.int64), self._slots.device)
         slots, positions = result.inputs.slots[index], result.inputs.next_positions[index]
-        readback = self._choose(result.logits[index], slots, positions, [rows[row] for row in sampled_rows])
+        logits = self._model.compute_logits(result.hidden[index])
+        readback = self._choose(logits, slots, positions, [rows[row] for row in sampled_rows])
         return LaunchedStep(plan, sampled_rows, readback, {})
 
     def _step(self, inputs: StepInputs, greedy: bool) -> StepResult:
-        """What is captured: the model, the logits of each row's last token, and for greedy rows the choice."""
-        hidden = self._forward(inputs)
-        logits = self._model.compute_logits(hidden[inputs.last_token_index])
+        """What is captured: the model up to each row's last hidden state, and for greedy rows logits and choice.
+
+        Logits for a sampler are not: a graph holds on to what it returns, and they are half a gigabyte for 1,000 rows.
+        """
+        hidden = self._forward(inputs)[inputs.last_token_index]
         if not greedy:
-            return StepResult(inputs, logits, None)
-        sampled = self._sampler.most_likely(logits)
+            return StepResult(inputs, hidden, None)
+        sampled = self._sampler.most_likely(self._model.compute_logits(hidden))
         self._slots.token_ids[inputs.target_slots, inputs.next_positions] = sampled.token_ids
         return StepResult(inputs, None, sampled)

@@ -10,16 +10,16 @@ import torch
 from tokenmill.attention.base import LayerCache
 from tokenmill.attention.select import select_backend
 from tokenmill.kv_cache.tensors import allocate_caches
+from tokenmill.ops.platform import num_usable_cores
+from tokenmill.program.engine_config import MIN_LOGIT_ROWS
 from tokenmill.program.package import EnginePackage
 from tokenmill.program.program import Program
+from tokenmill.runtime.cpu_program import CpuExecutor
 from tokenmill.runtime.program_executor import ProgramExecutor, TorchExecutor
 from tokenmill.runtime.program_parts import layer_caches
 from tokenmill.runtime.step_arrays import StepArrays
 from tokenmill.runtime.torch_program import TorchProgram
 from tokenmill.runtime.weight_decoding import decode_weight
-
-MIN_LOGIT_ROWS = 16
-"""Rows of logits that a step has room for, at the least: log-probabilities of prompts ask for many at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +93,8 @@ def load_executor(
         EngineFileError: the engine's weights were stripped.
         UnsupportedFeatureError: it needs kernels that this machine has not.
     """
-    return load_torch_executor(package, limits, cache_dtype, torch.device("cpu"))
+    package.check_runnable()
+    return CpuExecutor(package, limits.arrays(), limits.num_blocks, cache_dtype, num_threads or num_usable_cores())
 
 
 def load_torch_executor(

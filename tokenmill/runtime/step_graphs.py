@@ -3,7 +3,8 @@
 Two kinds of steps are captured: one token for each row (decode), and a few short prompts. A step is padded up to the
 next size: decode rows with the scratch slot, tokens of prompts with tokens of a scratch row; the longest context is
 rounded up to a power of two. What differs from step to step lies in one small input tensor and in the slots, both read
-on the device. A size runs eagerly the first time (kernels compile, libraries start) and is captured the second time.
+on the device. A size runs eagerly the first time (kernels compile, libraries start) and is captured the second time;
+greedy decode steps are captured when the engine starts.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from tokenmill.sampling.sampled_tokens import SampledTokens
 SMALLEST_KV_BOUND = 1024
 """Contexts up to this many tokens share graphs."""
 
+MANY_ROWS = 64
+"""From so many decode rows on there is one graph for all contexts: they fill the device without being split."""
+
 PROMPT_TOKENS = (16, 32, 64, 128, 192, 256, 384, 512)
 """Tokens of captured steps with prompts; longer steps keep the device busy without graphs."""
 
@@ -39,12 +43,12 @@ class StepResult:
 
     Args:
         inputs: of all rows, padding included.
-        logits: [R, V] float32, for a sampler; None if the tokens were chosen in the step.
+        hidden: [R, hidden_size] of each row's last token, for a sampler; None if the tokens were chosen in the step.
         sampled: the chosen tokens, written to their slots already; None if a sampler has to choose.
     """
 
     inputs: StepInputs
-    logits: torch.Tensor | None
+    hidden: torch.Tensor | None
     sampled: SampledTokens | None
 
 
@@ -90,10 +94,22 @@ class StepGraphs:
         self._max_batch_size = max_batch_size
         self._captured: dict[StepSize, _Captured | None] = {}  # None: has run once
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(state.device)  # type: ignore[no-untyped-call]
 
     def size_of(self, rows: Sequence[Row], *, greedy: bool) -> StepSize | None:
         """The size under which a step with these rows runs; None if it is not one to capture."""
         return step_size(rows, self._max_batch_size, self._state.max_seq_len, greedy=greedy)
+
+    def warm_up(self) -> None:
+        """Capture greedy decode steps of all numbers of rows, of short contexts where that makes a difference.
+
+        Largest first, so that the others find room in its memory. Their rows are padding: nothing is changed.
+        """
+        buckets = {batch_bucket(num_rows, self._max_batch_size) for num_rows in range(1, self._max_batch_size + 1)}
+        for num_rows in sorted(buckets, reverse=True):
+            size = StepSize(num_rows, 0, kv_bucket(1, self._state.max_seq_len, num_rows), greedy=True)
+            for _ in range(2):
+                self.run((), size)
 
     def run(self, rows: Sequence[Row], size: StepSize) -> StepResult:
         """Run the step of these rows."""
@@ -107,10 +123,19 @@ class StepGraphs:
         return captured.result
 
     def _capture(self, size: StepSize, num_columns: int) -> _Captured:
+        """Capture while the device goes on with the steps before.
+
+        Not by `torch.cuda.graph`: it waits for the device, collects garbage and gives all unused memory back, which
+        takes longer than many steps when a thousand sequences run.
+        """
         rows = torch.zeros(num_columns, size.num_rows, dtype=torch.int64, device=self._state.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            result = self._run_step(rows, size)
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                result = self._run_step(rows, size)
+            finally:
+                graph.capture_end()
         captured = self._captured[size] = _Captured(graph, rows, result)
         return captured
 
@@ -126,13 +151,15 @@ def step_size(rows: Sequence[Row], max_batch_size: int, max_seq_len: int, *, gre
     """See `StepGraphs.size_of`."""
     if any(row.prompt_logprobs for row in rows):
         return None
-    max_kv_len = kv_bucket(max(row.start + row.num_tokens for row in rows), max_seq_len)
+    kv_len = max(row.start + row.num_tokens for row in rows)
     if all(row.num_tokens == 1 and row.sample for row in rows):
-        return StepSize(batch_bucket(len(rows), max_batch_size), 0, max_kv_len, greedy)
+        num_rows = batch_bucket(len(rows), max_batch_size)
+        return StepSize(num_rows, 0, kv_bucket(kv_len, max_seq_len, num_rows), greedy)
     num_tokens = sum(row.num_tokens for row in rows)
     if num_tokens > PROMPT_TOKENS[-1] or len(rows) > PROMPT_ROWS[-1]:
         return None
-    return StepSize(_next(PROMPT_ROWS, len(rows)), _next(PROMPT_TOKENS, num_tokens), max_kv_len, greedy)
+    num_rows, num_tokens = _next(PROMPT_ROWS, len(rows)), _next(PROMPT_TOKENS, num_tokens)
+    return StepSize(num_rows, num_tokens, kv_bucket(kv_len, max_seq_len, num_rows), greedy)
 
 
 def batch_bucket(num_rows: int, max_batch_size: int) -> int:
@@ -143,8 +170,10 @@ def batch_bucket(num_rows: int, max_batch_size: int) -> int:
     return min(-(-num_rows // step) * step, max(max_batch_size, num_rows))
 
 
-def kv_bucket(kv_len: int, max_seq_len: int) -> int:
+def kv_bucket(kv_len: int, max_seq_len: int, num_rows: int) -> int:
     """Longest context of the step that runs rows of up to `kv_len` tokens."""
+    if num_rows >= MANY_ROWS:
+        return max_seq_len
     return min(max(SMALLEST_KV_BOUND, 1 << (kv_len - 1).bit_length()), max_seq_len)
 
 

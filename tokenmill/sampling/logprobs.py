@@ -39,7 +39,7 @@ class LogprobTensors:
 
 
 def token_logprobs(
-    logits: torch.Tensor,  # [T, V] float32
+    logits: torch.Tensor,  # [T, V] of any float type
     token_ids: torch.Tensor,  # [T] int64
     num_top: int,
 ) -> LogprobTensors:
@@ -65,7 +65,7 @@ def prompt_logprobs(
 
     Args:
         hidden_states: the model's last hidden states at T positions.
-        compute_logits: hidden states [t, H] to logits [t, V] float32.
+        compute_logits: hidden states [t, H] to logits [t, V].
         token_ids: the token that follows each of these positions.
         num_top: most likely tokens to return for each.
         vocab_size: V.
@@ -82,6 +82,7 @@ def prompt_logprobs(
 
 
 def _slice_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> LogprobTensors:
+    logits = logits.float()
     row_max = logits.amax(dim=-1, keepdim=True)
     # Summed in float64: the result does not depend on the order of summation, hence not on the batch.
     log_sum = (logits - row_max).exp_().sum(dim=-1, keepdim=True, dtype=torch.float64).log_() + row_max

@@ -47,7 +47,7 @@ class Sampler:
 
     def sample(
         self,
-        logits: torch.Tensor,  # [R, V] float32
+        logits: torch.Tensor,  # [R, V] of any float type
         slots: torch.Tensor,  # [R] int64
         slot_list: Sequence[int],
         positions: torch.Tensor,  # [R] int
@@ -102,7 +102,7 @@ class Sampler:
         self, logits: torch.Tensor, invalid: torch.Tensor, rows: _Rows, slot_list: Sequence[int], needs: BatchNeeds
     ) -> tuple[torch.Tensor, torch.Tensor]:  # [R] int64, [R] bool
         # From here on no row holds NaN or +inf; what an invalid row gives is thrown away.
-        logits = logits.masked_fill(invalid.unsqueeze(1), 0.0)
+        logits = logits.float().masked_fill(invalid.unsqueeze(1), 0.0)
         logits = self._edit(logits, rows, slot_list, needs)
         row_max, token_ids = logits.max(dim=-1)
         invalid = invalid | row_max.isneginf()

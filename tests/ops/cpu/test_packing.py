@@ -38,6 +38,11 @@ def read_value(weight: PackedWeight, row: int, column: int) -> float:
     else:
         byte = record[encoding.values_offset + inside % 16 // 4 * 64 + 4 * lane + inside % 4]
         value = int(byte) >> 4 if inside >= 16 else int(byte) & 15
+    if encoding.bits == 5:
+        value += (int(record[encoding.values_offset + 256 + 4 * lane + inside % 4]) >> (inside // 4) & 1) << 4
+    if encoding.bits == 6:
+        byte = record[encoding.values_offset + 256 + inside // 16 * 64 + 4 * lane + inside % 4]
+        value += (int(byte) >> (inside % 16 // 4 * 2) & 3) << 4
     if encoding.scale_bytes == 0:
         padded = weight.data[-(len(weight.data) % (num_groups * encoding.group_bytes)) :].view(np.float32)
         return float(padded[position * 16 + lane]) * (value - encoding.zero_point)

@@ -29,7 +29,6 @@ def fuse_rope_cache_write(graph: Graph, target: Target) -> tuple[Graph, list[str
     """The rotations of a layer's query and key, the norms before them and `write_cache` become `rope_write_cache`."""
     rewriter = Rewriter(graph)
     writes = {node.attributes["layer"]: node for node in graph.nodes_of_kind("write_cache")}
-    positions = {node.name: position for position, node in enumerate(graph.nodes)}
     for attention in graph.nodes_of_kind("attention"):
         write = writes.get(attention.attributes["layer"])
         if write is None:
@@ -38,7 +37,7 @@ def fuse_rope_cache_write(graph: Graph, target: Target) -> tuple[Graph, list[str
         key = _heads(rewriter, write.inputs["key"], write)
         if query is None or key is None or not _fit(query, key):
             continue
-        if positions[query.rope.name] > positions[write.name]:
+        if rewriter.positions[query.rope.name] > rewriter.positions[write.name]:
             continue
         rewriter.replace(write, _fused(query, key, write))
         rewriter.remove(*query.nodes, *key.nodes)

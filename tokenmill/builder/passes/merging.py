@@ -52,8 +52,9 @@ def _merge_group(rewriter: Rewriter, group: Sequence[Node]) -> None:
     for node in group:
         slices.append(_slice(merged.y, first, node.y))
         first += node.y.columns
-    rewriter.replace(group[0], merged, *slices)
-    rewriter.remove(*group[1:])
+    earliest = min(group, key=lambda node: rewriter.positions[node.name])  # whoever reads a part comes after it
+    rewriter.replace(earliest, merged, *slices)
+    rewriter.remove(*(node for node in group if node is not earliest))
     rewriter.report(f"{', '.join(node.name for node in group)} became {name}")
 
 

@@ -32,6 +32,7 @@ class Rewriter:
         self.values = graph.values()
         self.producers = graph.producers()
         self.users = graph.users()
+        self.positions = {node.name: position for position, node in enumerate(graph.nodes)}
         self.changes: list[str] = []
         self._new_nodes: dict[str, tuple[Node, ...]] = {}
         self._renamed: dict[str, str] = {}

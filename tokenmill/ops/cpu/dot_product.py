@@ -1,32 +1,26 @@
-"""Inner loops of the int8 linear kernels, written as LLVM code so that all accumulators stay in registers.
+"""Writes LLVM code for sums of products of unsigned and signed bytes, in the ways that CPUs have for it.
 
-`gemv_block` streams packed weights past one token, `panel_block` multiplies them with tokens of a panel. Both add up a
-group of 32 columns in integers and then the groups in float32, in the same order and with the same operations: a
-token's result does not depend on which of them computed it. The layout of packed weights is described in `packing.py`,
-that of activations in `layout.py`.
+Used by the int8 linear kernels, whose accumulators must stay in registers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 from llvmlite import ir
 from numba.core import types
-from numba.extending import intrinsic
 
 from tokenmill.ops.cpu.cpu_features import DotProduct
-from tokenmill.ops.cpu.layout import GROUP_BYTES, GROUP_SIZE
-from tokenmill.ops.cpu.packing import ENCODINGS, ROW_BLOCK, Encoding
-from tokenmill.ops.cpu.simd import F32, F32X16, I32, I32X16, I64, call, constant, declare, splat
+from tokenmill.ops.cpu.simd import F32X16, I32, I32X16, I64, call, constant, declare, splat
 
+I32X8: Final = ir.VectorType(I32, 8)
 I16X16: Final = ir.VectorType(ir.IntType(16), 16)
-F16X16: Final = ir.VectorType(ir.HalfType(), 16)
-VECTOR_BYTES: Final = 64
+I8X32: Final = ir.VectorType(ir.IntType(8), 32)
 READ, NEAR, DATA = 0, 3, 1  # of llvm.prefetch
-STEPS: Final = GROUP_SIZE // 4
-"""Dot products of 4 columns in a group."""
+
+LARGEST_PAIR: Final = 2 * 127
+"""Two neighbouring products are at most this often the largest weight."""
 
 
 class Writer:
@@ -60,69 +54,90 @@ class Writer:
         """a * b + c."""
         return call(self.builder, "llvm.fmuladd.v16f32", F32X16, a, b, c)
 
-    def dot(self, total: ir.Value, weights: ir.Value, values: ir.Value) -> ir.Value:
-        """Add to each of 16 lanes the 4 products of its unsigned bytes of `weights` and signed bytes of `values`."""
-        builder = self.builder
-        if self.way == DotProduct.AVX512_VNNI:
-            return call(builder, "llvm.x86.avx512.vpdpbusd.512", I32X16, total, weights, values)
-        if self.way == DotProduct.PORTABLE:
+
+class DotSum:
+    """A sum in the making: in each of 16 lanes, products of 4 unsigned weights and 4 signed values at a time.
+
+    Args:
+        writer: of the code.
+        bits: of a weight. With AVX2, sums of small weights stay in 16 bits while they cannot overflow.
+        start: <16 x i32> to add to; default: zero.
+    """
+
+    def __init__(self, writer: Writer, bits: int, start: ir.Value | None = None) -> None:
+        self._writer = writer
+        self._total = constant(I32, 0) if start is None else start
+        self._small: list[ir.Value] = []  # two halves of 16 sums of pairs
+        self._num_small = 0
+        self._max_small = (1 << 15) // ((1 << bits) * LARGEST_PAIR) if writer.way == DotProduct.AVX2 else 0
+
+    def add(self, weights: ir.Value, values: ir.Value) -> None:
+        """Add products of the bytes of two <16 x i32>; values are from -127 to 127."""
+        builder, way = self._writer.builder, self._writer.way
+        if way == DotProduct.AVX512_VNNI:
+            self._total = call(builder, "llvm.x86.avx512.vpdpbusd.512", I32X16, self._total, weights, values)
+        elif way == DotProduct.AVX_VNNI:
+            parts = zip(*(_halves(builder, part) for part in (self._total, weights, values)), strict=True)
+            halves = [call(builder, "llvm.x86.avx512.vpdpbusd.256", I32X8, *part) for part in parts]
+            self._total = _join(builder, halves)
+        elif way == DotProduct.PORTABLE:
             for byte in range(4):
                 weight = builder.and_(builder.lshr(weights, constant(I32, 8 * byte)), constant(I32, 255))
                 value = builder.ashr(builder.shl(values, constant(I32, 24 - 8 * byte)), constant(I32, 24))
-                total = builder.add(total, builder.mul(weight, value))
-            return total
-        halves = [self._half_dot(*(self._half(part, which) for part in (total, weights, values))) for which in (0, 1)]
-        return builder.shuffle_vector(*halves, ir.Constant(I32X16, list(range(16))))
+                self._total = builder.add(self._total, builder.mul(weight, value))
+        elif self._max_small:
+            self._add_small(weights, values)
+        else:
+            self._add_wide(weights, values)
 
-    def _half(self, value: ir.Value, which: int) -> ir.Value:
-        lanes = ir.Constant(ir.VectorType(I32, 8), list(range(8 * which, 8 * which + 8)))
-        return self.builder.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), lanes)
+    def result(self) -> ir.Value:
+        """<16 x i32>."""
+        self._widen()
+        return self._total
 
-    def _half_dot(self, total: ir.Value, weights: ir.Value, values: ir.Value) -> ir.Value:
-        builder, kind = self.builder, ir.VectorType(I32, 8)
-        if self.way == DotProduct.AVX_VNNI:
-            return call(builder, "llvm.x86.avx512.vpdpbusd.256", kind, total, weights, values)
-        pairs = ir.VectorType(ir.IntType(16), 16)
-        eight = ir.Constant(pairs, [8] * 16)
-        weights, values = builder.bitcast(weights, pairs), builder.bitcast(values, pairs)
-        even = builder.and_(weights, ir.Constant(pairs, [255] * 16)), builder.ashr(builder.shl(values, eight), eight)
-        odd = builder.lshr(weights, eight), builder.ashr(values, eight)
-        for part in (even, odd):
-            total = builder.add(total, call(builder, "llvm.x86.avx2.pmadd.wd", kind, *part))
-        return total
+    def _add_small(self, weights: ir.Value, values: ir.Value) -> None:
+        builder = self._writer.builder
+        pairs = zip(_halves(builder, weights), _halves(builder, values), strict=True)
+        bytes_of = [[builder.bitcast(half, I8X32) for half in pair] for pair in pairs]
+        products = [call(builder, "llvm.x86.avx2.pmadd.ub.sw", I16X16, *pair) for pair in bytes_of]
+        if self._small:
+            products = [builder.add(*both) for both in zip(self._small, products, strict=True)]
+        self._small = products
+        self._num_small += 1
+        if self._num_small == self._max_small:
+            self._widen()
 
-    def halves_of_bytes(self, packed: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Low and high 4 bits of each byte."""
-        mask = constant(I32, 0x0F0F0F0F)
-        return (
-            self.builder.and_(packed, mask),
-            self.builder.and_(self.builder.lshr(packed, constant(I32, 4)), mask),
-        )
+    def _widen(self) -> None:
+        if not self._small:
+            return
+        builder, ones = self._writer.builder, ir.Constant(I16X16, [1] * 16)
+        wide = [call(builder, "llvm.x86.avx2.pmadd.wd", I32X8, half, ones) for half in self._small]
+        self._total = builder.add(self._total, _join(builder, wide))
+        self._small, self._num_small = [], 0
 
-    def group_weights(self, encoding: Encoding, group: ir.Value) -> list[ir.Value]:
-        """The 8 vectors of unsigned weights of a packed group at an address."""
-        offset = encoding.values_offset
-        if encoding.bits == 8:
-            return [self.load(I32X16, group, offset + VECTOR_BYTES * step) for step in range(STEPS)]
-        packed = [self.load(I32X16, group, offset + VECTOR_BYTES * step) for step in range(STEPS // 2)]
-        low, high = zip(*(self.halves_of_bytes(vector) for vector in packed), strict=True)
-        return [*low, *high]
+    def _add_wide(self, weights: ir.Value, values: ir.Value) -> None:
+        builder, eight = self._writer.builder, ir.Constant(I16X16, [8] * 16)
+        sums = []
+        for half, value in zip(_halves(builder, weights), _halves(builder, values), strict=True):
+            weight, pair = builder.bitcast(half, I16X16), builder.bitcast(value, I16X16)
+            even = builder.and_(weight, ir.Constant(I16X16, [255] * 16)), builder.ashr(builder.shl(pair, eight), eight)
+            odd = builder.lshr(weight, eight), builder.ashr(pair, eight)
+            products = [call(builder, "llvm.x86.avx2.pmadd.wd", I32X8, *part) for part in (even, odd)]
+            sums.append(builder.add(*products))
+        self._total = builder.add(self._total, _join(builder, sums))
 
-    def group_scales(self, encoding: Encoding, group: ir.Value) -> tuple[list[ir.Value], list[ir.Value]]:
-        """Scales and minimums of the 16 rows of a packed group, for each scale group."""
-        count, size = encoding.scales_per_group, encoding.scale_bytes * ROW_BLOCK
-        if size == 0:
-            return [constant(F32, 1.0)], [constant(F32, -float(encoding.zero_point))]
-        scales = [self._load_float(encoding, group, size * index) for index in range(count)]
-        if encoding.has_minimum:
-            return scales, [self._load_float(encoding, group, size * (count + index)) for index in range(count)]
-        shift = constant(F32, -float(encoding.zero_point))
-        return scales, [self.builder.fmul(scale, shift) for scale in scales]
 
-    def _load_float(self, encoding: Encoding, group: ir.Value, offset: int) -> ir.Value:
-        if encoding.scale_bytes == 4:
-            return self.load(F32X16, group, offset)
-        return self.builder.fpext(self.load(F16X16, group, offset), F32X16)
+def _halves(builder: ir.IRBuilder, value: ir.Value) -> list[ir.Value]:
+    """Lanes 0-7 and 8-15."""
+    undefined = ir.Constant(value.type, ir.Undefined)
+    return [
+        builder.shuffle_vector(value, undefined, ir.Constant(I32X8, list(range(first, first + 8)))) for first in (0, 8)
+    ]
+
+
+def _join(builder: ir.IRBuilder, halves: Sequence[ir.Value]) -> ir.Value:
+    """16 lanes of two times 8."""
+    return builder.shuffle_vector(*halves, ir.Constant(I32X16, list(range(16))))
 
 
 class Loop:
@@ -156,219 +171,8 @@ class Loop:
         builder.position_at_end(after)
 
 
-@dataclass(frozen=True, slots=True)
-class Activations:
-    """Where a writer finds a group of activations of some tokens of a panel."""
-
-    width: int  # tokens of the panel
-    first: int  # token of the panel
-
-    def values(self, step: int, token: int) -> int:
-        """Offset of 4 columns of a token."""
-        return (step * self.width + self.first + token) * 4
-
-    def scale(self, token: int) -> int:
-        """Offset of a token's scale."""
-        return GROUP_SIZE * self.width + 4 * (self.first + token)
-
-    def sum(self, token: int) -> int:
-        """Offset of a token's product of scale and sum."""
-        return self.scale(token) + 4 * self.width
-
-
 def literal_values(arguments: Sequence[Any]) -> list[int] | None:
     """Numbers that are known when the kernel is compiled; None if one is not."""
     if not all(isinstance(argument, types.IntegerLiteral) for argument in arguments):
         return None
     return [argument.literal_value for argument in arguments]
-
-
-def add_group(
-    writer: Writer,
-    total: ir.Value,
-    sums: Sequence[ir.Value],
-    scales: Sequence[ir.Value],
-    minimums: Sequence[ir.Value],
-    activation: tuple[ir.Value, Sequence[ir.Value]],
-) -> ir.Value:
-    """Add the integer sums of a group to the float32 total; the one place where floats meet."""
-    scale, value_sums = activation
-    for part, weight_scale, minimum, value_sum in zip(sums, scales, minimums, value_sums, strict=True):
-        scaled = writer.builder.fmul(writer.builder.sitofp(part, F32X16), scale)
-        total = writer.fma(weight_scale, scaled, total)
-        total = writer.fma(minimum, value_sum, total)
-    return total
-
-
-def dot_steps(writer: Writer, count: int, weights: Sequence[ir.Value], values: Sequence[ir.Value]) -> list[ir.Value]:
-    """Integer sums of a group for each of its `count` scale groups."""
-    length = STEPS // count
-    sums = []
-    for first in range(0, STEPS, length):
-        total = constant(I32, 0)
-        for step in range(first, first + length):
-            total = writer.dot(total, weights[step], values[step])
-        sums.append(total)
-    return sums
-
-
-def half_sums(writer: Writer, values: Sequence[ir.Value], scale: ir.Value) -> list[ir.Value]:
-    """Products of scale and sum for both halves of a group, which activations do not have."""
-    ones = constant(I32, 0x01010101)
-    sums = dot_steps(writer, 2, [ones] * STEPS, values)
-    return [writer.builder.fmul(writer.builder.sitofp(part, F32X16), scale) for part in sums]
-
-
-@intrinsic(prefer_literal=True)
-def gemv_block(context: Any, encoding: Any, way: Any, weights: Any, values: Any, num_groups: Any, result: Any) -> Any:
-    """Products of the 16 rows of a packed row block at `weights` and one token at `values`; 16 float32 to `result`."""
-    numbers = literal_values((encoding, way))
-    if numbers is None:
-        return None
-    layout, method = ENCODINGS[numbers[0]], DotProduct(numbers[1])
-    activations = Activations(1, 0)
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
-        writer = Writer(builder, method)
-        weights, values, num_groups, result = arguments[2:]
-        loop = Loop(builder, num_groups, [weights, values, constant(F32, 0.0)])
-        group, token, total = loop.carried
-        steps = [writer.load_splat(I32, token, activations.values(step, 0)) for step in range(STEPS)]
-        sums = dot_steps(writer, layout.scales_per_group, writer.group_weights(layout, group), steps)
-        scale = writer.load_splat(F32, token, activations.scale(0))
-        value_sums = [writer.load_splat(F32, token, activations.sum(0))]
-        if layout.scales_per_group == 2:
-            value_sums = half_sums(writer, steps, scale)
-        following = add_group(writer, total, sums, *writer.group_scales(layout, group), (scale, value_sums))
-        loop.close([builder.add(group, I64(layout.group_bytes)), builder.add(token, I64(GROUP_BYTES)), following])
-        writer.store(following, result)
-        return context.get_dummy_value()
-
-    int64 = types.int64
-    return types.void(encoding, way, int64, int64, int64, int64), codegen
-
-
-@intrinsic(prefer_literal=True)
-def panel_block(
-    context: Any,
-    encoding: Any,
-    way: Any,
-    width: Any,
-    first: Any,
-    num_tokens: Any,
-    num_blocks: Any,
-    fetches: Any,
-    weights: Any,
-    block_bytes: Any,
-    values: Any,
-    num_groups: Any,
-    result: Any,
-    result_stride: Any,
-) -> Any:
-    """Add to `result` the products of row blocks and tokens `first` to `first + num_tokens - 1` of a panel.
-
-    Args:
-        encoding, way, width, first, num_tokens, num_blocks, fetches: known when the kernel is compiled.
-        fetches: 1 to fetch the row blocks that follow these into the cache meanwhile.
-        weights: address of the first row block; the next one is `block_bytes` away.
-        values: address of the panel's first group.
-        result: address of float32 [token][16 num_blocks], rows `result_stride` bytes apart.
-    """
-    numbers = literal_values((encoding, way, width, first, num_tokens, num_blocks, fetches))
-    if numbers is None:
-        return None
-    tile = PanelTile(
-        ENCODINGS[numbers[0]],
-        DotProduct(numbers[1]),
-        Activations(numbers[2], numbers[3]),
-        numbers[4],
-        numbers[5],
-        bool(numbers[6]),
-    )
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
-        tile.write(builder, arguments[7:])
-        return context.get_dummy_value()
-
-    literals = (encoding, way, width, first, num_tokens, num_blocks, fetches)
-    return types.void(*literals, *[types.int64] * 6), codegen
-
-
-@dataclass(frozen=True, slots=True)
-class PanelTile:
-    """Writes the loop of `panel_block` for fixed numbers of tokens and row blocks."""
-
-    encoding: Encoding
-    way: DotProduct
-    activations: Activations
-    num_tokens: int
-    num_blocks: int
-    fetches: bool
-
-    def write(self, builder: ir.IRBuilder, arguments: Sequence[ir.Value]) -> None:
-        """The loop over groups. Float totals stay in registers or go through memory, as LLVM decides."""
-        weights, block_bytes, values, num_groups, result, stride = arguments
-        writer = Writer(builder, self.way)
-        tokens = [builder.add(result, builder.mul(stride, I64(token))) for token in range(self.num_tokens)]
-        start = [writer.load(F32X16, token, 64 * block) for token in tokens for block in range(self.num_blocks)]
-        loop = Loop(builder, num_groups, [weights, values, *start])
-        group, panel, *totals = loop.carried
-        blocks = [builder.add(group, builder.mul(block_bytes, I64(block))) for block in range(self.num_blocks)]
-        if self.fetches:
-            self._fetch(writer, blocks, builder.mul(block_bytes, I64(self.num_blocks)))
-        sums = self._integer_sums(writer, blocks, panel)
-        following = self._add(writer, blocks, panel, sums, totals)
-        loop.close(
-            [
-                builder.add(group, I64(self.encoding.group_bytes)),
-                builder.add(panel, I64(GROUP_BYTES * self.activations.width)),
-                *following,
-            ]
-        )
-        for index, total in enumerate(following):
-            writer.store(total, tokens[index // self.num_blocks], 64 * (index % self.num_blocks))
-
-    def _fetch(self, writer: Writer, blocks: Sequence[ir.Value], distance: ir.Value) -> None:
-        for block in blocks:
-            following = writer.builder.add(block, distance)
-            for offset in range(0, self.encoding.group_bytes, VECTOR_BYTES):
-                writer.prefetch(following, offset)
-
-    def _integer_sums(self, writer: Writer, blocks: Sequence[ir.Value], panel: ir.Value) -> list[list[list[ir.Value]]]:
-        """[scale group][token][block]."""
-        length = STEPS // self.encoding.scales_per_group
-        weights = [writer.group_weights(self.encoding, block) for block in blocks]
-        result = []
-        for first in range(0, STEPS, length):
-            sums = [[constant(I32, 0)] * self.num_blocks for _ in range(self.num_tokens)]
-            for step in range(first, first + length):
-                for token in range(self.num_tokens):
-                    value = writer.load_splat(I32, panel, self.activations.values(step, token))
-                    sums[token] = [
-                        writer.dot(total, block[step], value) for total, block in zip(sums[token], weights, strict=True)
-                    ]
-            result.append(sums)
-        return result
-
-    def _add(
-        self,
-        writer: Writer,
-        blocks: Sequence[ir.Value],
-        panel: ir.Value,
-        sums: Sequence[Sequence[Sequence[ir.Value]]],
-        totals: Sequence[ir.Value],
-    ) -> list[ir.Value]:
-        scales = [writer.group_scales(self.encoding, block) for block in blocks]
-        count = self.encoding.scales_per_group
-        result = []
-        for token in range(self.num_tokens):
-            scale = writer.load_splat(F32, panel, self.activations.scale(token))
-            value_sums = [writer.load_splat(F32, panel, self.activations.sum(token))]
-            if count == 2:
-                steps = [writer.load_splat(I32, panel, self.activations.values(step, token)) for step in range(STEPS)]
-                value_sums = half_sums(writer, steps, scale)
-            for block in range(self.num_blocks):
-                parts = [sums[index][token][block] for index in range(count)]
-                total = totals[token * self.num_blocks + block]
-                result.append(add_group(writer, total, parts, *scales[block], (scale, value_sums)))
-        return result

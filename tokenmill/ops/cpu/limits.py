@@ -11,7 +11,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from tokenmill.ops.cpu.cpu_features import DotProduct, best_dot_product
-from tokenmill.ops.cpu.dot_product import Loop, Writer, literal_values
+from tokenmill.ops.cpu.dot_product import DotSum, Loop, Writer, literal_values
 from tokenmill.ops.cpu.intrinsics import argument, chunk_range
 from tokenmill.ops.cpu.jit import NativeFunction, kernel
 from tokenmill.ops.cpu.layout import FIRST_ARGUMENT
@@ -62,7 +62,11 @@ def multiply_turns(context: Any, way: Any, source: Any, num_turns: Any, result: 
         source, num_turns, result = arguments[1:]
         vector = writer.load(I32X16, source)
         loop = Loop(builder, num_turns, [vector] * ACCUMULATORS)
-        totals = [writer.dot(total, vector, vector) for total in loop.carried]
+        totals = []
+        for carried in loop.carried:
+            total = DotSum(writer, 8, carried)
+            total.add(vector, vector)
+            totals.append(total.result())
         loop.close(totals)
         for index, total in enumerate(totals):
             writer.store(total, result, 64 * index)

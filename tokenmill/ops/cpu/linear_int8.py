@@ -13,10 +13,10 @@ from typing import Final
 
 from tokenmill.errors import InvalidParameterError
 from tokenmill.ops.cpu.cpu_features import DotProduct, best_dot_product
-from tokenmill.ops.cpu.dot_product import gemv_block, panel_block
 from tokenmill.ops.cpu.intrinsics import argument, chunk_range, device_panel_width
 from tokenmill.ops.cpu.jit import NativeFunction, device
 from tokenmill.ops.cpu.layout import COLUMN_NUM_TOKENS, FIRST_ARGUMENT, GROUP_BYTES
+from tokenmill.ops.cpu.linear_blocks import gemv_block, panel_block
 from tokenmill.ops.cpu.linear_epilogue import (
     ACTIVATION,
     ACTIVATIONS,
@@ -45,6 +45,14 @@ GROUP_BLOCK: Final = 48
 
 MAX_BLOCKS: Final = 4
 """Row blocks of a chunk."""
+
+TILES: Final = {
+    DotProduct.AVX512_VNNI: (8, 2),
+    DotProduct.AVX_VNNI: (4, 1),
+    DotProduct.AVX2: (4, 1),
+    DotProduct.PORTABLE: (4, 1),
+}
+"""Tokens and row blocks whose sums fit the registers."""
 
 SCRATCH_BYTES: Final = TOKEN_BLOCK * MAX_BLOCKS * BLOCK_TOTALS
 """Scratch memory of one thread; ops may share it."""
@@ -83,6 +91,7 @@ def _one_token_kernel(encoding: int, way: int) -> NativeFunction:
 
 def _many_tokens_kernel(encoding: int, way: int) -> NativeFunction:
     group_bytes = ENCODINGS[encoding].group_bytes
+    wide, tile_blocks = TILES[DotProduct(way)]
 
     def linear_many_tokens(thread: int, num_threads: int, row: int) -> None:
         num_tokens, num_groups = argument(row, COLUMN_NUM_TOKENS), argument(row, NUM_GROUPS)
@@ -93,8 +102,10 @@ def _many_tokens_kernel(encoding: int, way: int) -> NativeFunction:
         gated = argument(row, ACTIVATION) != NO_ACTIVATION
         chunk_blocks = 4 if gated else 2
         stride = chunk_blocks * BLOCK_TOTALS
+        tile_tokens = min(width, wide)
         num_chunks = argument(row, NUM_BLOCKS) // chunk_blocks
         block_bytes = num_groups * group_bytes
+        ahead = 2 * block_bytes
         num_token_blocks = (num_tokens + TOKEN_BLOCK - 1) // TOKEN_BLOCK
         first, end = chunk_range(thread, num_threads, num_chunks * num_token_blocks)
         for item in range(first, end):
@@ -110,17 +121,24 @@ def _many_tokens_kernel(encoding: int, way: int) -> NativeFunction:
                     length = min(num_groups - group, GROUP_BLOCK)
                     w = weights + group * group_bytes
                     values = panels + (argument(row, FIRST_GROUP) + group) * panel_group
-                    for panel in range(num_panels):
-                        x = values + panel * panel_bytes
-                        y = result + panel * width * stride
-                        if width == 16:
-                            panel_block(encoding, way, 16, 0, 8, 2, 1, w, block_bytes, x, length, y, stride)
-                            y += 8 * stride
-                            panel_block(encoding, way, 16, 8, 8, 2, 0, w, block_bytes, x, length, y, stride)
-                        elif width == 8:
-                            panel_block(encoding, way, 8, 0, 8, 2, 1, w, block_bytes, x, length, y, stride)
-                        else:
-                            panel_block(encoding, way, 4, 0, 4, 2, 1, w, block_bytes, x, length, y, stride)
+                    for tile in range(num_panels * width // tile_tokens):
+                        token = tile * tile_tokens
+                        x = values + token // width * panel_bytes + token % width * 4
+                        y = result + token * stride
+                        for block in range(0, 2, tile_blocks):
+                            v, z = w + block * block_bytes, y + block * BLOCK_TOTALS
+                            if width == 16:
+                                panel_block(
+                                    encoding, way, 16, wide, tile_blocks, v, block_bytes, ahead, x, length, z, stride
+                                )
+                            elif width == 8:
+                                panel_block(
+                                    encoding, way, 8, wide, tile_blocks, v, block_bytes, ahead, x, length, z, stride
+                                )
+                            else:
+                                panel_block(
+                                    encoding, way, 4, 4, tile_blocks, v, block_bytes, ahead, x, length, z, stride
+                                )
             if gated:
                 finish_gated(row, totals, first_token, count, chunk)
             else:

@@ -9,6 +9,8 @@ other, so that a thread reads one sequential stream. The bytes of one group of a
 | minimums | 16 rows of the same type, for q4_1 and q4_k |
 | values of 8 bits | 8 vectors of 64 bytes: byte 4 r + j of vector i is row r, column 4 i + j, unsigned |
 | values of 4 bits | 4 such vectors: column 4 i + j in the low, 16 + 4 i + j in the high half of the byte |
+| values of 5 bits | as for 4 bits, then one vector: bit i of byte 4 r + j is the fifth bit of column 4 i + j |
+| values of 6 bits | as for 4 bits, then two vectors: bits 2 i of vector h are the high bits of column 16 h + 4 i + j |
 
 A weight is scale * (value - zero point), or scale * value + minimum. int8_channel has one float32 per row behind all
 row blocks. Rows are padded to a multiple of 32 with zeros; in a gated weight blocks of 16 gate rows and 16 up rows
@@ -43,7 +45,7 @@ class Encoding:
 
     Args:
         format: name of the format in a program.
-        bits: of a value, 4 or 8.
+        bits: of a value: 4, 5, 6 or 8.
         scale_bytes: 2 (float16), 4 (float32), or 0 (one scale per row).
         zero_point: subtracted from values; 0 if there is a minimum.
         has_minimum: whether each group has one to be added.
@@ -74,10 +76,10 @@ class Encoding:
 ENCODINGS: Final = (
     Encoding("q4_0", 4, 2, zero_point=8, block_columns=32, block_bytes=18),
     Encoding("q4_1", 4, 2, has_minimum=True, block_columns=32, block_bytes=20),
-    Encoding("q5_0", 8, 2, zero_point=16, block_columns=32, block_bytes=22),
+    Encoding("q5_0", 5, 2, zero_point=16, block_columns=32, block_bytes=22),
     Encoding("q8_0", 8, 2, zero_point=128, block_columns=32, block_bytes=34),
     Encoding("q4_k", 4, 4, has_minimum=True, block_columns=K_BLOCK, block_bytes=144),
-    Encoding("q6_k", 8, 4, zero_point=32, scales_per_group=2, block_columns=K_BLOCK, block_bytes=210),
+    Encoding("q6_k", 6, 4, zero_point=32, scales_per_group=2, block_columns=K_BLOCK, block_bytes=210),
     Encoding("int8_group32", 8, 2, zero_point=128),
     Encoding("int8_channel", 8, 0, zero_point=128),
 )
@@ -156,7 +158,7 @@ class Rows:
     """Rows of a weight, taken apart.
 
     Args:
-        words: uint32 [rows, groups, 4 or 8], values as they are packed.
+        words: uint32 [rows, groups, vectors], values as they are packed.
         scales: float [rows, groups, 1 or 2], or [rows] for int8_channel.
         minimums: float [rows, groups, 1], or None.
     """
@@ -295,6 +297,15 @@ def nibble_words(values: ByteArray) -> npt.NDArray[np.uint32]:
     return byte_words(values[..., :half] | (values[..., half:] << 4))
 
 
+def split_words(values: ByteArray, bits: int) -> npt.NDArray[np.uint32]:
+    """Unsigned values [rows, groups, 32] of 5 or 6 bits as words of their encodings."""
+    width = bits - 4
+    steps = (values >> 4).reshape(*values.shape[:2], width, -1, 4)  # [vector, steps of a byte, column % 4]
+    shifts = np.arange(0, 8, width, dtype=np.uint8).reshape(-1, 1)
+    high = np.bitwise_or.reduce(steps << shifts, axis=-2).reshape(*values.shape[:2], 4 * width)
+    return np.concatenate([nibble_words(values & NIBBLE), byte_words(high)], axis=-1)
+
+
 def _read_q4_0(blocks: ByteArray) -> Rows:
     return Rows(byte_words(blocks[..., 2:]), _halves(blocks, 0, 1))
 
@@ -307,7 +318,7 @@ def _read_q5_0(blocks: ByteArray) -> Rows:
     high = np.unpackbits(blocks[..., 2:6], axis=-1, bitorder="little")
     low = blocks[..., 6:]
     values = np.concatenate([low & NIBBLE, low >> 4], axis=-1) | (high << 4)
-    return Rows(byte_words(values), _halves(blocks, 0, 1))
+    return Rows(split_words(values, 5), _halves(blocks, 0, 1))
 
 
 def _read_q8_0(blocks: ByteArray) -> Rows:
@@ -333,7 +344,7 @@ def _read_q6_k(blocks: ByteArray) -> Rows:
     shifts = np.array([0, 2, 4, 6], np.uint8).reshape(4, 1)
     values = nibbles | ((high >> shifts & 3) << 4)
     steps = blocks[..., 192:208].view(np.int8).astype(np.float32) * _halves(blocks, 104, 1).astype(np.float32)
-    return Rows(byte_words(values.reshape(rows, -1, GROUP_SIZE)), steps.reshape(rows, -1, 2))
+    return Rows(split_words(values.reshape(rows, -1, GROUP_SIZE), 6), steps.reshape(rows, -1, 2))
 
 
 def _halves(blocks: ByteArray, first: int, count: int) -> npt.NDArray[np.float16]:

@@ -1,0 +1,114 @@
+"""`StepTrace`: where the time of an engine's steps goes: device, gaps, host. For `llama8b --trace`.
+
+It stands between an engine and its runner, and notes for each step its size, how it was run, the host's time to launch
+it and to wait for it, and the device's clock at its beginning and end.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from tokenmill.engine.plan import BatchPlan, StepOutput
+
+
+@dataclass
+class TracedStep:
+    """One step. Times in seconds; events are of the device.
+
+    Args:
+        kind: `eager`, `first` (of its size, run eagerly), `capture`, or `replay`.
+        num_rows, num_tokens: of the plan.
+        launch: host time of the launch.
+        wait: host time of the collection.
+        begin, end: around what the step does on the device.
+    """
+
+    kind: str
+    num_rows: int
+    num_tokens: int
+    launch: float
+    begin: torch.cuda.Event
+    end: torch.cuda.Event
+    wait: float = 0.0
+
+
+class StepTrace:
+    """A `Runner` that times another one.
+
+    Args:
+        runner: a `ModelRunner`.
+    """
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+        self.steps: list[TracedStep] = []
+
+    def launch(self, plan: BatchPlan) -> Any:
+        """Start the step."""
+        started = time.perf_counter()
+        kind = self._kind_of(plan)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        pending = self._runner.launch(plan)
+        end.record()
+        launch = time.perf_counter() - started
+        step = TracedStep(kind, len(plan.rows), plan.num_tokens, launch, begin, end)
+        self.steps.append(step)
+        return pending, step
+
+    def collect(self, pending: Any) -> StepOutput:
+        """Wait for the step and read what it gave."""
+        launched, step = pending
+        started = time.perf_counter()
+        output: StepOutput = self._runner.collect(launched)
+        step.wait = time.perf_counter() - started
+        return output
+
+    def run(self, plan: BatchPlan) -> StepOutput:
+        """Launch and collect."""
+        return self.collect(self.launch(plan))
+
+    def report(self, seconds: float) -> None:
+        """Print totals by kind for the steps since the last report, which took `seconds`."""
+        torch.cuda.synchronize()
+        steps, self.steps = self.steps, []
+        gaps = [0.0] + [max(0.0, a.end.elapsed_time(b.begin)) for a, b in pairwise(steps)]
+        busy = [step.begin.elapsed_time(step.end) for step in steps]
+        num_tokens = sum(step.num_tokens for step in steps)
+        print(
+            f"{len(steps)} steps, {num_tokens} tokens, {seconds:.2f} s: device in steps {sum(busy) / 1e3:.2f} s, "
+            f"between them {sum(gaps) / 1e3:.2f} s; host waits {sum(step.wait for step in steps):.2f} s"
+        )
+        for kind in ("replay", "capture", "first", "eager"):
+            of_kind = [index for index, step in enumerate(steps) if step.kind == kind]
+            if of_kind:
+                num_tokens = sum(steps[i].num_tokens for i in of_kind)
+                print(
+                    f"  {kind:8} {len(of_kind):5} steps {num_tokens:8} tokens:"
+                    f" device {sum(busy[i] for i in of_kind) / 1e3:6.2f} s,"
+                    f" gaps before {sum(gaps[i] for i in of_kind):8.1f} ms,"
+                    f" launch {sum(steps[i].launch for i in of_kind) * 1e3:8.1f} ms,"
+                    f" host waits {sum(steps[i].wait for i in of_kind):6.2f} s"
+                )
+        slowest = sorted(range(len(steps)), key=lambda index: -gaps[index] - steps[index].launch * 1e3)[:6]
+        for index in sorted({*slowest, *range(0, len(steps), max(1, len(steps) // 12))}):
+            step = steps[index]
+            print(
+                f"    step {index:5} {step.kind:8} rows {step.num_rows:5} tokens {step.num_tokens:5}: device"
+                f" {busy[index]:7.2f} ms, gap {gaps[index]:6.2f},"
+                f" launch {step.launch * 1e3:6.2f}, wait {step.wait * 1e3:6.2f}"
+            )
+
+    def _kind_of(self, plan: BatchPlan) -> str:
+        graphs = self._runner._graphs
+        size = None if graphs is None else graphs.size_of(plan.rows, greedy=True)  # benchmarks are greedy
+        if size is None:
+            return "eager"
+        if size not in graphs._captured:
+            return "first"
+        return "capture" if graphs._captured[size] is None else "replay"
