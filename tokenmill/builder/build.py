@@ -25,6 +25,7 @@ from tokenmill.builder.memory_plan import memory_report, plan_memory
 from tokenmill.builder.packing import choose_layouts, pack_weights
 from tokenmill.builder.pass_selection import disabled_passes
 from tokenmill.builder.passes import PassReport, Target, run_passes
+from tokenmill.builder.picture import graph_html
 from tokenmill.builder.report import BuildReport, count_kinds, weight_bytes
 from tokenmill.builder.tokenizer_files import tokenizer_files
 from tokenmill.builder.tune_program import tune_program
@@ -36,7 +37,7 @@ from tokenmill.models.config import ModelConfig
 from tokenmill.ops.cpu.packing import FORMATS as INTEGER_KERNEL_FORMATS
 from tokenmill.program.checks import check_program
 from tokenmill.program.engine_config import EngineConfig, LimitsRecord, ModelRecord, TargetRecord
-from tokenmill.program.package import TIMING_CACHE_NAME
+from tokenmill.program.package import PICTURE_NAME, TIMING_CACHE_NAME, FileContent
 from tokenmill.program.program import Program
 from tokenmill.program.timing_cache import TimingCache
 from tokenmill.version import __version__
@@ -88,7 +89,10 @@ def build(
         else:
             weights = pack_weights(_constants_only(program), source, constants)
     engine = builder.engine(checkpoint, settings, program, choice, weights)
-    return engine if timings is None else engine.with_files({TIMING_CACHE_NAME: timings.encode()})
+    files: dict[str, FileContent] = {} if timings is None else {TIMING_CACHE_NAME: timings.encode()}
+    if config.picture and builder.passes:
+        files[PICTURE_NAME] = builder.picture(engine).encode()
+    return engine.with_files(files)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +115,7 @@ class _Builder:
     seconds: dict[str, float] = field(default_factory=dict)
     num_nodes: dict[str, int] = field(default_factory=dict)
     tuned: dict[str, int] = field(default_factory=dict)
+    passes: list[PassReport] = field(default_factory=list)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -138,6 +143,7 @@ class _Builder:
             self.num_nodes["after_passes"] = len(graph.nodes)
             if on_passes is not None:
                 on_passes(reports)
+        self.passes = reports
         with self.phase("lower"):
             program = self._lowered(graph, settings)
         return program, dict(graph.constants), choice
@@ -157,6 +163,17 @@ class _Builder:
         report = tune_program(self.config, program, settings.limits, lambda done, of: self.tell("tune", done, of))
         self.tuned = {"measured": report.num_measured, "reused": report.num_reused}
         return report.cache if report.cache.times else None
+
+    def picture(self, engine: Engine) -> str:
+        """The network before and after the passes as a page."""
+        config, report = engine.config, engine.config.report
+        facts = {
+            "Quantization": config.quantization,
+            "Weights": f"{engine.weight_nbytes / 1e6:,.1f} MB",
+            "Memory of a step": f"{report['arena_bytes'] / 1e6:,.2f} MB for {config.limits.max_num_tokens:,} tokens",
+            "Operations": f"{len(engine.program.operations):,}",
+        }
+        return graph_html(self.model, self.passes[0].before, self.passes[-1].after, self.passes, facts=facts)
 
     def engine(
         self,
