@@ -42,6 +42,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "engine.request",
         "executor.description",
         "executor.engine_factory",
+        "executor.engine_source",
         "inputs",
         "telemetry",
         "tokenization",
@@ -76,7 +77,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "sampling",
     ),
     "executor.backend_choice": ("models",),
-    "executor.engine_source": ("builder", "program"),  # engines are built here, or read
+    "executor.engine_source": ("builder", "executor.description", "program"),  # engines are built here, or read
     "executor.scheduling": ("engine", "engine.plan", "executor.description", "kv_cache"),
     "tokenization": ("checkpoints",),
     "engine": ("engine.plan", "engine.request", "kv_cache"),
@@ -146,6 +147,7 @@ LATE_OWN_IMPORTS: dict[str, str] = {
     "tokenmill.executor.worker": "torch loads while a thread loads the tokenizer",
     "tokenmill.executor.__main__": "a process loads what its kind needs; postprocessing needs no engine",
     "tokenmill.ops": "the Triton kernels load triton, which only tensors on a GPU need",
+    "tokenmill.runtime.program_loading": "the CPU's kernels load numba, which an engine on a GPU does not need",
     "tokenmill.checkpoints.base": "`open_checkpoint` picks among readers that are derived from this module's",
     "tokenmill.tokenization.chat_template": "the environment derives from jinja2's, which completions never need",
 }
