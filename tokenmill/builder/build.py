@@ -153,7 +153,7 @@ class _Builder:
         program = choose_layouts(lower(graph), settings.device)
         keep = _debug_outputs(self.config.debug_outputs, program).values()
         program = plan_memory(program, max_tokens=limits.max_num_tokens, max_rows=limits.max_num_rows, keep=keep)
-        check_program(program)
+        check_program(program, max_tokens=limits.max_num_tokens, max_rows=limits.max_num_rows)
         return program
 
     def timings(self, program: Program, settings: _Settings) -> TimingCache | None:

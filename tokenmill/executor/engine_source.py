@@ -108,6 +108,7 @@ def build_config(args: LlmArgs, sizes: EngineSizes) -> BuildConfig:
         kv_cache_dtype=cache if cache in ("float32", "bfloat16") else "auto",
         device="cpu" if not args.device.startswith("cuda") else "cuda",
         capture="dispatch",
+        picture=False,
         opt_level=1,  # kernels are measured by `tokenmill build`, not at every start
         num_threads=args.num_threads,
     )
