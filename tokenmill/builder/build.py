@@ -32,6 +32,7 @@ from tokenmill.builder.tune_program import tune_program
 from tokenmill.builder.weight_source import WeightSource
 from tokenmill.checkpoints.base import Checkpoint, open_checkpoint
 from tokenmill.checkpoints.resolve import resolve_model
+from tokenmill.env import read_environment
 from tokenmill.errors import InvalidParameterError, did_you_mean
 from tokenmill.models.config import ModelConfig
 from tokenmill.ops.cpu.packing import FORMATS as INTEGER_KERNEL_FORMATS
@@ -134,7 +135,9 @@ class _Builder:
     ) -> tuple[Program, dict[str, tuple[float, ...]], FormatChoice]:
         """The program, the values of its constants, and the formats of the weights."""
         with self.phase("capture"):
-            graph = capture(model_config, dtype=getattr(torch, settings.dtype), method=self.config.capture)
+            proofs = read_environment().cache_dir / "captures"
+            dtype = getattr(torch, settings.dtype)
+            graph = capture(model_config, dtype=dtype, method=self.config.capture, proofs=proofs)
             choice = choose_formats(graph, source, self.config.quantization, settings.dtype)
             graph = assign_formats(graph, choice.formats)
             self.num_nodes["captured"] = len(graph.nodes)
@@ -166,14 +169,14 @@ class _Builder:
 
     def picture(self, engine: Engine) -> str:
         """The network before and after the passes as a page."""
-        config, report = engine.config, engine.config.report
+        limits, report = engine.config.limits, engine.config.report
+        weights = [f"{nbytes / 1e6:.1f} MB {name}" for name, nbytes in report["weight_bytes"].items()]
         facts = {
-            "Quantization": config.quantization,
-            "Weights": f"{engine.weight_nbytes / 1e6:,.1f} MB",
-            "Memory of a step": f"{report['arena_bytes'] / 1e6:,.2f} MB for {config.limits.max_num_tokens:,} tokens",
-            "Operations": f"{len(engine.program.operations):,}",
+            "Weights": ", ".join(weights),
+            "Memory of a step": f"{report['arena_bytes'] / 1e6:.2f} MB for {limits.max_num_tokens} tokens, "
+            f"{report['arena_sum_bytes'] / 1e6:.0f} MB if every value had its own",
         }
-        return graph_html(self.model, self.passes[0].before, self.passes[-1].after, self.passes, facts=facts)
+        return graph_html(Path(self.model).name, self.passes[0].before, self.passes[-1].after, self.passes, facts=facts)
 
     def engine(
         self,

@@ -9,25 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Final, Literal, TypeAlias
 
-import llvmlite.binding
 from llvmlite import ir
 
 from tokenmill.ops.cpu import simd
-from tokenmill.ops.cpu.simd import F32, F32X16, I32, I64, call, constant, load_vector, splat
+from tokenmill.ops.cpu.cpu_features import host_features
+from tokenmill.ops.cpu.simd import F32, F32X16, I8, I32, I64, call, constant, declare, load_vector, splat
 
 ElementKind: TypeAlias = Literal["float32", "bfloat16_pair", "mixed_pair"]
 
 ELEMENT_BYTES: Final = 4
-
-
-@cache
-def host_features() -> frozenset[str]:
-    """Instruction sets of this processor that LLVM knows of."""
-    features = llvmlite.binding.get_host_cpu_features()
-    return frozenset(name for name, has in features.items() if has)
 
 
 def has_wide_registers() -> bool:
@@ -113,8 +105,13 @@ def tile_loop(
     b: Matrix,
     count: ir.Value,
     start: Sequence[Sequence[ir.Value]],
+    ahead: Sequence[ir.Value] = (),
 ) -> list[list[ir.Value]]:
-    """Add `count` >= 1 products to the accumulators `start` [rows][vectors]; returns them. Opens new basic blocks."""
+    """Add `count` >= 1 products to the accumulators `start` [rows][vectors]; returns them. Opens new basic blocks.
+
+    Args:
+        ahead: addresses of vectors of a later B; what lies there is brought nearer meanwhile.
+    """
     before = builder.block
     body, after = builder.append_basic_block("tile"), builder.append_basic_block("tile.end")
     builder.branch(body)
@@ -127,6 +124,8 @@ def tile_loop(
             phi.add_incoming(value, before)
     offset_a, offset_b = builder.mul(index, a.k_stride), builder.mul(index, b.k_stride)
     vectors = [_load_elements(builder, kind, builder.add(address, offset_b)) for address in b.addresses]
+    for address in ahead:
+        emit_prefetch(builder, builder.add(address, offset_b))
     results = []
     for address, row in zip(a.addresses, totals, strict=True):
         value = _load_element(builder, kind, builder.add(address, offset_a))
@@ -139,6 +138,13 @@ def tile_loop(
     builder.cbranch(builder.icmp_signed("<", following, count), body, after)
     builder.position_at_end(after)
     return results
+
+
+def emit_prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
+    """Start to bring the cache line at an address to the second-level cache."""
+    pointer = builder.inttoptr(address, I8.as_pointer())
+    function = declare(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer.type, I32, I32, I32])
+    builder.call(function, [pointer, I32(0), I32(2), I32(1)])
 
 
 def zeros(rows: int, vectors: int) -> list[list[ir.Value]]:
