@@ -169,7 +169,8 @@ class QKVLinear(LinearBase):
 
     def forward(self, x: Rows) -> torch.Tensor:
         """[T, hidden_size] to [T, H + 2 G, head_dim]: this rank's query heads, key heads, value heads."""
-        return self._product(x, self.bias).unflatten(1, (self.num_heads + 2 * self.num_kv_heads, self.head_dim))
+        product = self._product(x, self.bias)
+        return product.view(product.shape[0], self.num_heads + 2 * self.num_kv_heads, self.head_dim)
 
     def split_heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[T, H + 2 G, D] to query [T, H, D], key [T, G, D] and value [T, G, D]; views."""
