@@ -240,21 +240,24 @@ def test_after_shutdown_every_request_has_ended(model_dir: Path) -> None:
         llm.check_health()
 
 
+@pytest.mark.parametrize("backend", ["engine", "torch"])
 def test_failing_step_ends_its_requests_and_the_engine_goes_on(
-    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
     from tokenmill.runtime.model_runner import ModelRunner
+    from tokenmill.runtime.program_runner import ProgramRunner
 
-    with make_llm(model_dir) as llm:
-        launch = ModelRunner.launch
+    runner_type: Any = ProgramRunner if backend == "engine" else ModelRunner
+    with make_llm(model_dir, backend=backend) as llm:
+        launch = runner_type.launch
         with monkeypatch.context() as patch:
 
             def fail(runner: Any, plan: Any) -> Any:
                 raise RuntimeError("the device is on fire")
 
-            patch.setattr(ModelRunner, "launch", fail)
+            patch.setattr(runner_type, "launch", fail)
             with pytest.raises(EngineError, match="on fire"):
                 llm.generate("the rain")
-        assert ModelRunner.launch is launch
+        assert runner_type.launch is launch
         assert llm.generate("the rain", SamplingParams(max_tokens=3, ignore_eos=True)).outputs[0].length == 3
         llm.check_integrity()

@@ -26,6 +26,7 @@ HTTP_STATUS = {
     "invalid_checkpoint": 400,
     "executor_error": 503,
     "queue_full": 429,
+    "rate_limit_exceeded": 429,
     "request_timeout": 504,
     "request_cancelled": 499,
     "executor_shutdown": 503,

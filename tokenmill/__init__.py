@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 from tokenmill.version import __version__
 
 if TYPE_CHECKING:
+    from tokenmill.builder.build import build
+    from tokenmill.builder.config import BuildConfig
+    from tokenmill.builder.engine import Engine
     from tokenmill.config import KvCacheConfig, SchedulerConfig, WorkerConfig
     from tokenmill.llm import LLM
     from tokenmill.outputs import CompletionOutput, RequestOutput
@@ -18,23 +21,29 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LLM",
+    "BuildConfig",
     "CompletionOutput",
+    "Engine",
     "KvCacheConfig",
     "RequestOutput",
     "SamplingParams",
     "SchedulerConfig",
     "WorkerConfig",
     "__version__",
+    "build",
 ]
 
 _HOME = {
     "LLM": "tokenmill.llm",
+    "BuildConfig": "tokenmill.builder.config",
     "CompletionOutput": "tokenmill.outputs",
+    "Engine": "tokenmill.builder.engine",
     "KvCacheConfig": "tokenmill.config",
     "RequestOutput": "tokenmill.outputs",
     "SamplingParams": "tokenmill.sampling_params",
     "SchedulerConfig": "tokenmill.config",
     "WorkerConfig": "tokenmill.config",
+    "build": "tokenmill.builder.build",
 }
 
 

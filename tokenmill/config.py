@@ -164,25 +164,29 @@ class LlmArgs(StrictModel):
     tensor_parallel_size: int = Field(default=1, ge=1)
     """Number of devices that share each layer."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of weights and activations; auto: bfloat16 where the device computes in it, else float32."""
+    """Type of weights and activations. auto: with the engine backend the formats of the checkpoint, quantized ones
+    included; with the torch backend bfloat16 where the device computes in it, else float32."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     tokenizer_revision: str | None = None
     """Branch, tag or commit of a hub tokenizer."""
-    backend: Literal["auto", "torch", "pytorch"] = "auto"
-    """What runs the model; `pytorch` is another name for `torch`."""
+    backend: Literal["auto", "engine", "torch", "pytorch"] = "auto"
+    """What runs the model: a compiled `engine`, built at load and kept in the cache folder, or `torch` layer by layer
+    (`pytorch` is another name). auto: on a CPU the engine if it can run the model, else torch."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`; auto: the first GPU, else the CPU."""
-    quantization: Literal["fp8"] | None = None
-    """Quantize linear layers while loading: `fp8` is float8_e4m3fn with a scale for each output feature and token."""
+    quantization: Literal["fp8", "int8", "int8_channel", "q4_0", "q4_1", "q5_0", "q8_0"] | None = None
+    """Quantize linear layers while loading: `fp8` is float8_e4m3fn with a scale for each output feature and token, on
+    the torch backend; the others are formats of the engine backend, as in `BuildConfig.quantization`."""
     load_format: Literal["auto", "dummy"] = "auto"
     """`dummy`: random weights of the right shape, made on the device."""
     attn_backend: str = "auto"
     """Attention backend by name (`tokenmill inspect` lists them)."""
     max_batch_size: int = Field(default=64, ge=1)
     """Most sequences that run at the same time."""
-    max_num_tokens: int = Field(default=2048, ge=1)
-    """Most tokens computed in one step, over all sequences."""
+    max_num_tokens: int | None = Field(default=None, ge=1)
+    """Most tokens computed in one step, over all sequences. None: 2048; on a CPU 512 with chunked prefill, since a step
+    of 2048 tokens takes seconds there, in which nobody else gets a token and nothing shows that the engine lives."""
     max_seq_len: int | None = Field(default=None, ge=2)
     """Longest prompt plus answer, in tokens; None: the model's context."""
     enable_chunked_prefill: bool = True

@@ -9,8 +9,10 @@
         RequestTooLargeError         the request can never fit the KV cache
         ModelNotFoundError           no such model
         CheckpointError              a checkpoint file is damaged, incomplete or of the wrong kind
+      EngineFileError              a built engine is damaged, incomplete, or made for another version or machine
       ExecutorError                  the layer between callers and engines
         QueueFullError               too many requests wait; try again later
+        RateLimitError               a client sends more requests than it may
         RequestTimeoutError          the request's deadline passed
         RequestCancelledError        the request was cancelled
         ExecutorShutdownError        the executor is shut down
@@ -116,6 +118,12 @@ class CheckpointError(UserError):
     code = "invalid_checkpoint"
 
 
+class EngineFileError(UserError):
+    """A built engine is damaged, incomplete, or made by another version or for another machine."""
+
+    code = "invalid_engine"
+
+
 class ExecutorError(TokenmillError):
     """The layer between callers and engines."""
 
@@ -127,6 +135,13 @@ class QueueFullError(ExecutorError):
     """Too many requests wait already."""
 
     code = "queue_full"
+    http_status = 429
+
+
+class RateLimitError(ExecutorError):
+    """A client sends more requests than it may."""
+
+    code = "rate_limit_exceeded"
     http_status = 429
 
 

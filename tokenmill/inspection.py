@@ -19,7 +19,12 @@ from tokenmill.errors import OutOfMemoryError, UserError
 from tokenmill.models.config import ModelConfig
 from tokenmill.ops.platform import free_memory
 from tokenmill.runtime.memory_planner import MemoryPlan, MemoryRequest, plan_memory
-from tokenmill.runtime.model_loader import resolve_device, resolve_dtype, resolve_max_seq_len
+from tokenmill.runtime.model_loader import (
+    resolve_device,
+    resolve_dtype,
+    resolve_max_num_tokens,
+    resolve_max_seq_len,
+)
 from tokenmill.tokenization import Tokenizer, load_tokenizer
 
 
@@ -128,12 +133,13 @@ def inspect_model(model: str | Path, **args: Any) -> ModelReport:
     dtype = resolve_dtype(checked.dtype, device)
     cache_name = checked.kv_cache_config.dtype
     cache_dtype = dtype if cache_name == "auto" else resolve_dtype(cache_name, device)
+    max_num_tokens = resolve_max_num_tokens(checked, device)
     max_seq_len = resolve_max_seq_len(checked, config)
     request = MemoryRequest(
         weight_bytes=dtype.itemsize,
         cache_bytes=cache_dtype.itemsize,
         max_batch_size=checked.max_batch_size,
-        max_num_tokens=checked.max_num_tokens,
+        max_num_tokens=max_num_tokens,
         max_seq_len=max_seq_len,
         is_cpu=device.type == "cpu",
     )
@@ -150,7 +156,7 @@ def inspect_model(model: str | Path, **args: Any) -> ModelReport:
         attn_backend=select_backend(checked.attn_backend, device).name,
         attn_backends=tuple(BACKENDS),
         max_batch_size=checked.max_batch_size,
-        max_num_tokens=checked.max_num_tokens,
+        max_num_tokens=max_num_tokens,
         max_seq_len=max_seq_len,
         memory=memory,
         shortage=shortage,

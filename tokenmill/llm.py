@@ -16,7 +16,7 @@ from typing import Any, Self, overload
 
 from tokenmill.checkpoints.resolve import resolve_model
 from tokenmill.config import LlmArgs
-from tokenmill.errors import InvalidParameterError, QueueFullError
+from tokenmill.errors import InvalidParameterError, QueueFullError, UnsupportedFeatureError
 from tokenmill.executor.description import EngineDescription
 from tokenmill.executor.executor import GenerationExecutor
 from tokenmill.executor.health import ExecutorHealth
@@ -30,6 +30,7 @@ from tokenmill.inputs import (
     is_single_prompt,
 )
 from tokenmill.outputs import RequestOutput
+from tokenmill.program.engine_config import is_engine, read_config
 from tokenmill.progress import generation_progress, loading_progress
 from tokenmill.sampling_params import SamplingParams
 from tokenmill.telemetry.stats import EngineStats, IterationStats
@@ -54,7 +55,7 @@ class LLM:
         self.model_name = str(model)
         path = resolve_model(model, revision=self.args.revision)
         source = self._tokenizer_source(path)
-        local_args = self.args.model_copy(update={"model": path})
+        self._local_args = local_args = self.args.model_copy(update={"model": path})
         with loading_progress(self.model_name) as on_progress:
             self._executor = GenerationExecutor.create(local_args, source, on_progress)
         self.tokenizer: Tokenizer | None = None if source is None else source.load()
@@ -64,7 +65,7 @@ class LLM:
         if self.args.skip_tokenizer_init:
             return None
         if self.args.tokenizer is None:
-            return TokenizerSource(model_path, self.args.tokenizer_mode)
+            return TokenizerSource(_own_tokenizer(model_path), self.args.tokenizer_mode)
         if isinstance(self.args.tokenizer, (str, Path)):
             path = resolve_model(self.args.tokenizer, revision=self.args.tokenizer_revision)
             return TokenizerSource(path, self.args.tokenizer_mode)
@@ -202,6 +203,22 @@ class LLM:
         prompt = {"prompt_token_ids": self._inputs.apply_chat_template(messages, template)}
         return self.generate_async(prompt, sampling_params, streaming=streaming, priority=priority, timeout=timeout)
 
+    def save(self, path: str | Path) -> Path:
+        """Write the model as an engine directory, which `LLM(path)` starts from without the checkpoint.
+
+        Args:
+            path: a new or empty directory, or an engine that is replaced.
+
+        Raises:
+            UnsupportedFeatureError: the model runs on the torch backend.
+            InvalidParameterError: nothing can be written there.
+        """
+        if self.description.backend != "engine":
+            raise UnsupportedFeatureError(
+                "A model on the torch backend has no engine to save.", field="backend", remedy="Use backend='engine'."
+            )
+        return GenerationExecutor.save_engine(self._local_args, self.description, Path(path))
+
     def abort(self, request: GenerationResult | int) -> bool:
         """Cancel a request; False when it had ended already. Never an error, however often."""
         request_id = request if isinstance(request, int) else request.request_id
@@ -291,6 +308,24 @@ class LLM:
                     result.abort()
                 raise
         return outputs
+
+
+def _own_tokenizer(model_path: Path) -> Path:
+    """Where the tokenizer of a model or of a built engine is.
+
+    Raises:
+        InvalidParameterError: the engine was built without one.
+    """
+    if not is_engine(model_path):
+        return model_path
+    name = read_config(model_path).tokenizer
+    if name is None:
+        raise InvalidParameterError(
+            f"The engine at {model_path} has no tokenizer.",
+            field="tokenizer",
+            remedy="Give one with tokenizer=..., or set skip_tokenizer_init.",
+        )
+    return model_path / name
 
 
 def _params_for_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:

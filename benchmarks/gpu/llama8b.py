@@ -18,7 +18,8 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,35 +58,59 @@ GOALS = {
 """(metric, work, weights) -> goal, what others reach, limit."""
 
 
+@dataclass(frozen=True)
+class Shape:
+    """A model without its weights.
+
+    Args:
+        name: in the rows of the result.
+        file: of the result.
+        config: what its `config.json` says.
+        goals: (metric, work, weights) -> goal, what others reach, limit.
+    """
+
+    name: str
+    file: str
+    config: dict[str, Any]
+    goals: Mapping[tuple[str, str, str], tuple[float, dict[str, float], float | None]]
+
+
+LLAMA = Shape("Llama 8B", "llama8b", LLAMA_8B, GOALS)
+
+
 def main() -> None:
     """Measure, print, write."""
-    options = parse_arguments()
+    run(LLAMA, parse_arguments(__doc__))
+
+
+def run(shape: Shape, options: argparse.Namespace) -> None:
+    """Measure a shape, print, write."""
     weights = options.quantization or "bf16"
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(LLAMA_8B))
+        (Path(folder) / "config.json").write_text(json.dumps(shape.config))
         started = time.perf_counter()
         llm = make_llm(Path(folder), options)
         generate(llm, [[1] * 16], 1)
-        rows = [row("start", "", weights, "engine start to first token", time.perf_counter() - started, "s")]
+        rows = [row(shape, "start", "", weights, "engine start to first token", time.perf_counter() - started, "s")]
     with llm:
         print(f"start {rows[0].value:.2f} s, cache: {llm.description.memory.cache_tokens:,} tokens", flush=True)
         trace = trace_steps(llm) if options.trace else None
         for work in options.work:
-            measured = measure(llm, work, weights, options.repeats, trace)
+            measured = measure(llm, shape, work, weights, options.repeats, trace)
             print_rows(measured)
             rows += measured
         for num_rows in options.profile:
             profile_decode(llm, num_rows)
     print_rows(rows)
-    name = f"llama8b_{weights}"
+    name = f"{shape.file}_{weights}"
     output = options.output or RESULTS / f"{name}.json"
     write_result(output, name, rows, device=torch.cuda.get_device_name())
     print("written to", output)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(description: str | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Llama-3.1-8B's shape on one GPU.")
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", nargs="+", default=["128/128/1"], help="input/output/requests")
     parser.add_argument("--quantization", choices=["fp8"], default=None)
     parser.add_argument("--kv-dtype", default="auto")
@@ -130,11 +155,11 @@ def trace_steps(llm: LLM) -> StepTrace:
     return trace
 
 
-def measure(llm: LLM, work: str, weights: str, repeats: int, trace: StepTrace | None) -> list[Row]:
+def measure(llm: LLM, shape: Shape, work: str, weights: str, repeats: int, trace: StepTrace | None) -> list[Row]:
     """Rows of one work."""
     input_len, output_len, num_requests = (int(part) for part in work.split("/"))
     if num_requests == 1:
-        return measure_one_stream(llm, work, weights, repeats)
+        return measure_one_stream(llm, shape, work, weights, repeats)
     generate(llm, prompts(max(64, num_requests // 8), input_len, seed=1), min(output_len, 16))
     token_ids = prompts(num_requests, input_len, seed=2)
     if trace is not None:
@@ -145,10 +170,10 @@ def measure(llm: LLM, work: str, weights: str, repeats: int, trace: StepTrace | 
     assert num_tokens == num_requests * output_len
     if trace is not None:
         trace.report(seconds)
-    return [row("throughput", work, weights, "output tokens/s", num_tokens / seconds, "tokens/s")]
+    return [row(shape, "throughput", work, weights, "output tokens/s", num_tokens / seconds, "tokens/s")]
 
 
-def measure_one_stream(llm: LLM, work: str, weights: str, repeats: int) -> list[Row]:
+def measure_one_stream(llm: LLM, shape: Shape, work: str, weights: str, repeats: int) -> list[Row]:
     """Time to first token and time per output token of one request at a time."""
     input_len, output_len, _ = (int(part) for part in work.split("/"))
     first, per_token = [], []
@@ -165,8 +190,8 @@ def measure_one_stream(llm: LLM, work: str, weights: str, repeats: int) -> list[
             first.append((first_token - started) * 1e3)
             per_token.append((ended - first_token) / (output_len - 1) * 1e3)
     return [
-        row("tpot", work, weights, "time per output token", statistics.median(per_token), "ms"),
-        row("ttft", work, weights, "time to first token", statistics.median(first), "ms"),
+        row(shape, "tpot", work, weights, "time per output token", statistics.median(per_token), "ms"),
+        row(shape, "ttft", work, weights, "time to first token", statistics.median(first), "ms"),
     ]
 
 
@@ -195,11 +220,11 @@ def profile_decode(llm: LLM, num_rows: int) -> None:
         print(f"{event.device_time_total / 1e3:10.2f} ms {event.count:7} x  {event.key[:100]}")
 
 
-def row(metric: str, work: str, weights: str, name: str, value: float, unit: str) -> Row:
+def row(shape: Shape, metric: str, work: str, weights: str, name: str, value: float, unit: str) -> Row:
     """A row with its goal, peers and limit."""
-    goal, peer, limit = GOALS.get((metric, work, weights), (None, None, None))
+    goal, peer, limit = shape.goals.get((metric, work, weights), (None, None, None))
     is_upper_goal = metric != "throughput"
-    return Row(f"Llama 8B {weights} {work}".strip(), name, value, unit, goal, peer, limit, is_upper_goal)
+    return Row(f"{shape.name} {weights} {work}".strip(), name, value, unit, goal, peer, limit, is_upper_goal)
 
 
 if __name__ == "__main__":

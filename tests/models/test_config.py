@@ -9,6 +9,7 @@ from tests.models.test_logits import CASES
 from tests.support.tiny_models import TINY_SIZES, tiny_hf_config
 from tokenmill.errors import CheckpointError, UnsupportedFeatureError
 from tokenmill.models.config import SUPPORTED_MODEL_TYPES, AttentionConfig, ModelConfig
+from tokenmill.models.moe_config import MoeConfig
 
 # As published beside SmolLM2-135M-Instruct (transformers 4).
 SMOLLM2 = {
@@ -68,6 +69,53 @@ def test_a_published_multimodal_gemma3() -> None:
     assert config.eos_token_ids == (1, 106)
     assert config.tie_word_embeddings
     assert config.num_parameters() == 3_880_263_168
+
+
+# As published beside Qwen3-30B-A3B (transformers 4).
+QWEN3_30B = {
+    "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "bos_token_id": 151643, "eos_token_id": 151645,
+    "decoder_sparse_step": 1, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 6144,
+    "max_position_embeddings": 40960, "max_window_layers": 48, "mlp_only_layers": [], "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768, "norm_topk_prob": True, "num_attention_heads": 32, "num_experts": 128,
+    "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4, "rms_norm_eps": 1e-06,
+    "rope_scaling": None, "rope_theta": 1000000.0, "sliding_window": None, "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16", "use_sliding_window": False, "vocab_size": 151936,
+}  # fmt: skip
+
+
+def test_a_published_mixture_of_experts() -> None:
+    config = ModelConfig.from_hf(QWEN3_30B)
+    moe = MoeConfig(num_experts=128, top_k=8, intermediate_size=768, normalize=True, layers=(True,) * 48)
+    assert config.moe == moe
+    assert config.attention.qk_norm and config.rope.theta == 1e6 and config.sliding_window is None
+    assert config.num_parameters() == 30_532_122_624
+    assert ModelConfig.from_hf(SMOLLM2).moe is None
+
+
+def test_layers_with_experts() -> None:
+    config = ModelConfig.from_hf(
+        {**QWEN3_30B, "num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": [3]}
+    )
+    assert config.moe is not None
+    assert config.moe.layers == (False, True, False, False, False, True)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_experts", 0),
+        ("num_experts_per_tok", 129),
+        ("num_experts_per_tok", "8"),
+        ("moe_intermediate_size", -1),
+        ("norm_topk_prob", 1),
+        ("decoder_sparse_step", 0),
+        ("mlp_only_layers", 3),
+        ("mlp_only_layers", ["3"]),
+    ],
+)
+def test_an_invalid_value_of_experts_is_named(key: str, value: Any) -> None:
+    with pytest.raises(CheckpointError, match=f"'{key}'"):
+        ModelConfig.from_hf({**QWEN3_30B, key: value})
 
 
 @pytest.mark.parametrize("name", CASES)

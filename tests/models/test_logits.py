@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.support.tiny_models import (
+    TINY_MOE,
     all_logits,
     build_model,
     random_tokens,
@@ -49,6 +50,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_tied_sliding": ("qwen2", {"tie_word_embeddings": True, **WINDOWED}),
     "qwen3": ("qwen3", {"tie_word_embeddings": False}),
     "qwen3_tied_bias": ("qwen3", {"tie_word_embeddings": True, "attention_bias": True}),
+    "qwen3_moe": ("qwen3_moe", {"norm_topk_prob": True}),
+    "qwen3_moe_some_layers": (
+        "qwen3_moe",
+        {"decoder_sparse_step": 2, "num_hidden_layers": 4, "mlp_only_layers": [3], "attention_bias": True},
+    ),
+    "qwen3_moe_sliding": ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 7, "tie_word_embeddings": True}),
+    "mixtral": ("mixtral", {}),
+    "mixtral_sliding": ("mixtral", {"sliding_window": 7, "num_experts_per_tok": 5}),
     "gemma3": ("gemma3_text", {"sliding_window": 7, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]}),
     "gemma3_untied_scaled": (
         "gemma3_text",
@@ -62,6 +71,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma3_soft_capped_logits": ("gemma3_text", {"final_logit_softcapping": 5.0, "attention_bias": True}),
 }
+COMPILED_CASES = {name: case for name, case in CASES.items() if case[0] not in TINY_MOE}
+"""Those that the builder compiles."""
 
 
 @pytest.fixture(scope="module", params=CASES)

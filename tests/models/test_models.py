@@ -20,6 +20,7 @@ from tests.support.tiny_models import (
     relative_error,
     sequences_for,
     tiny_hf_model,
+    unstacked,
 )
 from tokenmill.attention.select import select_backend
 from tokenmill.layers.context import LayerContext
@@ -48,7 +49,7 @@ def test_weight_names_and_shapes_are_those_of_transformers(case: tuple[Any, Caus
     hf_model, model = case
     expected = {
         name: tuple(tensor.shape)
-        for name, tensor in hf_model.state_dict().items()
+        for name, tensor in unstacked(model, hf_model.state_dict()).items()
         if not any(pattern.fullmatch(name) for pattern in model.ignored_weights)
     }
     assert {name: target.shape for name, target in weight_targets(model).items()} == expected

@@ -24,15 +24,18 @@ from tokenmill.parallel.group import ParallelGroup
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_with_biases": ("llama", {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}),
     "qwen3_one_kv_head_for_two_ranks": ("qwen3", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "qwen3_moe": ("qwen3_moe", {"norm_topk_prob": True, "num_experts": 6}),
     "gemma3_tied": ("gemma3_text", {"sliding_window": 6, "final_logit_softcapping": 20.0}),
 }
 STEPS = [[("a", 17), ("b", 4)], [("b", 1), ("a", 6)], [("a", 1), ("b", 1)]]
 WORLD_SIZE = 2
 
 
-def run_steps(hf_config: dict[str, Any], state_dict: dict[str, torch.Tensor], group: ParallelGroup) -> torch.Tensor:
+def run_steps(
+    hf_config: dict[str, Any], state_dict: dict[str, torch.Tensor], group: ParallelGroup, expert_parallel: bool = False
+) -> torch.Tensor:
     """Logits of every token of every step."""
-    model = build_model(hf_config, state_dict, group=group)
+    model = build_model(hf_config, state_dict, group=group, expert_parallel=expert_parallel)
     num_kv_heads = max(1, model.config.num_key_value_heads // group.size)
     sequences = sequences_for(model, num_kv_heads=num_kv_heads)
     logits = []
@@ -49,8 +52,11 @@ def rank_main(rank: int, folder: str) -> None:
     with single_thread():
         for name in MODELS:
             hf_config, state_dict = torch.load(path / f"{name}.pt", weights_only=False)
-            logits = run_steps(hf_config, state_dict, ParallelGroup(rank=rank, size=WORLD_SIZE))
+            group = ParallelGroup(rank=rank, size=WORLD_SIZE)
+            logits = run_steps(hf_config, state_dict, group)
             torch.save(logits, path / f"{name}.rank{rank}.pt")
+            if "moe" in name:  # each expert whole on one of the ranks
+                assert relative_error(run_steps(hf_config, state_dict, group, expert_parallel=True), logits) < 1e-5
     dist.destroy_process_group()
 
 

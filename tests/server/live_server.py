@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import openai
 import uvicorn
@@ -49,9 +50,9 @@ class LiveServer:
 
 
 @contextmanager
-def live_server(llm: LLM, *, served_model_name: str | None = None, api_key: str | None = None) -> Iterator[LiveServer]:
-    """Serve `llm` while the context lasts."""
-    app = create_app(llm, served_model_name=served_model_name, api_key=api_key)
+def live_server(llm: LLM, **options: Any) -> Iterator[LiveServer]:
+    """Serve `llm` while the context lasts; `options` are those of `create_app`."""
+    app = create_app(llm, **options)
     config = uvicorn.Config(app, log_level="error", lifespan="off", ws="none", timeout_graceful_shutdown=5)
     server = uvicorn.Server(config)
     with open_listener("127.0.0.1", 0) as listener:

@@ -30,13 +30,20 @@ TINY_SIZES: Mapping[str, Any] = {
     "max_position_embeddings": 128,
 }
 """Small, and no two of them equal, so that mixed-up sizes cannot pass."""
+TINY_MOE: Mapping[str, Mapping[str, Any]] = {
+    "qwen3_moe": {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 32},
+    "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2},
+}
+"""What models with experts have besides."""
 
 
 def tiny_hf_config(model_type: str, **changes: Any) -> Any:
     """A transformers configuration object of tiny size."""
     from transformers import AutoConfig
 
-    return AutoConfig.for_model(model_type, **{**TINY_SIZES, "pad_token_id": 0, **changes})
+    return AutoConfig.for_model(
+        model_type, **{**TINY_SIZES, **TINY_MOE.get(model_type, {}), "pad_token_id": 0, **changes}
+    )
 
 
 def tiny_hf_model(model_type: str, *, seed: int = 0, **changes: Any) -> Any:
@@ -62,11 +69,18 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     attn_backend: str = "auto",
     group: ParallelGroup | None = None,
+    expert_parallel: bool = False,
 ) -> CausalLM:
     """tokenmill's model of a Hugging Face configuration, with the weights of `state_dict`, finalized."""
     config = ModelConfig.from_hf(hf_config)
     backend = select_backend(attn_backend, CPU)
-    context = LayerContext(dtype=dtype, device=CPU, backend=backend, group=group or ParallelGroup())
+    context = LayerContext(
+        dtype=dtype,
+        device=CPU,
+        backend=backend,
+        group=group or ParallelGroup(),
+        expert_parallel=expert_parallel,
+    )
     model = load_model_class(config.model_type)(config, context)
     copy_weights(model, state_dict)
     finalize_weights(model)
@@ -77,14 +91,24 @@ def copy_weights(model: CausalLM, state_dict: Mapping[str, torch.Tensor]) -> Non
     """Fill `model`; every tensor of `state_dict` must be used or ignored by the model, every parameter filled."""
     targets = weight_targets(model)
     filled = set()
-    for name, tensor in state_dict.items():
-        own_name = model.rename_weight(name)
-        if own_name in targets:
-            targets[own_name].load(tensor)
-            filled.add(own_name)
+    for name, tensor in unstacked(model, state_dict).items():
+        if name in targets:
+            targets[name].load(tensor)
+            filled.add(name)
         else:
             assert any(pattern.fullmatch(name) for pattern in model.ignored_weights), f"{name} is left over"
     assert filled == targets.keys(), f"not in the checkpoint: {sorted(targets.keys() - filled)}"
+
+
+def unstacked(model: CausalLM, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors under the model's own names; those that hold several are taken apart."""
+    tensors = {}
+    for name, tensor in state_dict.items():
+        own_name = model.rename_weight(name)
+        names = model.unstack_weight(own_name)
+        parts = [tensor] if names is None else tensor.reshape(len(names), -1, tensor.shape[-1])
+        tensors.update(zip([own_name] if names is None else names, parts, strict=True))
+    return tensors
 
 
 def sequences_for(

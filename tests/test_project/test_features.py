@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import re
-from pathlib import Path
 
 from tests.support.documents import table_rows
+from tests.support.feature_marks import files_by_row, marked_rows
 from tests.support.source_tree import ROOT
 
 NUM_ROWS = {"A": 6, "B": 6, "C": 7, "D": 6, "E": 8, "F": 4, "G": 3, "H": 6}
@@ -19,15 +18,6 @@ def feature_rows() -> dict[str, tuple[str, list[str], str]]:
     for row, _what, state, _name, tests, missing in table_rows((ROOT / "docs/features.md").read_text("utf-8"), 6):
         assert row not in rows, f"{row} stands there twice"
         rows[row] = (state, re.findall(r"`([^`]+)`", tests), missing)
-    return rows
-
-
-def marked_rows(path: Path) -> set[str]:
-    """The rows that the tests of one file are marked with."""
-    rows: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.spec":
-            rows.update(argument.value for argument in node.args if isinstance(argument, ast.Constant))
     return rows
 
 
@@ -57,11 +47,9 @@ def test_what_works_is_proven_by_marked_tests() -> None:
 def test_every_marked_test_is_named() -> None:
     rows = feature_rows()
     forgotten = []
-    for path in sorted((ROOT / "tests").rglob("test_*.py")):
-        file = path.relative_to(ROOT).as_posix()
-        for row in sorted(marked_rows(path)):
-            if row not in rows:
-                forgotten.append(f"{file} is marked with {row}, which is no row")
-            elif file not in rows[row][1]:
-                forgotten.append(f"{row} does not name {file}")
-    assert not forgotten, "\n".join(["", *forgotten])
+    for row, files in files_by_row().items():
+        if row not in rows:
+            forgotten.append(f"{files} are marked with {row}, which is no row")
+            continue
+        forgotten += [f"{row} does not name {file}" for file in files if file not in rows[row][1]]
+    assert not forgotten, "\n".join(["", *forgotten, "python -m tests.support.feature_marks writes their names."])

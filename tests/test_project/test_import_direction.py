@@ -11,13 +11,13 @@ import pytest
 from tests.support.source_tree import ROOT, Module, imports_of, loaded_by, package_modules
 
 COMMON = ("config", "env", "errors", "outputs", "sampling_params", "telemetry.stats", "version")
-PUBLIC = ("executor", "inspection", "llm", "llmapi", "telemetry", "tokenization")
+PUBLIC = ("builder", "executor", "inspection", "llm", "llmapi", "telemetry", "tokenization")
 
 # Unit -> what it may import besides itself and COMMON. A unit is a folder or a module; the most specific row wins, on
 # both sides of an arrow: `kv_cache` as a target does not allow `kv_cache.tensors`.
 ALLOWED: dict[str, tuple[str, ...]] = {
     # the public API and what uses it
-    "": ("executor", "inspection", "llm", "llmapi"),
+    "": ("builder", "executor", "inspection", "llm", "llmapi"),
     "cli": (*PUBLIC, "bench", "server", ""),
     "server": (*PUBLIC, ""),
     "bench": (*PUBLIC, ""),
@@ -28,6 +28,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "executor",
         "executor.description",
         "inputs",
+        "program",
         "progress",
         "tokenization",
     ),
@@ -41,6 +42,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "engine.request",
         "executor.description",
         "executor.engine_factory",
+        "executor.engine_source",
         "inputs",
         "telemetry",
         "tokenization",
@@ -50,14 +52,33 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "attention",
         "checkpoints",
         "engine",
+        "executor.backend_choice",
         "executor.description",
+        "executor.engine_source",
+        "executor.program_factory",
+        "executor.scheduling",
         "kv_cache",
         "kv_cache.tensors",
         "models",
         "ops.platform",
+        "program",
         "runtime",
         "sampling",
     ),
+    "executor.program_factory": (  # the same for built engines
+        "attention",
+        "engine",
+        "executor.description",
+        "executor.scheduling",
+        "models",
+        "ops.platform",
+        "program",
+        "runtime",
+        "sampling",
+    ),
+    "executor.backend_choice": ("models",),
+    "executor.engine_source": ("builder", "executor.description", "program"),  # engines are built here, or read
+    "executor.scheduling": ("engine", "engine.plan", "executor.description", "kv_cache"),
     "tokenization": ("checkpoints",),
     "engine": ("engine.plan", "engine.request", "kv_cache"),
     "kv_cache": (),
@@ -74,11 +95,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "ops",
         "ops.platform",
         "parallel",
+        "program",
         "quantization",
         "sampling",
     ),
     "engine.plan": (),  # what crosses the Runner seam
+    "builder": ("attention.base", "checkpoints", "layers", "models", "ops", "program"),
     "program": (),  # what crosses from the builder to the executors of programs
+    "program.reference": ("attention", "attention.base", "ops", "program"),  # what each operation means
     "engine.request": (),  # what a caller asks for
     "kv_cache.tensors": ("attention.base", "ops"),
     "sampling": ("ops", "engine.plan"),
@@ -90,7 +114,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "parallel": (),
     "ops": ("ops.platform",),
     "ops.platform": (),
-    "checkpoints": (),
+    "checkpoints": ("program",),  # the formats of encoded weights
     # used everywhere
     "telemetry": (),
     "telemetry.stats": (),
@@ -104,7 +128,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 
 # These units see nothing of ours but what is written here, COMMON included.
 WITHOUT_COMMON: dict[str, tuple[str, ...]] = {
-    "ops": ("errors", "ops.platform"),
+    "ops": ("env", "errors", "ops.platform"),
     "ops.platform": ("errors",),
     "errors": (),
     "version": (),

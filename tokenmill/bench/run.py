@@ -68,7 +68,7 @@ def describe_configuration(llm: LLM) -> dict[str, Any]:
         "kv_cache_dtype": running.cache_dtype,
         "load_format": args.load_format,
         "max_batch_size": args.max_batch_size,
-        "max_num_tokens": args.max_num_tokens,
+        "max_num_tokens": running.max_num_tokens,
         "max_seq_len": running.max_seq_len,
         "enable_chunked_prefill": args.enable_chunked_prefill,
         "enable_block_reuse": args.kv_cache_config.enable_block_reuse,

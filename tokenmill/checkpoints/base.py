@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 
 from tokenmill.errors import CheckpointError
@@ -25,12 +26,16 @@ class LazyTensor:
         shape: its shape.
         dtype: the type that `load` gives.
         load: reads it, as a CPU tensor of `shape` and `dtype`. It may be a view of the file: do not write.
+        block_type: name of the ggml block type that it is stored in, such as `Q4_1`; None: as plain numbers of `dtype`.
+        load_blocks: with a block type, reads its rows as they are encoded [rows, bytes of a row], not to be written.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     load: Callable[[], torch.Tensor]
+    block_type: str | None = None
+    load_blocks: Callable[[], np.ndarray[Any, np.dtype[np.uint8]]] | None = None
 
 
 class Checkpoint(Protocol):

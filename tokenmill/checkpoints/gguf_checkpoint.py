@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
+import numpy as np
 import torch
 
 from tokenmill.checkpoints.base import LazyTensor
@@ -77,8 +78,14 @@ class GgufCheckpoint:
     def tensors(self) -> Iterator[LazyTensor]:
         """Every weight, as float32, under its Hugging Face name, in file order."""
         for name, info in self.file.tensors.items():
-            if not _NOT_WEIGHTS.fullmatch(name):
-                yield LazyTensor(self._hf_name(name), info.shape, torch.float32, partial(self._load, name))
+            if _NOT_WEIGHTS.fullmatch(name):
+                continue
+            hf_name, load = self._hf_name(name), partial(self._load, name)
+            if info.ggml_type in _UNQUANTIZED:
+                yield LazyTensor(hf_name, info.shape, torch.float32, load)
+            else:
+                blocks = partial(self._load_blocks, name)
+                yield LazyTensor(hf_name, info.shape, torch.float32, load, info.ggml_type, blocks)
 
     def _hf_name(self, name: str) -> str:
         """The Hugging Face name; an unknown name stays as it is, and the loader reports it as unexpected."""
@@ -93,25 +100,34 @@ class GgufCheckpoint:
 
     def _load(self, name: str) -> torch.Tensor:
         tensor = self.file.read(name)
-        model_type = self.hf_config["model_type"]
-        if model_type == "llama" and re.search(r"\.attn_[qk]\.(weight|bias)$", name):
-            key = "num_attention_heads" if ".attn_q." in name else "num_key_value_heads"
-            return self._halves_from_pairs(name, tensor, self.hf_config[key])
-        if model_type == "gemma3_text" and name.endswith("norm.weight"):
+        row_order = self._row_order(name)
+        if row_order is not None:
+            return tensor[torch.from_numpy(row_order)]
+        if self.hf_config["model_type"] == "gemma3_text" and name.endswith("norm.weight"):
             return tensor.sub_(1.0)
         return tensor
 
-    def _halves_from_pairs(self, name: str, tensor: torch.Tensor, num_heads: int) -> torch.Tensor:
-        """Rows [num_heads * head_dim, ...] from the order of rotated pairs to that of rotated halves."""
-        num_rows = tensor.shape[0]
+    def _load_blocks(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """Encoded rows; blocks lie along rows, so that rows can change places as they are."""
+        rows = self.file.raw(name).reshape(self.file.tensors[name].shape[0], -1)
+        row_order = self._row_order(name)
+        return rows if row_order is None else rows[row_order]
+
+    def _row_order(self, name: str) -> np.ndarray[Any, np.dtype[np.int64]] | None:
+        """For each row of the Hugging Face tensor, where it is in the file: from the order of rotated pairs to that of
+        rotated halves. None: they are in order."""
+        if self.hf_config["model_type"] != "llama" or not re.search(r"\.attn_[qk]\.(weight|bias)$", name):
+            return None
+        num_rows = self.file.tensors[name].shape[0]
+        num_heads = self.hf_config["num_attention_heads" if ".attn_q." in name else "num_key_value_heads"]
         if num_rows % (2 * num_heads):
             raise CheckpointError(
                 f"{self.path}: tensor '{name}' has {num_rows} rows, which {num_heads} heads cannot share.",
                 field="model",
                 remedy="The file contradicts itself: download it again or convert the model again.",
             )
-        pairs = tensor.reshape(num_heads, num_rows // num_heads // 2, 2, *tensor.shape[1:])
-        return pairs.transpose(1, 2).reshape(tensor.shape)
+        pairs = np.arange(num_rows).reshape(num_heads, num_rows // num_heads // 2, 2)
+        return pairs.transpose(0, 2, 1).reshape(num_rows)
 
 
 def _quantization(file: GgufFile, types: Counter[str]) -> str:

@@ -74,13 +74,21 @@ class GgufFile:
         self._data = _map_file(self.path)
         cursor = _Cursor(self._data, self.path)
         self.version, num_tensors, num_keys = _read_preamble(cursor)
+        metadata_start = cursor.position
         self.metadata: dict[str, Any] = _read_metadata(cursor, num_keys)
+        self._metadata_range = metadata_start, cursor.position
         self.tensors: dict[str, GgufTensorInfo] = _read_tensor_infos(cursor, num_tensors, self.metadata)
 
     def raw(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """The tensor's bytes in the file: a read-only uint8 view [nbytes] of the mapping, no copy."""
         info = self.tensors[name]
         return np.frombuffer(self._data, dtype=np.uint8, count=info.nbytes, offset=info.offset)
+
+    def without_tensors(self) -> bytes:
+        """A GGUF file with the same metadata, byte for byte, and no tensors."""
+        first, end = self._metadata_range
+        preamble = _MAGIC + struct.pack("<IQQ", self.version, 0, len(self.metadata))
+        return preamble + self._data[first:end]
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name`, dequantized: float32 of the tensor's shape, a copy that the caller owns.

@@ -7,12 +7,13 @@ so that a checkpoint of another model fails at once and with the whole picture.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final, Protocol
 
 import torch
 
 from tokenmill.checkpoints.base import Checkpoint, LazyTensor
+from tokenmill.checkpoints.stacks import take_apart
 from tokenmill.errors import CheckpointError
 
 _MAX_LISTED: Final = 5
@@ -52,6 +53,7 @@ def load_weights(
     *,
     ignore: Sequence[re.Pattern[str]] = (),
     rename: Callable[[str], str] = str,
+    unstack: Callable[[str], Sequence[str] | None] = lambda name: None,
     on_progress: ProgressCallback | None = None,
 ) -> None:
     """Load every tensor of `checkpoint` into the target of its name.
@@ -62,6 +64,7 @@ def load_weights(
         ignore: full-match patterns of tensors that may lie in the checkpoint without a target, such as a copy of tied
             embeddings. A tensor with a target is loaded even if a pattern matches.
         rename: from the checkpoint's name of a tensor to the model's, before anything else looks at it.
+        unstack: the model's names of the tensors that lie in a checkpoint tensor, after `rename`; None: it is just one.
         on_progress: told after each tensor.
 
     Raises:
@@ -69,8 +72,7 @@ def load_weights(
     """
     wanted: dict[str, LazyTensor] = {}
     unexpected: list[str] = []
-    for tensor in checkpoint.tensors():
-        name = rename(tensor.name)
+    for name, tensor in _named_tensors(checkpoint, rename, unstack):
         if name in wanted:
             raise CheckpointError(f"{checkpoint.path} holds the tensor '{tensor.name}' twice.", field="model")
         if name in targets:
@@ -85,6 +87,19 @@ def load_weights(
         done_bytes += _num_bytes(tensor)
         if on_progress is not None:
             on_progress(name, done_bytes, total_bytes)
+
+
+def _named_tensors(
+    checkpoint: Checkpoint, rename: Callable[[str], str], unstack: Callable[[str], Sequence[str] | None]
+) -> Iterator[tuple[str, LazyTensor]]:
+    """Every tensor under the model's name."""
+    for tensor in checkpoint.tensors():
+        name = rename(tensor.name)
+        parts = unstack(name)
+        if parts is None:
+            yield name, tensor
+        else:
+            yield from ((part.name, part) for part in take_apart(tensor, parts))
 
 
 def _num_bytes(tensor: LazyTensor) -> int:

@@ -47,6 +47,14 @@ def print_error(error: TokenmillError | str) -> None:
     stderr_console().print(text, soft_wrap=True)
 
 
+def readable_size(num_bytes: int) -> str:
+    """Bytes in the unit that reads best."""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:,.2f} {unit}"
+    return f"{num_bytes} B"
+
+
 def safe_for_terminal(text: str) -> str:
     """`text` without control characters, so that a model's answer cannot drive the reader's terminal."""
     if text.isprintable():

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tokenmill.cli.command import command, examples
-from tokenmill.cli.console import print_warning, progress, stdout_console
+from tokenmill.cli.console import print_warning, progress, readable_size, stdout_console
 from tokenmill.cli.options import ModelOptions
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def _model_table(report: ModelReport) -> Table:
     row("Context", f"{config.max_position_embeddings:,} tokens")
     tied = ", tied to the output head" if config.tie_word_embeddings else ""
     row("Vocabulary", f"{config.vocab_size:,} tokens{tied}")
-    row("Checkpoint", f"{checkpoint.format}, {_size(checkpoint.num_bytes)} in {checkpoint.num_tensors} tensors")
+    row("Checkpoint", f"{checkpoint.format}, {readable_size(checkpoint.num_bytes)} in {checkpoint.num_tensors} tensors")
     row("Quantization", checkpoint.quantization)
     if report.tokenizer is None:
         row("Tokenizer", "none")
@@ -103,7 +103,7 @@ def _memory_table(report: ModelReport) -> Table:
     table.add_column(overflow="fold")
 
     def row(name: str, num_bytes: int, note: str = "", style: str = "") -> None:
-        table.add_row(name, _size(num_bytes), note, style=style)
+        table.add_row(name, readable_size(num_bytes), note, style=style)
 
     row("Weights", memory.weights, f"{report.num_parameters:,} parameters")
     row(
@@ -116,13 +116,5 @@ def _memory_table(report: ModelReport) -> Table:
     row("  per sequence", report.kv_bytes_per_sequence, f"of {report.max_seq_len:,} tokens; {sequences:,} of them fit")
     row("Activations", memory.activations, f"a step of {report.max_num_tokens:,} tokens, logits included")
     row("Workspace", memory.slots, f"tokens and block tables of {report.max_batch_size} sequences")
-    row("Total", memory.total, "" if memory.free is None else f"{_size(memory.free)} are free", style="bold")
+    row("Total", memory.total, "" if memory.free is None else f"{readable_size(memory.free)} are free", style="bold")
     return table
-
-
-def _size(num_bytes: int) -> str:
-    """Bytes in the unit that reads best."""
-    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if num_bytes >= factor:
-            return f"{num_bytes / factor:,.2f} {unit}"
-    return f"{num_bytes} B"

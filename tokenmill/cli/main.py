@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tokenmill.cli import bench, chat, inspect, run, serve
+from tokenmill.cli import bench, build, chat, inspect, refit, run, serve
 from tokenmill.cli.command import EXIT_INTERRUPTED, examples
 from tokenmill.version import __version__
 
@@ -15,6 +15,7 @@ _EPILOG = examples(
     ("Ask the demo model (fetched on first use)", 'tokenmill run "Why is the sky blue?"'),
     ("Talk with a model of your own", "tokenmill chat path/to/model.gguf"),
     ("Serve it to OpenAI clients", "tokenmill serve Qwen/Qwen3-0.6B --port 8000"),
+    ("Compile it to an engine that starts in a second", "tokenmill build smollm2:135m -o engine"),
     ("Know what a model needs before you load it", "tokenmill inspect Qwen/Qwen3-0.6B"),
 )
 
@@ -27,8 +28,8 @@ def _print_version(requested: bool) -> None:
 
 _HELP = (
     "Compile and serve large language models.\n\n"
-    "A MODEL is a directory in Hugging Face format, a .gguf file, a hub id such as Qwen/Qwen3-0.6B, or an alias: "
-    "smollm2:135m (the demo model, used when none is named) or gemma3:270m."
+    "A MODEL is a directory in Hugging Face format, a .gguf file, an engine that tokenmill build wrote, a hub id such "
+    "as Qwen/Qwen3-0.6B, or an alias: smollm2:135m (the demo model, used when none is named) or gemma3:270m."
 )
 
 
@@ -50,7 +51,7 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback(help=_HELP, epilog=_EPILOG)(_root)
-    for module in (run, chat, serve, bench, inspect):
+    for module in (run, chat, serve, build, refit, bench, inspect):
         module.register(app)
     return app
 

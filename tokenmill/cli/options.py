@@ -78,7 +78,7 @@ class ModelOptions:
             metavar="N",
             min=1,
             help="Most tokens computed in one step.",
-            show_default="2048",
+            show_default="2048; on a CPU: 512",
             rich_help_panel=_MODEL_PANEL,
         ),
     ] = None
@@ -90,6 +90,15 @@ class ModelOptions:
             help="Size of the KV cache in tokens.",
             rich_help_panel=_MODEL_PANEL,
             show_default="from free memory",
+        ),
+    ] = None
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="auto, engine (compiled) or torch.",
+            rich_help_panel=_MODEL_PANEL,
+            show_default="auto",
         ),
     ] = None
     attn_backend: Annotated[
@@ -109,7 +118,7 @@ class ModelOptions:
         str | None,
         typer.Option(
             metavar="FORMAT",
-            help="Quantize while loading: fp8.",
+            help="Quantize while loading: fp8 (torch), int8, q4_0, ... (engine).",
             rich_help_panel=_MODEL_PANEL,
             show_default="none",
         ),
@@ -152,7 +161,8 @@ class ModelOptions:
         from_file = {} if self.config is None else read_config_file(self.config)
         arguments = _merged(defaults, from_file)
         names = (
-            "dtype", "device", "max_batch_size", "max_seq_len", "max_num_tokens", "attn_backend", "load_format",
+            "dtype", "device", "max_batch_size", "max_seq_len", "max_num_tokens", "backend", "attn_backend",
+            "load_format",
             "num_threads", "quantization", "num_replicas",
         )  # fmt: skip
         flags = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
@@ -192,6 +202,21 @@ def read_config_file(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file cannot be read, is not YAML, or holds something that `LLM` does not take.
     """
+    content = read_table(path)
+    try:
+        checked_arguments({"model": DEFAULT_MODEL, **content})
+    except UserError as error:
+        kind = UnknownParameterError if isinstance(error, UnknownParameterError) else InvalidParameterError
+        raise kind(f"{path}: {error.message}", field=error.field, remedy=error.remedy) from None
+    return content
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """The arguments in a YAML file, by name; none if it is empty.
+
+    Raises:
+        InvalidParameterError: the file cannot be read, is not YAML, or holds no table.
+    """
     import yaml  # type: ignore[import-untyped]
 
     try:
@@ -210,11 +235,6 @@ def read_config_file(path: Path) -> dict[str, Any]:
             field="config",
             remedy="Write lines such as 'max_batch_size: 8'.",
         )
-    try:
-        checked_arguments({"model": DEFAULT_MODEL, **content})
-    except UserError as error:
-        kind = UnknownParameterError if isinstance(error, UnknownParameterError) else InvalidParameterError
-        raise kind(f"{path}: {error.message}", field=error.field, remedy=error.remedy) from None
     return content
 
 

@@ -48,6 +48,12 @@ def serve(
     api_key: Annotated[
         str | None, typer.Option(metavar="KEY", help="Refuse requests without it.", show_default="none")
     ] = None,
+    requests_per_minute: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Refuse what a client (an address) sends beyond it.", show_default="no limit"
+        ),
+    ] = None,
     served_model_name: Annotated[
         str | None, typer.Option(metavar="NAME", help="Name of the model in the API.", show_default="MODEL")
     ] = None,
@@ -72,6 +78,7 @@ def serve(
             host,
             port,
             api_key=api_key,
+            requests_per_minute=requests_per_minute,
             served_model_name=served_model_name,
             log_level=log_level.value,
             on_start=lambda url: _announce(name, url, needs_key=api_key is not None),

@@ -22,6 +22,7 @@ class EngineDescription:
         max_batch_size, max_num_tokens, max_seq_len: limits.
         enable_chunked_prefill: whether a prompt may be longer than a step.
         memory: the plan that the cache was sized by.
+        backend: `torch`, or `engine` for a compiled program.
     """
 
     model: ModelConfig
@@ -34,6 +35,7 @@ class EngineDescription:
     max_seq_len: int
     enable_chunked_prefill: bool
     memory: MemoryPlan
+    backend: str = "torch"
 
     @property
     def num_blocks(self) -> int:

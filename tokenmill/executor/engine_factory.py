@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,19 +10,21 @@ from pathlib import Path
 import torch
 
 from tokenmill.attention.select import select_backend
-from tokenmill.checkpoints.base import open_checkpoint
+from tokenmill.checkpoints.base import Checkpoint, open_checkpoint
 from tokenmill.config import LlmArgs
 from tokenmill.engine.core import EngineCore
-from tokenmill.engine.scheduler import Scheduler
-from tokenmill.engine.settings import SchedulerSettings
-from tokenmill.engine.step_recorder import StepRecorder
 from tokenmill.errors import UnsupportedFeatureError
+from tokenmill.executor.backend_choice import choose_backend
 from tokenmill.executor.description import EngineDescription
-from tokenmill.kv_cache.manager import KvCacheManager
+from tokenmill.executor.engine_source import EngineSizes, open_engine
+from tokenmill.executor.program_factory import build_program_engine
+from tokenmill.executor.scheduling import make_core
 from tokenmill.kv_cache.tensors import allocate_caches
 from tokenmill.models.base import CausalLM
 from tokenmill.models.config import ModelConfig
 from tokenmill.ops.platform import free_memory
+from tokenmill.program.engine_config import is_engine
+from tokenmill.program.package import EnginePackage
 from tokenmill.runtime.memory_planner import MeasuredMemory, MemoryRequest, plan_memory
 from tokenmill.runtime.memory_probe import measure_activations
 from tokenmill.runtime.model_loader import (
@@ -29,11 +32,14 @@ from tokenmill.runtime.model_loader import (
     resolve_cache_dtype,
     resolve_device,
     resolve_dtype,
+    resolve_max_num_tokens,
     resolve_max_seq_len,
 )
 from tokenmill.runtime.model_runner import ModelRunner
 from tokenmill.runtime.slot_state import SlotState
 from tokenmill.sampling.slot_params import SlotSamplingParams
+
+logger = logging.getLogger(__name__)
 
 
 def build_engine(
@@ -53,18 +59,41 @@ def build_engine(
     _refuse_unsupported(args)
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
+    if is_engine(Path(args.model)):
+        return build_program_engine(args, EnginePackage.load(args.model), num_sharing=num_sharing)
     device = resolve_device(args.device)
-    dtype = resolve_dtype(args.dtype, device)
-    cache_dtype = resolve_cache_dtype(args.kv_cache_config.dtype, dtype, device)
+    max_num_tokens = resolve_max_num_tokens(args, device)
     checkpoint = open_checkpoint(Path(args.model), config_only=args.load_format == "dummy")
     config = ModelConfig.from_hf(checkpoint.hf_config)
+    choice = choose_backend(args, device, config)
+    if choice.name == "engine":
+        sizes = EngineSizes(args.max_batch_size, max_num_tokens, resolve_max_seq_len(args, config))
+        package = open_engine(args, sizes, on_progress)
+        return build_program_engine(args, package, num_sharing=num_sharing)
+    if choice.reason is not None:
+        logger.warning("The model runs on the torch backend: %s", choice.reason)
+    return _build_torch_engine(args, device, checkpoint, config, on_progress, num_sharing)
+
+
+def _build_torch_engine(
+    args: LlmArgs,
+    device: torch.device,
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    on_progress: Callable[[str, int, int], None] | None,
+    num_sharing: int,
+) -> tuple[EngineCore, EngineDescription]:
+    """The model runs as layers of torch."""
+    max_num_tokens = resolve_max_num_tokens(args, device)
+    dtype = resolve_dtype(args.dtype, device)
+    cache_dtype = resolve_cache_dtype(args.kv_cache_config.dtype, dtype, device)
     max_seq_len = resolve_max_seq_len(args, config)
     backend = select_backend(args.attn_backend, device)
     request = MemoryRequest(
         weight_bytes=dtype.itemsize,
         cache_bytes=cache_dtype.itemsize,
         max_batch_size=args.max_batch_size,
-        max_num_tokens=args.max_num_tokens,
+        max_num_tokens=max_num_tokens,
         max_seq_len=max_seq_len,
         is_cpu=device.type == "cpu",
     )
@@ -76,7 +105,7 @@ def build_engine(
         cache_dtype=str(cache_dtype).removeprefix("torch."),
         attn_backend=backend.name,
         max_batch_size=args.max_batch_size,
-        max_num_tokens=args.max_num_tokens,
+        max_num_tokens=max_num_tokens,
         max_seq_len=max_seq_len,
         enable_chunked_prefill=args.enable_chunked_prefill,
         memory=memory,
@@ -84,24 +113,24 @@ def build_engine(
     model = load_model(args, config, checkpoint, device, dtype, backend, on_progress)
     slots = SlotState(args.max_batch_size, max_seq_len, memory.tokens_per_block, device)
     if device.type == "cuda":
-        measured = _measure(model, slots, args, cache_dtype)
+        measured = _measure(model, slots, description, cache_dtype)
         free = free_memory(device) // num_sharing + measured.weights
         memory = plan_memory(config, request, args.kv_cache_config, free, measured)
         description = replace(description, memory=memory)
     runner = _make_runner(description, model, slots, cache_dtype, use_graphs=args.enable_cuda_graphs)
     runner.warm_up()
-    overlap = device.type == "cuda" and not args.disable_overlap_scheduler  # elsewhere host and device are one
-    records = args.stats_config
-    recorder = StepRecorder(records.iter_stats_max_iterations, records.request_stats_max_iterations)
-    return EngineCore(_make_scheduler(args, description), runner, recorder, overlap=overlap), description
+    overlap = device.type == "cuda"  # elsewhere host and device are one
+    return make_core(args, description, runner, overlap=overlap), description
 
 
-def _measure(model: CausalLM, slots: SlotState, args: LlmArgs, cache_dtype: torch.dtype) -> MeasuredMemory:
+def _measure(
+    model: CausalLM, slots: SlotState, description: EngineDescription, cache_dtype: torch.dtype
+) -> MeasuredMemory:
     """What weights and the largest step take on the GPU; compiles the kernels of large steps on the way."""
     torch.cuda.empty_cache()
     weights = torch.cuda.memory_allocated(slots.device)
     return MeasuredMemory(
-        weights, measure_activations(model, slots, args.max_num_tokens, args.max_batch_size, cache_dtype)
+        weights, measure_activations(model, slots, description.max_num_tokens, description.max_batch_size, cache_dtype)
     )
 
 
@@ -121,24 +150,6 @@ def _make_runner(
     # One more for the scratch slot.
     sampling = SlotSamplingParams(description.max_batch_size + 1, config.vocab_size, slots.device)
     return ModelRunner(model, caches, slots, sampling, use_graphs=use_graphs)
-
-
-def _make_scheduler(args: LlmArgs, description: EngineDescription) -> Scheduler:
-    kv_cache = KvCacheManager(
-        description.memory.num_blocks,
-        description.memory.tokens_per_block,
-        enable_block_reuse=args.kv_cache_config.enable_block_reuse,
-        enable_partial_reuse=args.kv_cache_config.enable_partial_reuse,
-    )
-    settings = SchedulerSettings(
-        max_batch_size=args.max_batch_size,
-        max_num_tokens=args.max_num_tokens,
-        max_seq_len=description.max_seq_len,
-        enable_chunked_prefill=args.enable_chunked_prefill,
-        capacity_policy=args.scheduler_config.capacity_scheduler_policy,
-        queue_policy=args.scheduler_config.waiting_queue_policy,
-    )
-    return Scheduler(settings, kv_cache)
 
 
 def _refuse_unsupported(args: LlmArgs) -> None:

@@ -9,8 +9,8 @@ import torch
 from tokenmill.attention.base import AttentionBackend
 from tokenmill.layers.weights import join_name
 from tokenmill.parallel.group import ParallelGroup
-from tokenmill.quantization.base import LinearMethodFactory
-from tokenmill.quantization.unquantized import unquantized
+from tokenmill.quantization.base import ExpertsMethodFactory, LinearMethodFactory
+from tokenmill.quantization.unquantized import unquantized, unquantized_experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,9 @@ class LayerContext:
         device: where weights live.
         backend: what every attention layer calls.
         linear_method: makes the `LinearMethod` of each linear layer, by the layer's full name.
+        experts_method: makes the `ExpertsMethod` of the experts of each layer, by their full name.
         group: the ranks over which layers are sharded.
+        expert_parallel: whether each rank holds some experts whole, instead of a part of every expert.
         prefix: full name of the module that is being built.
     """
 
@@ -30,7 +32,9 @@ class LayerContext:
     device: torch.device
     backend: AttentionBackend
     linear_method: LinearMethodFactory = unquantized
+    experts_method: ExpertsMethodFactory = unquantized_experts
     group: ParallelGroup = field(default_factory=ParallelGroup)
+    expert_parallel: bool = False
     prefix: str = ""
 
     def child(self, name: str) -> LayerContext:

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from tokenmill.layers.context import LayerContext
 from tokenmill.layers.weights import Shard, WeightTarget, join_name
+from tokenmill.ops.soft_cap import soft_cap
 from tokenmill.parallel.group import ParallelGroup
 from tokenmill.quantization.base import ConvertsWhileLoading, LinearMethod
 from tokenmill.quantization.unquantized import UnquantizedLinear
@@ -89,7 +90,7 @@ class LMHead(nn.Module):
         """[n, hidden_size] to [n, vocab_size], of the input's type; float32 with a soft cap."""
         logits = self.group.all_gather(self.method.apply(hidden, None))[:, : self.vocab_size]
         if self.soft_cap is not None:
-            logits = torch.tanh(logits.float() / self.soft_cap) * self.soft_cap
+            logits = soft_cap(logits.float(), self.soft_cap)
         return logits
 
     def finalize_weights(self) -> None:

@@ -35,6 +35,10 @@ class GatedMLP(nn.Module):
         self.activation = gated_activation(activation, context.device, context.dtype)
         self.quantized_activation = gated_activation_fp8(activation, context.device, context.dtype)
 
+    def takes_quantized(self, num_rows: int) -> bool:
+        """Whether so many rows are better given as `QuantizedRows`."""
+        return self.gate_up_proj.takes_quantized(num_rows)
+
     def forward(self, x: Rows) -> torch.Tensor:
         """[T, hidden_size] to [T, hidden_size]."""
         gate_up = self.gate_up_proj(x)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import nn
 
 from tokenmill.layers.context import LayerContext
-from tokenmill.layers.linear import LinearBase
 from tokenmill.ops.rms_norm import add_rms_norm, add_rms_norm_fp8, rms_norm, rms_norm_fp8
 from tokenmill.quantization.base import Rows
+
+
+class TakesRows(Protocol):
+    """What follows a norm: a linear layer, or a block that begins with some."""
+
+    def takes_quantized(self, num_rows: int) -> bool:
+        """Whether so many rows are better given as `QuantizedRows`."""
+        ...
 
 
 class RMSNorm(nn.Module):
@@ -36,7 +45,7 @@ class RMSNorm(nn.Module):
         return add_rms_norm(x, residual, self.scale, self.eps)
 
     def add_and_norm_for(
-        self, consumer: LinearBase, x: torch.Tensor, residual: torch.Tensor | None
+        self, consumer: TakesRows, x: torch.Tensor, residual: torch.Tensor | None
     ) -> tuple[Rows, torch.Tensor]:
         """`add_and_norm`, the normalized sum in the form that `consumer` takes fastest."""
         if not consumer.takes_quantized(x.shape[0]):

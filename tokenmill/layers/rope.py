@@ -7,7 +7,10 @@ from typing import NamedTuple
 
 import torch
 
+from tokenmill.layers.norm import RMSNorm
 from tokenmill.layers.rope_config import RopeConfig
+from tokenmill.ops import captured
+from tokenmill.ops.head_norm import HeadNorm, norm_and_rope
 from tokenmill.ops.rope import apply_rope
 
 
@@ -21,6 +24,13 @@ class Rotation(NamedTuple):
         """Turn all heads of x [T, heads, D]."""
         return apply_rope(x, self.cos, self.signed_sin)
 
+    def normalize_and_apply(
+        self, heads: torch.Tensor, num_query_heads: int, query_norm: RMSNorm, key_norm: RMSNorm
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalize, then turn the query and key heads [T, H + G, D]: query [T, H, D] and key [T, G, D]."""
+        norm = HeadNorm(query_norm.scale, key_norm.scale, query_norm.eps)
+        return norm_and_rope(heads, num_query_heads, norm, self.cos, self.signed_sin)
+
 
 class RotaryEmbedding:
     """Angles of positions. Nothing is tabulated, so there is no longest position.
@@ -33,6 +43,7 @@ class RotaryEmbedding:
 
     def __init__(self, config: RopeConfig, head_dim: int, device: torch.device) -> None:
         frequencies = inverse_frequencies(config, head_dim)
+        self._captured_frequencies = frequencies.tolist() if device.type == "meta" else []
         self._frequencies = torch.cat((frequencies, frequencies)).to(device)
         signs = torch.ones(head_dim, device="cpu")
         signs[: head_dim // 2] = -1.0
@@ -41,6 +52,8 @@ class RotaryEmbedding:
 
     def __call__(self, positions: torch.Tensor) -> Rotation:
         """Angles of positions [T] int64."""
+        if positions.is_meta:
+            return Rotation(*captured.rotation(positions, self._captured_frequencies, self._cos_factor))
         angles = positions[:, None, None].float() * self._frequencies
         cos = angles.cos()
         if self._cos_factor != 1.0:

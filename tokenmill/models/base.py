@@ -11,6 +11,7 @@ from torch import nn
 
 from tokenmill.layers.context import LayerContext
 from tokenmill.layers.forward_batch import ForwardBatch
+from tokenmill.layers.moe import names_of_stack
 from tokenmill.models.config import ModelConfig
 
 
@@ -25,18 +26,26 @@ class CausalLM(nn.Module, ABC):
     def __init__(self, config: ModelConfig, context: LayerContext) -> None:
         super().__init__()
         self.config = config
+        self._expert_parallel = context.expert_parallel
 
     @property
     def ignored_weights(self) -> Sequence[re.Pattern[str]]:
         """Full-match patterns of checkpoint tensors that the model does not need: what can be computed or is a copy."""
-        patterns = [re.compile(r".*\.rotary_emb\.inv_freq")]
+        # Scales of a float8 cache are not used: its values are stored as they are.
+        patterns = [re.compile(r".*\.rotary_emb\.inv_freq"), re.compile(r".*\.self_attn\.(?:.+\.)?[kv]_scale")]
         if self.config.tie_word_embeddings:
             patterns.append(re.compile(r"lm_head\.weight"))
+        if self._expert_parallel:  # the other ranks' experts
+            patterns.append(re.compile(r".*\.experts\.\d+\..*"))
         return patterns
 
     def rename_weight(self, name: str) -> str:
         """The name that the tensor `name` of a checkpoint has in `weight_targets` (most models: the same)."""
         return name
+
+    def unstack_weight(self, name: str) -> Sequence[str] | None:
+        """Names of the tensors that lie one after the other in the checkpoint tensor `name`; None: it is one tensor."""
+        return None if self.config.moe is None else names_of_stack(name, self.config.moe.num_experts)
 
     @abstractmethod
     def forward(self, batch: ForwardBatch) -> torch.Tensor:

@@ -17,10 +17,11 @@ from tokenmill.errors import CheckpointError, UnsupportedFeatureError, did_you_m
 from tokenmill.layers.rope_config import RopeConfig
 from tokenmill.models.hf_rope import read_rope
 from tokenmill.models.hf_values import Values
+from tokenmill.models.moe_config import MoeConfig, read_moe
 
 LayerType: TypeAlias = Literal["full_attention", "sliding_attention"]
 
-SUPPORTED_MODEL_TYPES: Final = ("gemma3", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
+SUPPORTED_MODEL_TYPES: Final = ("gemma3", "gemma3_text", "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
 """What `model_type` may be. Each names a file in `models/`; `gemma3_text` is served by `gemma3.py`."""
 
 _ACTIVATIONS: Final = ("silu", "gelu_pytorch_tanh")
@@ -37,10 +38,15 @@ _DEFAULTS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType({
     "llama": {"rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 1e4},
     "mistral": {"rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 1e4, "sliding_window": 4096,
                 "num_key_value_heads": 8},
+    "mixtral": {"rms_norm_eps": 1e-5, "hidden_act": "silu", "rope_theta": 1e6, "num_key_value_heads": 8,
+                "num_local_experts": 8, "num_experts_per_tok": 2},
     "qwen2": {"rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 1e4, "sliding_window": 4096,
               "max_window_layers": 28, "num_key_value_heads": 32},
     "qwen3": {"rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 1e4, "sliding_window": 4096,
               "max_window_layers": 28, "num_key_value_heads": 32, "head_dim": 128},
+    "qwen3_moe": {"rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 1e4, "sliding_window": 4096,
+                  "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8,
+                  "moe_intermediate_size": 768, "norm_topk_prob": False, "decoder_sparse_step": 1},
     "gemma3": _GEMMA3,
     "gemma3_text": _GEMMA3,
 })  # fmt: skip
@@ -88,6 +94,7 @@ class ModelConfig:
         attention: what the attention layers share.
         layer_types: for each layer, whether it sees all tokens or a sliding window of them.
         sliding_window: tokens that a sliding layer sees, the current one included; None if no layer slides.
+        moe: the layers that have experts in the place of one MLP; None: there are none.
         mlp_bias: whether the MLP's projections have a bias.
         sandwich_norms: whether attention and MLP are normalized after as well as before.
         final_logit_soft_cap: logits become `cap * tanh(logits / cap)`; None: unchanged.
@@ -114,6 +121,7 @@ class ModelConfig:
     attention: AttentionConfig
     layer_types: tuple[LayerType, ...]
     sliding_window: int | None = None
+    moe: MoeConfig | None = None
     mlp_bias: bool = False
     sandwich_norms: bool = False
     final_logit_soft_cap: float | None = None
@@ -159,6 +167,7 @@ class ModelConfig:
             attention=_attention(values, model_type, head_dim),
             layer_types=layer_types,
             sliding_window=sliding_window,
+            moe=read_moe(values, model_type, num_layers),
             mlp_bias=model_type == "llama" and values.flag("mlp_bias"),
             sandwich_norms=is_gemma,
             final_logit_soft_cap=values.optional_number("final_logit_softcapping") if is_gemma else None,
@@ -185,7 +194,11 @@ class ModelConfig:
         mlp += 2 * self.intermediate_size + self.hidden_size if self.mlp_bias else 0
         norms = (4 if self.sandwich_norms else 2) * self.hidden_size
         embeddings = (1 if self.tie_word_embeddings else 2) * self.vocab_size * self.hidden_size
-        return embeddings + self.num_layers * (attention + mlp + norms) + self.hidden_size
+        num_moe_layers = 0 if self.moe is None else sum(self.moe.layers)
+        feed_forward = (self.num_layers - num_moe_layers) * mlp
+        if self.moe is not None:
+            feed_forward += num_moe_layers * self.moe.num_parameters(self.hidden_size)
+        return embeddings + self.num_layers * (attention + norms) + feed_forward + self.hidden_size
 
     def kv_bytes_per_token(self, dtype_bytes: int) -> int:
         """Bytes that the keys and values of one token take in the cache, over all layers."""
@@ -254,7 +267,7 @@ def _layer_types(values: Values, model_type: str, num_layers: int) -> tuple[tupl
     if model_type == "llama" or (model_type.startswith("qwen") and not values.flag("use_sliding_window")):
         window = None
     listed = values.get("layer_types")
-    if window is None or model_type == "mistral":
+    if window is None or model_type in ("mistral", "mixtral", "qwen3_moe"):
         slides = [window is not None] * num_layers
     elif listed is not None:
         known = ("full_attention", "sliding_attention")
@@ -272,14 +285,14 @@ def _layer_types(values: Values, model_type: str, num_layers: int) -> tuple[tupl
 
 
 def _attention(values: Values, model_type: str, head_dim: int) -> AttentionConfig:
-    bias = model_type != "mistral" and values.flag("attention_bias")
+    bias = model_type not in ("mistral", "mixtral") and values.flag("attention_bias")
     if not model_type.startswith("gemma3"):
         is_qwen2 = model_type == "qwen2"
         return AttentionConfig(
             scale=head_dim**-0.5,
             qkv_bias=bias or is_qwen2,
             output_bias=bias and not is_qwen2,
-            qk_norm=model_type == "qwen3",
+            qk_norm=model_type in ("qwen3", "qwen3_moe"),
         )
     if values.flag("use_bidirectional_attention"):
         raise UnsupportedFeatureError("Models with bidirectional attention are not supported.", field="model")

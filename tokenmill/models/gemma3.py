@@ -55,12 +55,15 @@ class Gemma3Attention(nn.Module):
             soft_cap=config.attention.soft_cap,
         )
         self.attention = Attention(spec, context)
+        self.num_rotated_heads = spec.num_heads + spec.num_kv_heads
 
     def forward(self, x: Rows, rotation: Rotation, metadata: AttentionMetadata, cache: LayerCache) -> torch.Tensor:
         """[T, hidden_size] to [T, hidden_size]."""
-        query, key, value = self.qkv_proj.split_heads(self.qkv_proj(x))
-        query = rotation.apply(self.q_norm(query))
-        key = rotation.apply(self.k_norm(key))
+        heads = self.qkv_proj(x)  # [T, H + 2 G, D]
+        value = heads[:, self.num_rotated_heads :]
+        query, key = rotation.normalize_and_apply(
+            heads[:, : self.num_rotated_heads], self.qkv_proj.num_heads, self.q_norm, self.k_norm
+        )
         return self.o_proj(self.attention(query, key, value, metadata, cache))  # type: ignore[no-any-return]
 
 
@@ -94,7 +97,7 @@ class Gemma3DecoderLayer(nn.Module):
         """(what the MLP adds, residual stream), [T, hidden_size] each; the next norm adds them up."""
         rows, residual = self.input_layernorm.add_and_norm_for(self.self_attn.qkv_proj, x, residual)
         x = self.post_attention_layernorm(self.self_attn(rows, rotation, metadata, cache))
-        rows, residual = self.pre_feedforward_layernorm.add_and_norm_for(self.mlp.gate_up_proj, x, residual)
+        rows, residual = self.pre_feedforward_layernorm.add_and_norm_for(self.mlp, x, residual)
         return self.post_feedforward_layernorm(self.mlp(rows)), residual
 
 

@@ -27,6 +27,10 @@ class Values:
         """The entry, the default if it is left out, or None."""
         return self._entries[key] if key in self._entries else self._defaults.get(key)
 
+    def is_set(self, key: str) -> bool:
+        """Whether the file itself has the entry, and not null."""
+        return self._entries.get(key) is not None
+
     def invalid(self, key: str, expected: str) -> CheckpointError:
         """The error for an entry that is not what it must be."""
         value = self.get(key)

@@ -15,11 +15,11 @@ from tokenmill.layers.context import LayerContext
 from tokenmill.layers.embedding import LMHead, VocabParallelEmbedding
 from tokenmill.layers.forward_batch import ForwardBatch
 from tokenmill.layers.linear import QKVLinear, RowParallelLinear
-from tokenmill.layers.mlp import GatedMLP
 from tokenmill.layers.norm import RMSNorm
 from tokenmill.layers.rope import RotaryEmbedding, Rotation
 from tokenmill.models.base import CausalLM
 from tokenmill.models.config import ModelConfig
+from tokenmill.models.feed_forward import feed_forward
 from tokenmill.quantization.base import Rows
 
 
@@ -63,18 +63,12 @@ class LlamaAttention(nn.Module):
 
 
 class LlamaDecoderLayer(nn.Module):
-    """Attention and MLP, each behind a norm and added to the residual stream."""
+    """Attention and MLP (or experts), each behind a norm and added to the residual stream."""
 
     def __init__(self, config: ModelConfig, layer: int, context: LayerContext) -> None:
         super().__init__()
         self.self_attn = LlamaAttention(config, layer, context.child("self_attn"))
-        self.mlp = GatedMLP(
-            config.hidden_size,
-            config.intermediate_size,
-            config.hidden_act,
-            bias=config.mlp_bias,
-            context=context.child("mlp"),
-        )
+        self.mlp = feed_forward(config, layer, context.child("mlp"))
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
 
@@ -89,7 +83,7 @@ class LlamaDecoderLayer(nn.Module):
         """(what the MLP adds, residual stream), [T, hidden_size] each; the next norm adds them up."""
         rows, residual = self.input_layernorm.add_and_norm_for(self.self_attn.qkv_proj, x, residual)
         x = self.self_attn(rows, rotation, metadata, cache)
-        rows, residual = self.post_attention_layernorm.add_and_norm_for(self.mlp.gate_up_proj, x, residual)
+        rows, residual = self.post_attention_layernorm.add_and_norm_for(self.mlp, x, residual)
         return self.mlp(rows), residual
 
 

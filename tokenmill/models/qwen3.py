@@ -11,11 +11,11 @@ from tokenmill.layers.context import LayerContext
 from tokenmill.layers.embedding import LMHead, VocabParallelEmbedding
 from tokenmill.layers.forward_batch import ForwardBatch
 from tokenmill.layers.linear import QKVLinear, RowParallelLinear
-from tokenmill.layers.mlp import GatedMLP
 from tokenmill.layers.norm import RMSNorm
 from tokenmill.layers.rope import RotaryEmbedding, Rotation
 from tokenmill.models.base import CausalLM
 from tokenmill.models.config import ModelConfig
+from tokenmill.models.feed_forward import feed_forward
 from tokenmill.quantization.base import Rows
 
 
@@ -49,28 +49,25 @@ class Qwen3Attention(nn.Module):
             soft_cap=config.attention.soft_cap,
         )
         self.attention = Attention(spec, context)
+        self.num_rotated_heads = spec.num_heads + spec.num_kv_heads
 
     def forward(self, x: Rows, rotation: Rotation, metadata: AttentionMetadata, cache: LayerCache) -> torch.Tensor:
         """[T, hidden_size] to [T, hidden_size]."""
-        query, key, value = self.qkv_proj.split_heads(self.qkv_proj(x))
-        query = rotation.apply(self.q_norm(query))
-        key = rotation.apply(self.k_norm(key))
+        heads = self.qkv_proj(x)  # [T, H + 2 G, D]
+        value = heads[:, self.num_rotated_heads :]
+        query, key = rotation.normalize_and_apply(
+            heads[:, : self.num_rotated_heads], self.qkv_proj.num_heads, self.q_norm, self.k_norm
+        )
         return self.o_proj(self.attention(query, key, value, metadata, cache))  # type: ignore[no-any-return]
 
 
 class Qwen3DecoderLayer(nn.Module):
-    """Attention and MLP, each behind a norm and added to the residual stream."""
+    """Attention and MLP (or experts), each behind a norm and added to the residual stream."""
 
     def __init__(self, config: ModelConfig, layer: int, context: LayerContext) -> None:
         super().__init__()
         self.self_attn = Qwen3Attention(config, layer, context.child("self_attn"))
-        self.mlp = GatedMLP(
-            config.hidden_size,
-            config.intermediate_size,
-            config.hidden_act,
-            bias=config.mlp_bias,
-            context=context.child("mlp"),
-        )
+        self.mlp = feed_forward(config, layer, context.child("mlp"))
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
 
@@ -85,7 +82,7 @@ class Qwen3DecoderLayer(nn.Module):
         """(what the MLP adds, residual stream), [T, hidden_size] each; the next norm adds them up."""
         rows, residual = self.input_layernorm.add_and_norm_for(self.self_attn.qkv_proj, x, residual)
         x = self.self_attn(rows, rotation, metadata, cache)
-        rows, residual = self.post_attention_layernorm.add_and_norm_for(self.mlp.gate_up_proj, x, residual)
+        rows, residual = self.post_attention_layernorm.add_and_norm_for(self.mlp, x, residual)
         return self.mlp(rows), residual
 
 

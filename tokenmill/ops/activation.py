@@ -5,6 +5,7 @@ https://arxiv.org/abs/2002.05202). Called by `layers.mlp` on the output of the m
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import TypeAlias
 
@@ -12,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from tokenmill.errors import UnsupportedFeatureError, did_you_mean
+from tokenmill.ops import captured
 from tokenmill.ops.fp8 import QuantizedRows, per_token_quantize_fp8
 
 GatedActivation: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
@@ -114,6 +116,8 @@ def gated_activation(name: str, device: torch.device, dtype: torch.dtype) -> Gat
         UnsupportedFeatureError: no such activation (`field` is `hidden_act`).
     """
     _check(name)
+    if device.type == "meta":
+        return partial(captured.gated_activation, activation=name)
     return IMPLEMENTATIONS[name][choose(device, dtype)]
 
 

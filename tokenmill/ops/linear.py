@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from tokenmill.ops import captured
 from tokenmill.ops.linear_plan import matvec_plan, num_arrivals, small_batch_plan
 from tokenmill.ops.platform import computes_bfloat16
 
@@ -70,6 +71,8 @@ def linear(
             x = functional.pad(x, (0, 0, 0, num_more))
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight.data, bias, "none", [], "")
         return product[:num_rows]
+    if x.is_meta:
+        return captured.linear(x, weight, bias)
     return functional.linear(x, weight, bias)
 
 

@@ -22,6 +22,16 @@ def num_multiprocessors(device: torch.device) -> int:
     return os.cpu_count() or 1
 
 
+def num_usable_cores() -> int:
+    """Cores of the CPU that this process may use at the same time: by its affinity, and its container's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, -(-int(quota) // int(period))))
+
+
 def is_hopper_or_newer(device: torch.device) -> bool:
     """Whether the device copies whole tiles by itself, and starts a kernel while the one before it still runs."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

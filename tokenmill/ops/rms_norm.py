@@ -13,6 +13,7 @@ from typing import TypeAlias
 import torch
 from torch.nn import functional
 
+from tokenmill.ops import captured
 from tokenmill.ops.fp8 import QuantizedRows, per_token_quantize_fp8
 
 AddRmsNorm: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]
@@ -30,6 +31,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     Returns:
         [..., D], of x's type.
     """
+    if x.is_meta:
+        return captured.rms_norm(x, weight, eps)
     return IMPLEMENTATIONS[choose(x.device, x.dtype)](x, weight, eps)
 
 
@@ -37,6 +40,9 @@ def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add `x` to the residual stream, then normalize it: (`rms_norm(residual + x)`, `residual + x`), all [..., D]."""
+    if x.is_meta:
+        residual = residual + x
+        return captured.rms_norm(residual, weight, eps), residual
     return ADD_IMPLEMENTATIONS[choose(x.device, x.dtype)](x, residual, weight, eps)
 
 

@@ -12,6 +12,8 @@ from typing import TypeAlias
 
 import torch
 
+from tokenmill.ops import captured
+
 Rope: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -26,6 +28,8 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> 
     Returns:
         [T, heads, D], of x's type, contiguous; computed in float32.
     """
+    if x.is_meta:
+        return captured.apply_rope(x, cos, signed_sin)
     return IMPLEMENTATIONS[choose(x.device, x.dtype)](x, cos, signed_sin)
 
 

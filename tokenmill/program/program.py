@@ -150,6 +150,7 @@ OPERATIONS: Final[Mapping[str, OperationKind]] = {
         "y = x weight^T (+ bias) (+ residual); y may be the memory of residual. With `activation`, the weight's first "
         "half of rows is the gate: y = activation(gate) * up, and y may be int8_group32",
     ),
+    "add_bias": OperationKind(("x",), ("y",), ("bias",), (), "y = x + bias; y may be x; `linear` does it by itself"),
     "rope": OperationKind(
         ("x", "rotation"), ("y",), (), ("head_dim",), "each head's pairs (i, i + head_dim / 2) turned; y may be x"
     ),

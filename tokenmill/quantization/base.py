@@ -2,17 +2,19 @@
 
 A layer asks the factory in its `LayerContext` for a method (one object per layer), then calls, in this order:
 `create_weights` when it is built, `process_after_loading` once its parameters are filled, `apply` in every step.
+`ExpertsMethod` is the same for the experts of a mixture.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import nn
 
 from tokenmill.ops.fp8 import QuantizedRows
+from tokenmill.ops.moe import Routing
 
 Rows: TypeAlias = torch.Tensor | QuantizedRows
 """What a linear layer takes: [T, in_features], plain or quantized by the op before it."""
@@ -73,3 +75,60 @@ class ConvertsWhileLoading(Protocol):
 
 LinearMethodFactory: TypeAlias = Callable[[str], LinearMethod]
 """Makes the method of the layer with the given full name, such as `model.layers.0.mlp.down_proj`."""
+
+
+ExpertProjection: TypeAlias = Literal["gate", "up", "down"]
+
+
+class ExpertSizes(NamedTuple):
+    """The experts of one layer that this rank holds, and the features of this rank's part of each."""
+
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+
+
+class ExpertParameter(NamedTuple):
+    """A parameter of all experts of a layer, which a checkpoint fills one projection of one expert at a time.
+
+    Args:
+        gate: [E, ...], what the gate projections fill; may be a view of a tensor that up projections share.
+        up, down: [E, ...], likewise.
+        axes: of one expert's part, an entry of the three.
+    """
+
+    gate: torch.Tensor
+    up: torch.Tensor
+    down: torch.Tensor
+    axes: ParameterAxes
+
+
+class ExpertsMethod(Protocol):
+    """Owns the weights of the experts of one layer."""
+
+    def create_weights(
+        self, layer: nn.Module, sizes: ExpertSizes, dtype: torch.dtype, device: torch.device
+    ) -> Mapping[str, ExpertParameter]:
+        """Register the (uninitialized) parameters on `layer`; returns what a checkpoint fills of them, by name."""
+        ...
+
+    def process_after_loading(self, layer: nn.Module, activation: str, first_expert: int) -> None:
+        """Turn the filled parameters into the form that `apply` reads; may remove them from `layer`."""
+        ...
+
+    def apply(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """[T, H] to [T, H]: what this rank's experts add, see `ops.moe.run_experts`."""
+        ...
+
+
+@runtime_checkable
+class ConvertsExpertsWhileLoading(Protocol):
+    """An `ExpertsMethod` whose parameters are not what the checkpoint holds."""
+
+    def store(self, name: str, projection: ExpertProjection, expert: int, tensor: torch.Tensor) -> None:
+        """Take in `tensor`, this rank's part of parameter `name` of one projection; `expert` counts this rank's."""
+        ...
+
+
+ExpertsMethodFactory: TypeAlias = Callable[[str], ExpertsMethod]
+"""Makes the method of the experts with the given full name, such as `model.layers.0.mlp.experts`."""

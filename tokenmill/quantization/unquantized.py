@@ -1,4 +1,4 @@
-"""`UnquantizedLinear`: a plain weight matrix, prepared for its device after loading where that is faster."""
+"""`UnquantizedLinear` and `UnquantizedExperts`: plain matrices, prepared for their device where that is faster."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from tokenmill.ops.linear import PackedWeight, StreamedWeight, linear, pack_linear_weight
-from tokenmill.quantization.base import ParameterAxes
+from tokenmill.ops.moe import ExpertMatrix, ExpertWeights, Routing, run_experts
+from tokenmill.quantization.base import ExpertParameter, ExpertSizes, ParameterAxes
 
 
 class UnquantizedLinear:
@@ -50,3 +51,50 @@ class UnquantizedLinear:
 def unquantized(name: str) -> UnquantizedLinear:
     """A `LinearMethodFactory`: every layer is unquantized."""
     return UnquantizedLinear()
+
+
+class UnquantizedExperts:
+    """`gate_up_proj` [E, 2 I, H] and `down_proj` [E, H, I] in the model's own type."""
+
+    def __init__(self) -> None:
+        self._weights: ExpertWeights | None = None
+
+    def create_weights(
+        self, layer: nn.Module, sizes: ExpertSizes, dtype: torch.dtype, device: torch.device
+    ) -> Mapping[str, ExpertParameter]:
+        """Register both parameters on `layer`."""
+        gate_up, down = register_experts(layer, sizes, dtype, device)
+        gate, up = gate_up.chunk(2, dim=1)
+        return {"weight": ExpertParameter(gate, up, down, ParameterAxes(output=0, input=1))}
+
+    def process_after_loading(self, layer: nn.Module, activation: str, first_expert: int) -> None:
+        """Prepare the weights; plain ones that were copied are freed. Repeatable."""
+        if self._weights is not None:
+            return
+        gate_up, down = layer.get_parameter("gate_up_proj").data, layer.get_parameter("down_proj").data
+        self._weights = ExpertWeights(ExpertMatrix(gate_up), ExpertMatrix(down), activation, first_expert).prepared()
+        if self._weights.packed is not None:
+            layer.register_parameter("gate_up_proj", None)
+            layer.register_parameter("down_proj", None)
+
+    def apply(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """[T, H] to [T, H]."""
+        assert self._weights is not None, "process_after_loading was not called"
+        return run_experts(x, routing, self._weights)
+
+
+def register_experts(
+    layer: nn.Module, sizes: ExpertSizes, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """New parameters `gate_up_proj` [E, 2 I, H] and `down_proj` [E, H, I] of `layer`."""
+    num_experts, hidden, size = sizes
+    gate_up = torch.empty(num_experts, 2 * size, hidden, dtype=dtype, device=device)
+    down = torch.empty(num_experts, hidden, size, dtype=dtype, device=device)
+    layer.register_parameter("gate_up_proj", nn.Parameter(gate_up, requires_grad=False))
+    layer.register_parameter("down_proj", nn.Parameter(down, requires_grad=False))
+    return gate_up, down
+
+
+def unquantized_experts(name: str) -> UnquantizedExperts:
+    """An `ExpertsMethodFactory`: all experts are unquantized."""
+    return UnquantizedExperts()

@@ -17,7 +17,8 @@ from tokenmill.models import load_model_class
 from tokenmill.models.base import CausalLM
 from tokenmill.models.config import ModelConfig
 from tokenmill.ops.platform import computes_bfloat16
-from tokenmill.quantization.select import linear_method_for
+from tokenmill.quantization.checkpoint_format import read_format
+from tokenmill.quantization.select import methods_for
 
 
 def resolve_device(name: str) -> torch.device:
@@ -74,6 +75,13 @@ def resolve_cache_dtype(name: str, dtype: torch.dtype, device: torch.device) -> 
     return resolve_dtype(name, device)
 
 
+def resolve_max_num_tokens(args: LlmArgs, device: torch.device) -> int:
+    """Most tokens of one step: what the user said, else what `LlmArgs.max_num_tokens` says of the device."""
+    if args.max_num_tokens is not None:
+        return args.max_num_tokens
+    return 512 if device.type == "cpu" and args.enable_chunked_prefill else 2048
+
+
 def resolve_max_seq_len(args: LlmArgs, config: ModelConfig) -> int:
     """The longest sequence: what the user said, else the model's context.
 
@@ -106,8 +114,15 @@ def load_model(
         CheckpointError: tensors are missing, left over or of the wrong shape.
         UnsupportedFeatureError: the architecture is not supported.
     """
+    assert args.quantization in (None, "fp8"), "the backend was chosen by what it can do"
+    shapes = {tensor.name: tensor.shape for tensor in checkpoint.tensors()}
+    linear_method, experts_method = methods_for(args.quantization, read_format(checkpoint.hf_config, shapes))
     context = LayerContext(
-        dtype=dtype, device=device, backend=backend, linear_method=linear_method_for(args.quantization)
+        dtype=dtype,
+        device=device,
+        backend=backend,
+        linear_method=linear_method,
+        experts_method=experts_method,
     )
     model = load_model_class(config.model_type)(config, context)
     targets = weight_targets(model)
@@ -115,7 +130,12 @@ def load_model(
         fill_dummy(targets, seed=0)
     else:
         load_weights(
-            targets, checkpoint, ignore=model.ignored_weights, rename=model.rename_weight, on_progress=on_progress
+            targets,
+            checkpoint,
+            ignore=model.ignored_weights,
+            rename=model.rename_weight,
+            unstack=model.unstack_weight,
+            on_progress=on_progress,
         )
     finalize_weights(model)
     return model.eval()

@@ -1,54 +1,45 @@
-"""`ModelRunner`: runs batch plans with a torch model. Owns the slots' state, the cache's memory and the sampler.
+"""`ModelRunner`: runs batch plans with torch: a model of `models/`, or a program on a GPU. Owns the cache's memory.
 
-A step: apply what changed, compute inputs on the device, run the model, sample, write the tokens back to the slots.
-Nothing is read back before `collect`, so the host can prepare the next step meanwhile.
+A step: compute inputs on the device, run the model, sample, write the tokens back to the slots. Nothing is read back
+before `collect`, so the host can prepare the next step meanwhile.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from tokenmill.attention.base import LayerCache
-from tokenmill.engine.plan import BatchPlan, BlockCopy, NewSlot, Row, RowOutput, StepOutput
+from tokenmill.engine.plan import BatchPlan, BlockCopy, Row
 from tokenmill.layers.forward_batch import ForwardBatch
-from tokenmill.models.base import CausalLM
 from tokenmill.ops.kv_cache import copy_blocks
 from tokenmill.ops.upload import upload
+from tokenmill.runtime.slot_runner import LaunchedStep, SlotRunner
 from tokenmill.runtime.slot_state import SlotState
 from tokenmill.runtime.step_graphs import StepGraphs, StepResult, StepSize
 from tokenmill.runtime.step_inputs import StepInputs, inputs_of_rows
 from tokenmill.runtime.warm_up import run_together
-from tokenmill.sampling.logprobs import LogprobTensors, prompt_logprobs, to_token_logprobs
 from tokenmill.sampling.sampled_tokens import TokenReadback
-from tokenmill.sampling.sampler import Sampler
 from tokenmill.sampling.slot_params import SlotSamplingParams
 
 
-@dataclass(frozen=True, slots=True)
-class LaunchedStep:
-    """A step under way.
+class StepModel(Protocol):
+    """What computes a step: `models.base.CausalLM`, or `TorchProgram`."""
 
-    Args:
-        plan: what was launched.
-        sampled_rows: indices of the plan's rows that sample.
-        readback: their tokens, on the way to the host; None when no row samples.
-        prompt_logprobs: by row index, for the rows that asked: the tensors, and how many most likely tokens to tell.
-        reads_all: whether `readback` holds all rows of the plan, not the sampled ones alone.
-    """
+    def __call__(self, batch: ForwardBatch) -> torch.Tensor:
+        """What `compute_logits` needs of each token, [T, columns]; writes keys and values to the caches."""
+        ...
 
-    plan: BatchPlan
-    sampled_rows: tuple[int, ...]
-    readback: TokenReadback | None
-    prompt_logprobs: dict[int, tuple[LogprobTensors, int]]
-    reads_all: bool = False
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Rows of what a call gave, [n, columns], to [n, V] float32."""
+        ...
 
 
-class ModelRunner:
+class ModelRunner(SlotRunner):
     """Runs plans; see `engine.plan.Runner` for the contract.
 
     Args:
@@ -61,19 +52,16 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: CausalLM,
+        model: StepModel,
         caches: tuple[LayerCache, ...],
         slots: SlotState,
         sampling: SlotSamplingParams,
         *,
         use_graphs: bool = True,
     ) -> None:
+        super().__init__(slots, sampling)
         self._model = model
         self._caches = caches
-        self._slots = slots
-        self._sampling = sampling
-        self._sampler = Sampler(sampling)
-        self._assigned: dict[int, NewSlot] = {}
         self._graphs: StepGraphs | None = None
         if slots.device.type == "cuda" and use_graphs:
             self._graphs = StepGraphs(self._step, slots, max_batch_size=slots.scratch_slot)
@@ -102,18 +90,10 @@ class ModelRunner:
         inputs = inputs_of_rows(rows, self._slots)
         self._sampler.most_likely(self._model.compute_logits(self._forward(inputs)[inputs.last_token_index]))
 
-    def run(self, plan: BatchPlan) -> StepOutput:
-        """Launch and collect."""
-        return self.collect(self.launch(plan))
-
     @torch.inference_mode()
     def launch(self, plan: BatchPlan) -> LaunchedStep:
         """Start the step; on a GPU this returns before it is computed."""
-        self._copy_blocks(plan.block_copies)
-        self._slots.assign(plan.new_slots)
-        self._sampling.assign(plan.new_slots)
-        self._assigned.update((new.slot, new) for new in plan.new_slots)
-        self._slots.append_blocks(plan.new_blocks)
+        self._apply_changes(plan)
         if self._graphs is not None:
             greedy = self._sampling.is_plain_greedy([row.slot for row in plan.rows])
             size = self._graphs.size_of(plan.rows, greedy=greedy)
@@ -126,44 +106,18 @@ class ModelRunner:
             plan=plan,
             sampled_rows=sampled_rows,
             readback=self._sample(plan.rows, sampled_rows, inputs, hidden) if sampled_rows else None,
-            prompt_logprobs=self._prompt_logprobs(plan.rows, hidden),
+            prompt_logprobs=self._prompt_logprobs(plan.rows, hidden, self._model.compute_logits),
         )
-
-    def collect(self, pending: LaunchedStep) -> StepOutput:
-        """Read what the step gave; waits for the device."""
-        rows = pending.plan.rows
-        outputs = [RowOutput() for _ in rows]
-        of_prompts = {
-            index: tuple(to_token_logprobs(tensors.cpu(), [num_top] * len(tensors.token_ids)))
-            for index, (tensors, num_top) in pending.prompt_logprobs.items()
-        }
-        for index, entries in of_prompts.items():
-            outputs[index] = RowOutput(prompt_logprobs=entries)
-        sampled = pending.readback.wait() if pending.readback is not None else []
-        if pending.reads_all:
-            sampled = [sampled[index] for index in pending.sampled_rows]
-        for index, (token_id, logprobs) in zip(pending.sampled_rows, sampled, strict=True):
-            outputs[index] = RowOutput(
-                token_id=token_id,
-                logprobs=logprobs,
-                prompt_logprobs=of_prompts.get(index, ()),
-                error=None if token_id is not None else "The model gave no finite logits for this request.",
-            )
-        return StepOutput(tuple(outputs))
 
     # ---- parts of a launch -----------------------------------------------------------------------------------
 
     def _copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
-        if copies:
-            pairs = np.array([[copy.source, copy.destination] for copy in copies], np.int64)
-            source, destination = upload(pairs, self._slots.device).unbind(1)
-            copy_blocks(self._caches, source, destination)
+        pairs = np.array([[copy.source, copy.destination] for copy in copies], np.int64)
+        source, destination = upload(pairs, self._slots.device).unbind(1)
+        copy_blocks(self._caches, source, destination)
 
     def _forward(self, inputs: StepInputs) -> torch.Tensor:  # [T, hidden]
-        hidden: torch.Tensor = self._model(
-            ForwardBatch(inputs.input_ids, inputs.positions, inputs.attention, self._caches)
-        )
-        return hidden
+        return self._model(ForwardBatch(inputs.input_ids, inputs.positions, inputs.attention, self._caches))
 
     def _sample(
         self, rows: Sequence[Row], sampled_rows: tuple[int, ...], inputs: StepInputs, hidden: torch.Tensor
@@ -175,20 +129,6 @@ class ModelRunner:
             last, slots, positions = last[index], slots[index], positions[index]
         logits = self._model.compute_logits(hidden[last])  # [sampled, V]
         return self._choose(logits, slots, positions, [rows[row] for row in sampled_rows])
-
-    def _choose(
-        self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, rows: Sequence[Row]
-    ) -> TokenReadback:
-        sampled = self._sampler.sample(
-            logits,
-            slots,
-            [row.slot for row in rows],
-            positions,
-            self._slots.token_ids,
-            max_position=max(row.start + row.num_tokens for row in rows),
-        )
-        self._slots.token_ids[slots, positions] = sampled.token_ids
-        return TokenReadback(sampled)
 
     # ---- steps from graphs -----------------------------------------------------------------------------------
 
@@ -220,28 +160,3 @@ class ModelRunner:
         sampled = self._sampler.most_likely(self._model.compute_logits(hidden))
         self._slots.token_ids[inputs.target_slots, inputs.next_positions] = sampled.token_ids
         return StepResult(inputs, None, sampled)
-
-    # ---- prompt log-probabilities ----------------------------------------------------------------------------
-
-    def _prompt_logprobs(self, rows: Sequence[Row], hidden: torch.Tensor) -> dict[int, tuple[LogprobTensors, int]]:
-        """Log-probabilities of the prompt tokens that follow each position of the rows that asked."""
-        found: dict[int, tuple[LogprobTensors, int]] = {}
-        first = 0  # index of the row's first token among all of the step's
-        for index, row in enumerate(rows):
-            if row.prompt_logprobs:
-                new = self._assigned[row.slot]
-                count = min(row.num_tokens, new.num_prompt_tokens - 1 - row.start)
-                if count > 0:
-                    num_top = new.sampling.prompt_logprobs or 0
-                    tensors = prompt_logprobs(
-                        hidden[first : first + count],
-                        self._model.compute_logits,
-                        self._slots.token_ids[row.slot, row.start + 1 : row.start + 1 + count],
-                        num_top,
-                        vocab_size=self._model.config.vocab_size,
-                    )
-                    found[index] = tensors, num_top
-            first += row.num_tokens
-        return found
-
-    # ---- parts of a collect ----------------------------------------------------------------------------------

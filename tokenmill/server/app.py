@@ -16,6 +16,7 @@ from tokenmill.server.errors import install_error_handlers
 from tokenmill.server.middleware import ApiKeyMiddleware, BodyLimitMiddleware, CountingMiddleware
 from tokenmill.server.openai import chat, completions, models
 from tokenmill.server.probe import GenerationProbe
+from tokenmill.server.rate_limit import RateLimiter, RateLimitMiddleware
 from tokenmill.server.state import ServerState
 from tokenmill.server.tokenizing import TokenizingPool
 from tokenmill.telemetry.process_metrics import ProcessSample
@@ -46,13 +47,23 @@ class _Application(FastAPI):
         return self.openapi_schema
 
 
-def create_app(llm: LLM, *, served_model_name: str | None = None, api_key: str | None = None) -> FastAPI:
+def create_app(
+    llm: LLM,
+    *,
+    served_model_name: str | None = None,
+    api_key: str | None = None,
+    requests_per_minute: int | None = None,
+) -> FastAPI:
     """Make an application that answers with `llm`.
 
     Args:
         llm: stays the caller's: the application does not shut it down.
         served_model_name: the name under which clients ask for the model; None: the one that `llm` was made with.
         api_key: what clients of `/v1` have to send as bearer token; None: nothing.
+        requests_per_minute: what one client (an address) may send to `/v1`; None: any number.
+
+    Raises:
+        InvalidParameterError: `requests_per_minute` is not positive.
     """
     app = _Application(needs_key=api_key is not None, by_model=_model_schemas(llm))
     model_name = served_model_name or llm.model_name
@@ -66,6 +77,8 @@ def create_app(llm: LLM, *, served_model_name: str | None = None, api_key: str |
     )
     install_error_handlers(app, backpressure)
     app.add_middleware(BodyLimitMiddleware, max_bytes=MAX_BODY_BYTES)
+    if requests_per_minute is not None:
+        app.add_middleware(RateLimitMiddleware, limiter=RateLimiter(requests_per_minute))
     if api_key is not None:
         app.add_middleware(ApiKeyMiddleware, api_key=api_key)
     app.add_middleware(CountingMiddleware, outcomes=metrics.http, methods=_COUNTED_METHODS)

@@ -41,7 +41,7 @@ GENERATION_ERRORS: dict[int | str, Schema] = {
     400: _error("The request is wrong; `param` names the field."),
     404: _error("No such model."),
     413: _error("The body is too large."),
-    429: _error("Too many requests wait; try again later.", headers=_RETRY_AFTER),
+    429: _error("Too many requests wait, or this client sends too many; try again later.", headers=_RETRY_AFTER),
     **ANY_ROUTE_ERRORS,
     503: _error("The engine does not run, or has not enough memory.", headers=_RETRY_AFTER),
     504: _error("The request's `timeout` passed before its answer was complete."),

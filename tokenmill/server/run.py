@@ -30,6 +30,7 @@ def serve(
     *,
     served_model_name: str | None = None,
     api_key: str | None = None,
+    requests_per_minute: int | None = None,
     log_level: str = "info",
     shutdown_timeout: float = 30.0,
     on_start: Callable[[str], None] | None = None,
@@ -43,7 +44,7 @@ def serve(
         llm: stays the caller's, to be shut down after this returns.
         host: address to listen on; `0.0.0.0` for all.
         port: 0 picks a free one.
-        served_model_name, api_key: as in `create_app`.
+        served_model_name, api_key, requests_per_minute: as in `create_app`.
         log_level: uvicorn's: `critical`, `error`, `warning`, `info`, `debug` or `trace`.
         shutdown_timeout: seconds.
         on_start: called with the server's URL once the port is open.
@@ -55,7 +56,7 @@ def serve(
         raise InvalidParameterError(
             f"log_level is '{log_level}'.", field="log_level", remedy=did_you_mean(log_level, LOG_LEVELS)
         )
-    app = create_app(llm, served_model_name=served_model_name, api_key=api_key)
+    app = create_app(llm, served_model_name=served_model_name, api_key=api_key, requests_per_minute=requests_per_minute)
     listener = open_listener(host, port)
     config = uvicorn.Config(
         app, log_level=log_level, timeout_graceful_shutdown=max(1, round(shutdown_timeout)), ws="none", lifespan="off"

@@ -57,8 +57,8 @@ class ExecutorConfig(CompatibleModel):
     """`STATIC` sets the capacity policy STATIC_BATCH; `INFLIGHT` leaves it to `scheduler_config`."""
     max_batch_size: int = Field(default=64, ge=1)
     """Most sequences that run at the same time."""
-    max_num_tokens: int = Field(default=2048, ge=1)
-    """Most tokens computed in one step, over all sequences."""
+    max_num_tokens: int | None = Field(default=None, ge=1)
+    """Most tokens computed in one step, over all sequences; None: as in `LlmArgs`."""
     max_queue_size: int = Field(default=4096, ge=1)
     """Most requests that may wait; one more is refused with `QueueFullError`."""
     max_seq_len: int | None = Field(default=None, ge=2)

@@ -18,7 +18,8 @@ FP8_MAX_REGISTERS = 64
 
 
 @triton.jit
-def _activated(gate: tl.tensor, is_silu: tl.constexpr) -> tl.tensor:
+def activated(gate: tl.tensor, is_silu: tl.constexpr) -> tl.tensor:
+    """The activation of float32 values: SiLU, or the tanh form of GELU."""
     if is_silu:
         return gate * tl.sigmoid(gate)
     # 0.5 (1 + tanh(z)) is sigmoid(2 z)
@@ -44,7 +45,7 @@ def _gated_kernel(
     inside = columns < size
     gate = tl.load(gate_up + row * row_stride + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * row_stride + size + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * size + columns, (_activated(gate, is_silu) * up).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * size + columns, (activated(gate, is_silu) * up).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -68,7 +69,7 @@ def _gated_fp8_kernel(
     gate = tl.load(gate_up + row * row_stride + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * row_stride + size + columns, mask=inside, other=0.0).to(tl.float32)
     # Rounded to the input's type first, so that the fused and the separate quantization agree.
-    rounded = (_activated(gate, is_silu) * up).to(gate_up.dtype.element_ty).to(tl.float32)
+    rounded = (activated(gate, is_silu) * up).to(gate_up.dtype.element_ty).to(tl.float32)
     quantized_values, row_scales = quantized(rounded[None, :])
     tl.store(values + row * size + columns[None, :], quantized_values, mask=inside[None, :])
     tl.store(scales + row + tl.zeros([1], tl.int32), row_scales)

@@ -1,0 +1,170 @@
+"""`LLM` on a built engine: the tokens of the torch backend under every way of scheduling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.single_thread import single_thread
+from tests.support.tiny_checkpoint import write_tiny_model
+from tests.support.tiny_programs import tiny_package
+from tokenmill import LLM, KvCacheConfig, SamplingParams, SchedulerConfig
+from tokenmill.checkpoints.base import open_checkpoint
+from tokenmill.config import CapacitySchedulerPolicy
+from tokenmill.errors import InvalidParameterError, UnsupportedFeatureError
+from tokenmill.program.package import EnginePackage
+
+pytestmark = pytest.mark.spec("D5", "H3")
+
+LENGTHS = (1, 2, 7, 31, 32, 33, 64, 100, 150, 3, 17)
+PROMPTS = [[(7 * index + 13 * length) % 300 for index in range(length)] for length in LENGTHS]
+GREEDY = SamplingParams(max_tokens=40, ignore_eos=True)
+NO_REUSE = KvCacheConfig(max_tokens=8192, tokens_per_block=16, enable_block_reuse=False)
+
+WAYS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "chunked": {"max_num_tokens": 24},
+    "one at a time": {"max_batch_size": 1},
+    "prefix cache": {"kv_cache_config": KvCacheConfig(max_tokens=8192, tokens_per_block=16)},
+    "preempted": {
+        "kv_cache_config": KvCacheConfig(max_tokens=480, tokens_per_block=16),
+        "scheduler_config": SchedulerConfig(capacity_scheduler_policy=CapacitySchedulerPolicy.MAX_UTILIZATION),
+    },
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    with single_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def package(model_dir: Path) -> EnginePackage:
+    checkpoint = open_checkpoint(model_dir)
+    state = {tensor.name: tensor.load() for tensor in checkpoint.tensors()}
+    return tiny_package(checkpoint.hf_config, state, tokenizer=model_dir, max_seq_len=512)
+
+
+@pytest.fixture(scope="module")
+def engine_dir(package: EnginePackage, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return package.save(tmp_path_factory.mktemp("engine") / "engine")
+
+
+def make_llm(model: Path, **changes: Any) -> LLM:
+    return LLM(model, **{"max_batch_size": 8, "max_seq_len": 512, "kv_cache_config": NO_REUSE, **changes})
+
+
+def tokens_of(llm: LLM, params: Any = GREEDY) -> list[list[int]]:
+    outputs: Any = llm.generate(PROMPTS, params, use_tqdm=False)
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+@pytest.fixture(scope="module")
+def torch_llm(model_dir: Path) -> Iterator[LLM]:
+    with make_llm(model_dir, backend="torch", device="cpu", dtype="float32") as llm:
+        yield llm
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_greedy_tokens_are_those_of_the_torch_backend(torch_llm: LLM, engine_dir: Path, way: str) -> None:
+    expected = tokens_of(torch_llm)
+    with make_llm(engine_dir, **WAYS[way]) as llm:
+        assert llm.description.backend == "engine"
+        assert tokens_of(llm) == expected
+        if way == "preempted":
+            assert llm.stats().num_preemptions > 0
+        assert tokens_of(llm) == expected  # a second time: on used slots and blocks
+        llm.check_integrity()
+
+
+def test_sampling_and_logprobs_are_those_of_the_torch_backend(torch_llm: LLM, engine_dir: Path) -> None:
+    params = [
+        SamplingParams(max_tokens=12, temperature=0.9, top_p=0.9, seed=index, ignore_eos=True, logprobs=2)
+        if index % 3 == 0
+        else SamplingParams(max_tokens=12, ignore_eos=True, prompt_logprobs=1 if index % 3 == 1 else None)
+        for index in range(len(PROMPTS))
+    ]
+    expected: Any = torch_llm.generate(PROMPTS, params, use_tqdm=False)
+    with make_llm(engine_dir, max_num_tokens=50) as llm:
+        found: Any = llm.generate(PROMPTS, params, use_tqdm=False)
+    for one, other in zip(found, expected, strict=True):
+        assert one.outputs[0].token_ids == other.outputs[0].token_ids
+        for kind in ("logprobs", "prompt_logprobs"):
+            entries = zip(getattr(one.outputs[0], kind), getattr(other.outputs[0], kind), strict=True)
+            for entry, other_entry in entries:
+                assert entry.keys() == other_entry.keys()
+                for token, logprob in entry.items():
+                    assert logprob.logprob == pytest.approx(other_entry[token].logprob, abs=1e-4)
+
+
+def test_text_comes_from_the_engines_own_tokenizer(torch_llm: LLM, engine_dir: Path) -> None:
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    with make_llm(engine_dir) as llm:
+        assert (
+            llm.generate("the rain", params).outputs[0].text == torch_llm.generate("the rain", params).outputs[0].text
+        )
+
+
+def test_a_larger_size_than_the_engines_is_refused(engine_dir: Path) -> None:
+    with pytest.raises(InvalidParameterError, match="built for 8") as caught:
+        LLM(engine_dir, max_batch_size=9)
+    assert caught.value.field == "max_batch_size"
+
+
+@pytest.mark.parametrize("source", ["checkpoint", "engine"])
+def test_a_saved_model_gives_the_same_tokens(
+    torch_llm: LLM, model_dir: Path, engine_dir: Path, tmp_path: Path, source: str
+) -> None:
+    model = model_dir if source == "checkpoint" else engine_dir
+    with make_llm(model, backend="engine", device="cpu") as llm:
+        expected, folder = tokens_of(llm), llm.save(tmp_path / "saved")
+    with make_llm(folder) as llm:
+        assert tokens_of(llm) == expected == tokens_of(torch_llm)
+    with pytest.raises(UnsupportedFeatureError, match="no engine to save"):
+        torch_llm.save(tmp_path / "other")
+
+
+def test_auto_takes_the_engine_on_a_cpu_and_says_why_not(model_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with make_llm(model_dir, device="cpu") as llm:
+        assert llm.description.backend == "engine"
+    with make_llm(model_dir, device="cpu", attn_backend="cpu") as llm:
+        assert llm.description.backend == "torch"
+    assert "attn_backend='cpu' is of the torch backend" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"backend": "engine", "load_format": "dummy"}, "backend"),
+        ({"backend": "engine", "dtype": "float16"}, "backend"),
+        ({"backend": "torch", "quantization": "int8"}, "quantization"),
+        ({"attn_backend": "cpu", "quantization": "q4_0"}, "backend"),
+    ],
+)
+def test_what_a_backend_cannot_do_is_refused(model_dir: Path, changes: dict[str, Any], field: str) -> None:
+    with pytest.raises(UnsupportedFeatureError) as caught:
+        make_llm(model_dir, device="cpu", **changes)
+    assert caught.value.field == field
+
+
+def test_quantizing_changes_the_logits_a_little(model_dir: Path, torch_llm: LLM) -> None:
+    params = SamplingParams(max_tokens=1, logprobs=0)
+    exact: Any = torch_llm.generate(PROMPTS, params, use_tqdm=False)
+    with make_llm(model_dir, device="cpu", quantization="int8") as llm:
+        found: Any = llm.generate(PROMPTS, params, use_tqdm=False)
+    differences = [
+        abs(one.outputs[0].cumulative_logprob - other.outputs[0].cumulative_logprob)
+        for one, other in zip(found, exact, strict=True)
+        if one.outputs[0].token_ids == other.outputs[0].token_ids
+    ]
+    assert len(differences) >= len(PROMPTS) - 2
+    assert 0.0 < max(differences) < 0.5

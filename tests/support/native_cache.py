@@ -1,0 +1,44 @@
+"""A layer's paged cache in the layout of the CPU kernels, made from a `PagedSequences` and the metadata of a step."""
+
+from __future__ import annotations
+
+import torch
+
+from tokenmill.attention.base import AttentionMetadata, LayerCache
+from tokenmill.ops.cpu.cache_layout import CacheLocation, pack_cache, unpack_cache
+
+
+class NativeCache:
+    """Packed copies of keys and values, and the step's rows."""
+
+    def __init__(self, cache: LayerCache, metadata: AttentionMetadata) -> None:
+        self.tokens_per_block, self.head_dim = cache[0].shape[1], cache[0].shape[3]
+        self.keys, self.values = pack_cache(*cache)
+        self.metadata = metadata
+        tables = metadata.block_tables
+        addresses = [metadata.query_start.data_ptr(), metadata.kv_lens.data_ptr(), tables.data_ptr()]
+        self.step = torch.tensor([len(metadata.query_lens), *addresses, tables.stride(0) * 4], dtype=torch.int64)
+
+    @property
+    def location(self) -> CacheLocation:
+        """Where it lies."""
+        return CacheLocation(
+            self.keys.data_ptr(),
+            self.values.data_ptr(),
+            self.keys.dtype == torch.bfloat16,
+            self.tokens_per_block,
+            self.step.data_ptr(),
+        )
+
+    def unpacked(self) -> LayerCache:
+        """Keys and values, [N, B, G, D] each."""
+        return unpack_cache(self.keys, self.values, self.tokens_per_block, self.head_dim)
+
+
+def clear_partners(cache: LayerCache, metadata: AttentionMetadata) -> None:
+    """What writing the last token of a row does to the other value of its pair."""
+    tokens_per_block = cache[0].shape[1]
+    for row, kv_len in enumerate(metadata.kv_lens_host):
+        block, cell = divmod(kv_len - 1, tokens_per_block)
+        if cell % 2 == 0 and cell + 1 < tokens_per_block:
+            cache[1][metadata.block_tables[row, block], cell + 1] = 0

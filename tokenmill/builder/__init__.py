@@ -1,0 +1,1 @@
+"""From a model to a program: capture, graph, passes, lowering, memory plan, pictures."""

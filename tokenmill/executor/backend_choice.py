@@ -1,0 +1,69 @@
+"""`choose_backend`: what runs a model, and why it is not the other. The only place that resolves `LlmArgs.backend`."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Final, Literal, NamedTuple
+
+import torch
+
+from tokenmill.config import LlmArgs
+from tokenmill.errors import UnsupportedFeatureError
+from tokenmill.models.config import ModelConfig
+
+ENGINE_QUANTIZATIONS: Final = ("int8", "int8_channel", "q4_0", "q4_1", "q5_0", "q8_0")
+"""Formats of `LlmArgs.quantization` that the builder makes."""
+
+
+class BackendChoice(NamedTuple):
+    """The backend, and why it is not `engine`; None if it is, or if the caller asked for torch."""
+
+    name: Literal["engine", "torch"]
+    reason: str | None = None
+
+
+def choose_backend(args: LlmArgs, device: torch.device, model: ModelConfig) -> BackendChoice:
+    """Resolve `args.backend`: `auto` is the compiled engine on a CPU, where it can run the model, and torch on a GPU.
+
+    Raises:
+        UnsupportedFeatureError: the caller asked for a backend that cannot do what else was asked for.
+    """
+    if args.backend in ("torch", "pytorch"):
+        if args.quantization in ENGINE_QUANTIZATIONS:
+            raise UnsupportedFeatureError(
+                f"The torch backend does not quantize to '{args.quantization}'.",
+                field="quantization",
+                remedy="Use backend='engine', or quantization='fp8'.",
+            )
+        return BackendChoice("torch")
+    reason = _reason_against_engine(args, device, model)
+    if args.backend == "engine" or args.quantization in ENGINE_QUANTIZATIONS:
+        if reason is not None:
+            raise UnsupportedFeatureError(
+                f"The engine backend cannot be used: {reason}.", field="backend", remedy="Use backend='torch'."
+            )
+        return BackendChoice("engine")
+    if device.type != "cpu":
+        return BackendChoice("torch")
+    return BackendChoice("engine") if reason is None else BackendChoice("torch", reason)
+
+
+def _reason_against_engine(args: LlmArgs, device: torch.device, model: ModelConfig) -> str | None:
+    """Why the engine backend cannot do what is asked for; None if it can."""
+    for problem, reason in (
+        (args.load_format == "dummy", "load_format='dummy' has no weights to build from"),
+        (args.quantization == "fp8", "quantization='fp8' is of the torch backend"),
+        (args.dtype == "float16", "engines have no float16"),
+        (args.kv_cache_config.dtype not in ("auto", "float32", "bfloat16"), "its cache is float32 or bfloat16"),
+        (model.moe is not None, "models with experts cannot be compiled"),
+        (args.attn_backend != "auto", f"attn_backend='{args.attn_backend}' is of the torch backend"),
+    ):
+        if problem:
+            return reason
+    if device.type != "cpu":
+        return None
+    if find_spec("numba") is None:
+        return "its kernels need the package numba"
+    if model.head_dim % 8 or model.head_dim > 256:
+        return f"its kernels cannot attend with heads of {model.head_dim} columns"
+    return None

@@ -1,0 +1,139 @@
+"""`build_program_engine`: from a built engine to an engine core that can step. Called by `engine_factory`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tokenmill.attention.select import select_backend
+from tokenmill.config import LlmArgs
+from tokenmill.engine.core import EngineCore
+from tokenmill.errors import InvalidParameterError
+from tokenmill.executor.description import EngineDescription
+from tokenmill.executor.scheduling import make_core
+from tokenmill.models.config import ModelConfig
+from tokenmill.ops.platform import free_memory
+from tokenmill.program.package import EnginePackage
+from tokenmill.runtime.memory_planner import MeasuredMemory, MemoryRequest, plan_memory
+from tokenmill.runtime.model_loader import resolve_cache_dtype, resolve_device, resolve_max_num_tokens
+from tokenmill.runtime.model_runner import ModelRunner
+from tokenmill.runtime.program_loading import (
+    StepLimits,
+    allocate_program_caches,
+    load_executor,
+    load_torch_program,
+)
+from tokenmill.runtime.program_runner import ProgramRunner
+from tokenmill.runtime.slot_runner import SlotRunner
+from tokenmill.runtime.slot_state import SlotState
+from tokenmill.sampling.slot_params import SlotSamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sizes:
+    max_batch_size: int
+    max_num_tokens: int
+    max_seq_len: int
+
+
+def build_program_engine(
+    args: LlmArgs, package: EnginePackage, *, num_sharing: int = 1
+) -> tuple[EngineCore, EngineDescription]:
+    """Size and allocate the cache of a built engine, and put scheduler and runner together.
+
+    Args:
+        args: how to serve; sizes that were not set take the engine's.
+        package: the engine.
+        num_sharing: engines that are started now and share the device's free memory evenly.
+
+    Raises:
+        UserError: a parameter does not fit the engine.
+        OutOfMemoryError: the cache does not fit.
+    """
+    device = resolve_device(package.config.target.device if args.device == "auto" else args.device)
+    if device.type != package.config.target.device:
+        raise InvalidParameterError(
+            f"The engine was built for '{package.config.target.device}', not for '{device.type}'.",
+            field="device",
+            remedy="Leave the device out, or build the engine for it.",
+        )
+    config = ModelConfig.from_hf(package.config.model.hf_config)
+    sizes = _sizes(args, package, device)
+    dtype = getattr(torch, package.config.dtype)
+    cache_name = args.kv_cache_config.dtype
+    engine_cache_dtype = getattr(torch, package.config.kv_cache_dtype)
+    cache_dtype = engine_cache_dtype if cache_name == "auto" else resolve_cache_dtype(cache_name, dtype, device)
+    request = MemoryRequest(
+        weight_bytes=dtype.itemsize,
+        cache_bytes=cache_dtype.itemsize,
+        max_batch_size=sizes.max_batch_size,
+        max_num_tokens=sizes.max_num_tokens,
+        max_seq_len=sizes.max_seq_len,
+        is_cpu=device.type == "cpu",
+    )
+    measured = MeasuredMemory(package.weight_nbytes, package.program.arena_bytes)
+    memory = plan_memory(config, request, args.kv_cache_config, free_memory(device) // num_sharing, measured)
+    attn_backend = select_backend(args.attn_backend, device).name
+    description = EngineDescription(
+        model=config,
+        device=str(device),
+        dtype=package.config.dtype,
+        cache_dtype=str(cache_dtype).removeprefix("torch."),
+        attn_backend=attn_backend,
+        max_batch_size=sizes.max_batch_size,
+        max_num_tokens=sizes.max_num_tokens,
+        max_seq_len=sizes.max_seq_len,
+        enable_chunked_prefill=args.enable_chunked_prefill,
+        memory=memory,
+        backend="engine",
+    )
+    runner = _make_runner(args, package, description, cache_dtype, device)
+    return make_core(args, description, runner, overlap=device.type == "cuda"), description
+
+
+def _sizes(args: LlmArgs, package: EnginePackage, device: torch.device) -> _Sizes:
+    limits = package.config.limits
+    found = {}
+    for name in ("max_batch_size", "max_num_tokens", "max_seq_len"):
+        wanted, limit = getattr(args, name), getattr(limits, name)
+        if wanted is not None and wanted > limit and name in args.model_fields_set:
+            raise InvalidParameterError(
+                f"{name} is {wanted}, but the engine was built for {limit} at most.",
+                field=name,
+                remedy=f"Use {limit} or less, or build the engine with a larger {name}.",
+            )
+        if name == "max_num_tokens":
+            wanted = resolve_max_num_tokens(args, device)
+        found[name] = limit if wanted is None else min(wanted, limit)
+    return _Sizes(**found)
+
+
+def _make_runner(
+    args: LlmArgs,
+    package: EnginePackage,
+    description: EngineDescription,
+    cache_dtype: torch.dtype,
+    device: torch.device,
+) -> SlotRunner:
+    memory = description.memory
+    slots = SlotState(description.max_batch_size, description.max_seq_len, memory.tokens_per_block, device)
+    # One more for the scratch slot.
+    sampling = SlotSamplingParams(description.max_batch_size + 1, description.model.vocab_size, device)
+    if device.type != "cpu":
+        program = load_torch_program(package, device, attn_backend=args.attn_backend)
+        caches = allocate_program_caches(
+            package.program, memory.num_blocks, memory.tokens_per_block, cache_dtype, device
+        )
+        return ModelRunner(program, caches, slots, sampling, use_graphs=args.enable_cuda_graphs)
+    # What is left to torch (sampling, log-probabilities) is small; its threads would only get in the kernels' way.
+    torch.set_num_threads(1)
+    limits = StepLimits(
+        max_batch_size=description.max_batch_size,
+        max_num_tokens=description.max_num_tokens,
+        max_seq_len=description.max_seq_len,
+        num_blocks=memory.num_blocks,
+        tokens_per_block=memory.tokens_per_block,
+    )
+    executor = load_executor(package, limits, cache_dtype, num_threads=args.num_threads)
+    return ProgramRunner(executor, slots, sampling)

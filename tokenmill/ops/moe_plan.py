@@ -1,0 +1,90 @@
+"""Block sizes of the kernels that multiply tokens with their experts on a GPU. Pure arithmetic: no torch, no triton.
+
+The numbers were found by `python -m benchmarks.gpu.moe --tune` on an H100 (docs/log.md). Called by
+`ops.moe` and `ops.triton.moe_tiles`.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Final, NamedTuple
+
+SCALE_GROUP: Final = 128
+"""Features that share a scale: of what is between the two projections, and of block-scaled weights and inputs."""
+MAX_PAIR_TOKENS: Final = 4
+"""Steps of so few tokens take one matrix-vector product for each token and expert: hardly two share an expert."""
+
+
+class GroupedPlan(NamedTuple):
+    """How tokens sorted by expert are multiplied.
+
+    Args:
+        block_rows: rows of a tile, all of one expert; a power of two from 16 on.
+        gate_up_warps, gate_up_stages: of a program of the first product, which holds 128 features of gate and of up.
+        gate_up_bytes: bytes of each feature's weights in one stage of the first product.
+        down_out: output features of a program of the second product, which has `SCALE_GROUP` bytes in a stage.
+        down_warps, down_stages: of the second product.
+    """
+
+    block_rows: int
+    gate_up_warps: int
+    gate_up_stages: int
+    gate_up_bytes: int
+    down_out: int
+    down_warps: int
+    down_stages: int
+
+
+class PairPlan(NamedTuple):
+    """Matrix-vector products of single tokens: features and input features of a program, and its warps."""
+
+    block_out: int
+    block_in: int
+    num_warps: int
+
+
+GROUPED_PLANS: Final = (
+    (20.0, GroupedPlan(16, 8, 3, 256, 128, 4, 4)),
+    (32.0, GroupedPlan(32, 4, 3, 256, 128, 4, 4)),
+    (48.0, GroupedPlan(64, 4, 4, 128, 128, 4, 4)),
+    (float("inf"), GroupedPlan(128, 8, 3, 128, 128, 8, 3)),
+)
+"""By the mean number of rows that an expert has, up to that of each line."""
+
+
+def grouped_plan(num_pairs: int, num_experts: int) -> GroupedPlan:
+    """For `num_pairs` pairs of token and expert over `num_experts` experts."""
+    mean = num_pairs / num_experts
+    return next(plan for limit, plan in GROUPED_PLANS if mean <= limit)
+
+
+def max_row_blocks(num_pairs: int, num_experts: int, block_rows: int) -> int:
+    """Tiles that are enough however the pairs fall: each expert's last tile may be filled in part only."""
+    return num_pairs // block_rows + min(num_pairs, num_experts)
+
+
+PAIR_ELEMENTS: Final = (4096, 1024)
+"""Weights that a program holds of the first product's gate (and as many of up), and of one step of the second."""
+PAIR_ELEMENTS_PER_WARP: Final = 1024
+
+
+@lru_cache(maxsize=256)
+def gate_up_pair_plan(size: int, hidden: int) -> PairPlan:
+    """For gate and up [I, H] of an expert."""
+    return _pair_plan(size, hidden, 2048, PAIR_ELEMENTS[0])
+
+
+@lru_cache(maxsize=256)
+def down_pair_plan(hidden: int, size: int) -> PairPlan:
+    """For the second product [H, I] of an expert."""
+    return _pair_plan(hidden, size, 1024, PAIR_ELEMENTS[1])
+
+
+def _pair_plan(out_features: int, in_features: int, max_in: int, num_elements: int) -> PairPlan:
+    block_in = min(max_in, 1 << max(in_features - 1, 0).bit_length())
+    while block_in > 128 and in_features % block_in:
+        block_in //= 2
+    block_out = max(1, min(16, num_elements // block_in))
+    while block_out > 1 and out_features < 2 * block_out:
+        block_out //= 2
+    return PairPlan(block_out, block_in, max(1, min(4, block_out * block_in // PAIR_ELEMENTS_PER_WARP)))

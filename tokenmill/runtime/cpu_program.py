@@ -1,0 +1,188 @@
+"""`CpuExecutor`: runs a program's steps on the CPU, each as one native call that walks a list of kernels.
+
+The lists are written once: one for each combination of one or several tokens and one or several wanted rows, because
+kernels differ. A step fills in numbers of tokens and the address of what is fixed about it, and calls.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+
+from tokenmill.attention.base import LayerCache
+from tokenmill.ops.cpu.cache_layout import STEP_SIZE, cache_shapes
+from tokenmill.ops.cpu.layout import COLUMN_NUM_TOKENS
+from tokenmill.ops.cpu.threads import OpList, ThreadPool
+from tokenmill.program.package import EnginePackage
+from tokenmill.program.program import Operation, Program
+from tokenmill.runtime.cpu_memory import ProgramMemory
+from tokenmill.runtime.cpu_operations import OpWriter, StepPlaces
+from tokenmill.runtime.cpu_weights import CpuWeights
+from tokenmill.runtime.huge_pages import HugePages
+from tokenmill.runtime.kernel_choices import KernelChoices
+from tokenmill.runtime.program_executor import Values
+from tokenmill.runtime.program_parts import ProgramParts, layer_caches, split_program
+from tokenmill.runtime.step_arrays import StepArrays
+
+_NUM_ROWS: Final = 0
+_QUERY_STARTS: Final = 1
+_KV_LENS: Final = 2
+_BLOCK_TABLES: Final = 3
+_TABLE_STRIDE: Final = 4
+"""Places in the step's rows, see `ops.cpu.cache_layout`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _StepList:
+    """The ops of one kind of step.
+
+    Args:
+        ops: of the body, then of the head.
+        num_body: how many are the body's.
+        names: the operation that each op belongs to.
+    """
+
+    ops: OpList
+    num_body: int
+    names: tuple[str, ...]
+
+
+class CpuExecutor:
+    """A program in the memory of this machine, with its cache and threads.
+
+    Args:
+        package: the engine.
+        arrays: where steps are written; gives the largest sizes.
+        num_blocks: cache blocks.
+        cache_dtype: float32 or bfloat16.
+        num_threads: that compute, the caller's included.
+
+    Raises:
+        UnsupportedFeatureError: there is no kernel for something in the program.
+    """
+
+    def __init__(
+        self, package: EnginePackage, arrays: StepArrays, num_blocks: int, cache_dtype: torch.dtype, num_threads: int
+    ) -> None:
+        self.arrays = arrays
+        self._program = package.program
+        self._debug_buffers = tuple(package.config.debug_outputs.values())
+        self._parts = split_program(package.program)
+        # What the head reads must outlive it: logits of further rows may be asked for after the step.
+        memory = ProgramMemory(package.program, arrays, apart=[buffer.name for buffer in self._parts.hidden])
+        self._memory = memory
+        self._caches = _allocate_caches(package.program, num_blocks, arrays.tokens_per_block, cache_dtype, memory.pages)
+        self._step = np.zeros(STEP_SIZE, np.int64)
+        self._step[_QUERY_STARTS] = arrays.query_start.ctypes.data
+        self._step[_KV_LENS] = arrays.kv_lens.ctypes.data
+        self._step[_BLOCK_TABLES] = arrays.block_tables.ctypes.data
+        self._step[_TABLE_STRIDE] = arrays.block_tables.strides[0]
+        self._logits = memory.floats(package.program.output.name, arrays.max_num_rows)
+        self._pool = ThreadPool(num_threads)
+        writer = OpWriter(
+            memory,
+            CpuWeights(package.program.weights, package.weights, memory),
+            StepPlaces(arrays, self._step.ctypes.data, self._caches, layer_caches(package.program), num_threads),
+            KernelChoices.of(package, num_threads),
+        )
+        self._lists = _write_lists(self._parts, writer)
+
+    def run(self) -> Values:
+        """See `ProgramExecutor.run`."""
+        self._pool.run(self._ready(self._lists[self._kind()]).ops)
+        return self._logits[: self.arrays.num_rows]
+
+    def logits_at(self, row_index: Sequence[int]) -> Values:
+        """See `ProgramExecutor.logits_at`."""
+        arrays, size = self.arrays, self.arrays.max_num_rows
+        wanted = arrays.row_index[: arrays.num_rows].copy()
+        found = np.empty((len(row_index), self._logits.shape[1]), np.float32)
+        for first in range(0, len(row_index), size):
+            part = row_index[first : first + size]
+            self._want(part)
+            self._pool.run(self._ready(self._lists[0, min(len(part), 2)]).ops)
+            found[first : first + len(part)] = self._logits[: len(part)]
+        self._want(wanted)
+        return found
+
+    def copy_blocks(self, sources: Sequence[int], destinations: Sequence[int]) -> None:
+        """See `ProgramExecutor.copy_blocks`."""
+        with torch.inference_mode():
+            for tensor in (tensor for cache in self._caches for tensor in cache):
+                for source, destination in zip(sources, destinations, strict=True):
+                    tensor[destination].copy_(tensor[source])
+
+    def kept(self) -> Mapping[str, Values]:
+        """See `ProgramExecutor.kept`."""
+        sizes: Mapping[int | str, int] = {"tokens": self.arrays.num_tokens, "rows": self.arrays.num_rows}
+        found = {}
+        for name in self._debug_buffers:
+            rows = self._memory.buffers[name].rows
+            found[name] = self._memory.values(name, sizes[rows] if isinstance(rows, str) else rows)
+        return found
+
+    def run_timed(self) -> Mapping[str, float]:
+        """See `ProgramExecutor.run_timed`."""
+        step = self._ready(self._lists[self._kind()])
+        times = dict.fromkeys((operation.name for operation in self._program.operations), 0.0)
+        for name, nanoseconds in zip(step.names, self._pool.run_timed(step.ops).tolist(), strict=True):
+            times[name] += nanoseconds * 1e-9
+        return times
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.close()
+
+    def _kind(self) -> tuple[int, int]:
+        return min(self.arrays.num_tokens, 2), min(self.arrays.num_rows, 2)
+
+    def _want(self, row_index: Sequence[int] | np.ndarray[tuple[int], np.dtype[np.int32]]) -> None:
+        self.arrays.num_rows = len(row_index)
+        self.arrays.row_index[: len(row_index)] = row_index
+
+    def _ready(self, step: _StepList) -> _StepList:
+        """Write this step's sizes to its list."""
+        self._step[_NUM_ROWS] = self.arrays.num_sequences
+        counts = step.ops.rows[: step.ops.num_ops, COLUMN_NUM_TOKENS]
+        counts[: step.num_body] = self.arrays.num_tokens
+        counts[step.num_body :] = self.arrays.num_rows
+        return step
+
+
+def _write_lists(parts: ProgramParts, writer: OpWriter) -> dict[tuple[int, int], _StepList]:
+    """Lists by (tokens, rows), where 2 stands for several; 0 tokens: the head alone, 0 rows: the body alone."""
+    lists = {}
+    for num_tokens, num_rows in ((1, 1), (1, 2), (1, 0), (2, 1), (2, 2), (2, 0), (0, 1), (0, 2)):
+        body: Sequence[Operation] = parts.body if num_tokens else ()
+        head: Sequence[Operation] = parts.head if num_rows else ()
+        written = [
+            *((operation, entry) for operation in body for entry in writer.write(operation, one=num_tokens == 1)),
+            *((operation, entry) for operation in head for entry in writer.write(operation, one=num_rows == 1)),
+        ]
+        ops = OpList(len(written))
+        for _, entry in written:
+            ops.append(entry.kernel, *entry.arguments, barrier=entry.barrier)
+        body_names = {operation.name for operation in body}
+        names = tuple(operation.name for operation, _ in written)
+        lists[num_tokens, num_rows] = _StepList(ops, sum(name in body_names for name in names), names)
+    return lists
+
+
+def _allocate_caches(
+    program: Program, num_blocks: int, tokens_per_block: int, dtype: torch.dtype, pages: HugePages
+) -> tuple[LayerCache, ...]:
+    """Keys and values of each layer in the kernels' layout; pages that nobody writes take no memory."""
+
+    def tensor(shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.from_numpy(pages.take(math.prod(shape) * dtype.itemsize)).view(dtype).view(shape)
+
+    caches = []
+    for shape in layer_caches(program):
+        keys, values = cache_shapes(num_blocks, tokens_per_block, shape.num_kv_heads, shape.head_dim, dtype)
+        caches.append((tensor(keys), tensor(values)))
+    return tuple(caches)

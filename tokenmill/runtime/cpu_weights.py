@@ -1,0 +1,115 @@
+"""Weights of an engine in the memory of the CPU's kernels: packed for products, as rows for look-ups, or plain floats.
+
+What the engine holds packed is copied into huge pages; what it holds as rows is packed on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+
+from tokenmill.errors import UnsupportedFeatureError
+from tokenmill.ops.cpu.linear_float import pack_float_weight
+from tokenmill.ops.cpu.linear_int8 import LinearWeight
+from tokenmill.ops.cpu.packing import ENCODINGS, PackedWeight, pack_blocks, pack_floats
+from tokenmill.program.formats import WEIGHT_FORMATS, rows_nbytes
+from tokenmill.program.program import Weight
+from tokenmill.runtime.cpu_memory import ProgramMemory
+from tokenmill.runtime.huge_pages import Bytes
+from tokenmill.runtime.weight_decoding import decode_weight
+
+PACKED: Final = "packed"
+PACKED_GATED: Final = "packed_gated"
+"""Layouts of `Weight`: the bytes of `ops.cpu.packing.PackedWeight`, plain and gated."""
+
+BLOCK_FORMATS: Final = frozenset(encoding.format for encoding in ENCODINGS if encoding.block_columns)
+
+
+class CpuWeights:
+    """Brings weights into memory when an operation asks for them; each layout of a weight once.
+
+    Args:
+        weights: of the program.
+        contents: their bytes, by name.
+        memory: where they go.
+    """
+
+    def __init__(self, weights: tuple[Weight, ...], contents: Mapping[str, Bytes], memory: ProgramMemory) -> None:
+        self._weights = {weight.name: weight for weight in weights}
+        self._contents = contents
+        self._memory = memory
+        self._placed: dict[tuple[str, str], int] = {}
+
+    def __getitem__(self, name: str) -> Weight:
+        return self._weights[name]
+
+    def floats(self, name: str) -> int:
+        """Address of a weight as float32."""
+        return self._place(
+            name, "floats", lambda: decode_weight(self._weights[name], self._content(name)).float().numpy()
+        )
+
+    def rows(self, name: str) -> int:
+        """Address of a weight's rows in its own format."""
+        weight = self._weights[name]
+        self._check_rows(weight)
+        return self._place(name, "rows", lambda: self._content(name)[: rows_nbytes(weight.format, weight.shape)])
+
+    def linear(self, name: str, *, gated: bool) -> LinearWeight:
+        """A quantized weight for the integer kernels."""
+        weight = self._weights[name]
+        layout = PACKED_GATED if gated else PACKED
+        address = self._place(name, layout, lambda: self._packed(weight, gated))
+        num_rows, num_columns = weight.shape
+        return LinearWeight(address, weight.format, num_rows, num_columns, gated)
+
+    def float_linear(self, name: str, *, gated: bool) -> int:
+        """Address of a float weight, packed for the float kernels."""
+        return self._place(name, "float gated" if gated else "float", lambda: self._packed_floats(name, gated))
+
+    def _packed_floats(self, name: str, gated: bool) -> Bytes:
+        weight = self._weights[name]
+        self._check_rows(weight)
+        content = self._content(name)[: rows_nbytes(weight.format, weight.shape)]
+        values: Any = content.view(np.float32 if weight.format == "float32" else np.uint16).reshape(weight.shape)
+        return pack_float_weight(np.split(values, 2) if gated else [values], gated=gated)
+
+    def _packed(self, weight: Weight, gated: bool) -> Bytes:
+        content = self._content(weight.name)
+        if weight.layout == (PACKED_GATED if gated else PACKED):
+            return content
+        self._check_rows(weight)
+        num_rows, num_columns = weight.shape
+        rows = content[: rows_nbytes(weight.format, weight.shape)].reshape(num_rows, -1)
+        parts = np.split(rows, 2) if gated else [rows]
+        return _pack(weight.format, parts, num_columns, gated).data
+
+    def _check_rows(self, weight: Weight) -> None:
+        if weight.layout != "rows":
+            raise UnsupportedFeatureError(
+                f"The weight '{weight.name}' is laid out as '{weight.layout}', which this kernel does not read.",
+                field="engine",
+                remedy="Build the engine again with `tokenmill build`.",
+            )
+
+    def _content(self, name: str) -> Bytes:
+        return self._contents[name]
+
+    def _place(self, name: str, layout: str, content: Any) -> int:
+        key = (name, layout)
+        if key not in self._placed:
+            self._placed[key] = self._memory.put(content())
+        return self._placed[key]
+
+
+def _pack(weight_format: str, parts: list[Bytes], num_columns: int, gated: bool) -> PackedWeight:
+    if weight_format in BLOCK_FORMATS:
+        return pack_blocks(weight_format, parts, num_columns, gated=gated)
+    assert WEIGHT_FORMATS[weight_format].is_quantized, weight_format
+    decoded = []
+    for rows in parts:
+        part = Weight("", (len(rows), num_columns), weight_format)
+        decoded.append(decode_weight(part, np.ascontiguousarray(rows).reshape(-1)).float().numpy())
+    return pack_floats(weight_format, decoded, gated=gated)  # values on the grid of their scale keep their levels
