@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.builder.test_build import ROWS, hf_logits, logits_of
+from tests.builder.test_build import hf_logits, logits_of
+from tests.support.changed_checkpoints import ROWS
 from tests.support.tiny_models import random_tokens, tiny_hf_model
 from tokenmill.builder.build import build
 from tokenmill.errors import UnsupportedFeatureError
