@@ -289,7 +289,14 @@ def test_a_model_without_tokenizer_is_built(tmp_path: Path) -> None:
 def test_progress_and_report(model_dir: Path) -> None:
     told: list[tuple[str, int, int]] = []
     built = build(model_dir, on_progress=lambda *event: told.append(event), **ROWS)
-    assert list(dict.fromkeys(phase for phase, _, _ in told)) == ["resolve", "capture", "passes", "lower", "pack"]
+    assert list(dict.fromkeys(phase for phase, _, _ in told)) == [
+        "resolve",
+        "capture",
+        "passes",
+        "lower",
+        "tune",
+        "pack",
+    ]
     assert all(0 <= done <= total for _, done, total in told)
     assert told[-1][1] == told[-1][2]
     report = built.config.report
@@ -297,7 +304,7 @@ def test_progress_and_report(model_dir: Path) -> None:
     assert sum(report["operations"].values()) == len(built.program.operations)
     assert sum(report["weight_bytes"].values()) == built.weight_nbytes
     assert report["arena_bytes"] == built.program.arena_bytes <= report["arena_sum_bytes"]
-    assert report["seconds"].keys() == {"resolve", "capture", "passes", "lower", "pack"}
+    assert report["seconds"].keys() == {"resolve", "capture", "passes", "lower", "tune", "pack"}
 
 
 # ---- configuration ---------------------------------------------------------------------------------------------------
@@ -343,7 +350,7 @@ def test_debug_outputs_name_buffers(model_dir: Path) -> None:
 
 
 def test_engines_for_a_cpu_are_packed(model_dir: Path) -> None:
-    built = build(model_dir, device="cpu", quantization="int8", capture="dispatch")
+    built = build(model_dir, device="cpu", quantization="int8", capture="dispatch", opt_level=1)
     layouts = {
         operation.name: next(one.layout for one in built.program.weights if one.name == operation.weights["weight"])
         for operation in built.program.operations
@@ -444,7 +451,7 @@ def changed_checkpoint(model_dir: Path, folder: Path, damage: str) -> Path:
 def test_a_refitted_engine_is_the_engine_of_the_other_checkpoint(
     model_dir: Path, tmp_path: Path, device: str, stripped: bool
 ) -> None:
-    options = {**ROWS, "device": device, "quantization": "int8"}
+    options = {**ROWS, "device": device, "quantization": "int8", "opt_level": 1}
     other = changed_checkpoint(model_dir, tmp_path, "values")
     engine = build(model_dir, strip_weights=stripped, **options)
     if stripped:

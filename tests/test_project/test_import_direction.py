@@ -42,6 +42,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "engine.request",
         "executor.description",
         "executor.engine_factory",
+        "executor.engine_source",
         "inputs",
         "telemetry",
         "tokenization",
@@ -76,7 +77,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "sampling",
     ),
     "executor.backend_choice": ("models",),
-    "executor.engine_source": ("builder", "program"),  # engines are built here, or read
+    "executor.engine_source": ("builder", "executor.description", "program"),  # engines are built here, or read
     "executor.scheduling": ("engine", "engine.plan", "executor.description", "kv_cache"),
     "tokenization": ("checkpoints",),
     "engine": ("engine.plan", "engine.request", "kv_cache"),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 
@@ -25,20 +25,25 @@ from tokenmill.builder.memory_plan import memory_report, plan_memory
 from tokenmill.builder.packing import choose_layouts, pack_weights
 from tokenmill.builder.pass_selection import disabled_passes
 from tokenmill.builder.passes import PassReport, Target, run_passes
+from tokenmill.builder.picture import graph_html
 from tokenmill.builder.report import BuildReport, count_kinds, weight_bytes
 from tokenmill.builder.tokenizer_files import tokenizer_files
+from tokenmill.builder.tune_program import tune_program
 from tokenmill.builder.weight_source import WeightSource
 from tokenmill.checkpoints.base import Checkpoint, open_checkpoint
 from tokenmill.checkpoints.resolve import resolve_model
+from tokenmill.env import read_environment
 from tokenmill.errors import InvalidParameterError, did_you_mean
 from tokenmill.models.config import ModelConfig
 from tokenmill.ops.cpu.packing import FORMATS as INTEGER_KERNEL_FORMATS
 from tokenmill.program.checks import check_program
 from tokenmill.program.engine_config import EngineConfig, LimitsRecord, ModelRecord, TargetRecord
+from tokenmill.program.package import PICTURE_NAME, TIMING_CACHE_NAME
 from tokenmill.program.program import Program
+from tokenmill.program.timing_cache import TimingCache
 from tokenmill.version import __version__
 
-PHASES: Final = ("resolve", "capture", "passes", "lower", "pack")
+PHASES: Final = ("resolve", "capture", "passes", "lower", "tune", "pack")
 """What `on_progress` is told, in order."""
 
 ProgressCallback = Callable[[str, int, int], None]
@@ -75,6 +80,8 @@ def build(
         settings = _settings(config, checkpoint, model_config)
         source = WeightSource(checkpoint, model_config)
     program, constants, choice = builder.compile(model_config, settings, source, on_passes)
+    with builder.phase("tune"):
+        timings = builder.timings(program, settings)
     with builder.phase("pack"):
         source.check(program.weights)
         weights = {}
@@ -82,7 +89,8 @@ def build(
             weights = pack_weights(program, source, constants, lambda _, done, total: builder.tell("pack", done, total))
         else:
             weights = pack_weights(_constants_only(program), source, constants)
-    return builder.engine(checkpoint, settings, program, choice, weights)
+    engine = builder.engine(checkpoint, settings, program, choice, weights)
+    return engine if timings is None else engine.with_files({TIMING_CACHE_NAME: timings.encode()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +103,14 @@ class _Settings:
     limits: LimitsRecord
 
 
+class _Network(NamedTuple):
+    """The graph as captured and as lowered, and what lies between, for the picture."""
+
+    before: Graph
+    after: Graph
+    reports: list[PassReport]
+
+
 @dataclass(slots=True)
 class _Builder:
     """One build: its arguments, and what is said about it."""
@@ -104,6 +120,8 @@ class _Builder:
     tell: ProgressCallback
     seconds: dict[str, float] = field(default_factory=dict)
     num_nodes: dict[str, int] = field(default_factory=dict)
+    tuned: dict[str, int] = field(default_factory=dict)
+    network: _Network | None = None
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -122,15 +140,20 @@ class _Builder:
     ) -> tuple[Program, dict[str, tuple[float, ...]], FormatChoice]:
         """The program, the values of its constants, and the formats of the weights."""
         with self.phase("capture"):
-            graph = capture(model_config, dtype=getattr(torch, settings.dtype), method=self.config.capture)
+            proofs = read_environment().cache_dir / "captures"
+            dtype = getattr(torch, settings.dtype)
+            graph = capture(model_config, dtype=dtype, method=self.config.capture, proofs=proofs)
             choice = choose_formats(graph, source, self.config.quantization, settings.dtype)
             graph = assign_formats(graph, choice.formats)
             self.num_nodes["captured"] = len(graph.nodes)
+        captured = graph
         with self.phase("passes"):
             graph, reports = run_passes(graph, disabled=disabled_passes(self.config), target=_target(settings))
             self.num_nodes["after_passes"] = len(graph.nodes)
             if on_passes is not None:
                 on_passes(reports)
+        if self.config.capture == "export":  # nobody looks at engines in memory
+            self.network = _Network(captured, graph, reports)
         with self.phase("lower"):
             program = self._lowered(graph, settings)
         return program, dict(graph.constants), choice
@@ -142,6 +165,14 @@ class _Builder:
         program = plan_memory(program, max_tokens=limits.max_num_tokens, max_rows=limits.max_num_rows, keep=keep)
         check_program(program)
         return program
+
+    def timings(self, program: Program, settings: _Settings) -> TimingCache | None:
+        """Times of the variants of the program's kernels; None if there are none to choose from."""
+        if settings.device != "cpu" or self.config.opt_level < 2:
+            return None
+        report = tune_program(self.config, program, settings.limits, lambda done, of: self.tell("tune", done, of))
+        self.tuned = {"measured": report.num_measured, "reused": report.num_reused}
+        return report.cache if report.cache.times else None
 
     def engine(
         self,
@@ -167,6 +198,7 @@ class _Builder:
             weight_bytes=weight_bytes(program, weights),
             arena_bytes=memory.arena_bytes,
             arena_sum_bytes=memory.sum_bytes,
+            kernels=self.tuned,
             seconds=self.seconds,
             notices=list(choice.notices),
         )
@@ -191,7 +223,20 @@ class _Builder:
             report=report.to_dict(),
         )
         path = None if tokenizer is None else Path(checkpoint.path)
+        files = {**files, **self._picture(report, limits)}
         return Engine(config=config, program=program, weights=weights, files=files, tokenizer_path=path)
+
+    def _picture(self, report: BuildReport, limits: LimitsRecord) -> dict[str, bytes]:
+        """The file with the picture of the network, if one is made."""
+        if self.network is None:
+            return {}
+        megabytes = {name: f"{nbytes / 1e6:.1f} MB {name}" for name, nbytes in report.weight_bytes.items()}
+        facts = {
+            "Weights": ", ".join(megabytes.values()),
+            "Memory of a step": f"{report.arena_bytes / 1e6:.2f} MB for {limits.max_num_tokens} tokens, "
+            f"{report.arena_sum_bytes / 1e6:.0f} MB if every value had its own",
+        }
+        return {PICTURE_NAME: graph_html(Path(self.model).name, *self.network, facts=facts).encode()}
 
 
 def _settings(config: BuildConfig, checkpoint: Checkpoint, model: ModelConfig) -> _Settings:

@@ -25,6 +25,7 @@ from tokenmill.builder.memory_plan import plan_memory
 from tokenmill.config import LlmArgs
 from tokenmill.env import read_environment
 from tokenmill.errors import TokenmillError
+from tokenmill.executor.description import EngineDescription
 from tokenmill.program.engine_config import LimitsRecord, is_engine
 from tokenmill.program.package import EnginePackage
 from tokenmill.version import __version__
@@ -77,6 +78,21 @@ def open_engine(
     return package
 
 
+def saved_engine(args: LlmArgs, description: EngineDescription, path: Path) -> Path:
+    """Write the engine that runs `args` to a directory of its own.
+
+    Args:
+        args: as for `open_engine`.
+        description: of the running engine.
+        path: where.
+
+    Raises:
+        InvalidParameterError: something else is there, or nothing can be written there.
+    """
+    sizes = EngineSizes(description.max_batch_size, description.max_num_tokens, description.max_seq_len)
+    return open_engine(args, sizes).save(path)
+
+
 def build_config(args: LlmArgs, sizes: EngineSizes) -> BuildConfig:
     """How a model is built for `args`. A `dtype` that the caller named is the type of all weights; with `auto` the
     weights of the checkpoint stay in their formats."""
@@ -92,6 +108,7 @@ def build_config(args: LlmArgs, sizes: EngineSizes) -> BuildConfig:
         kv_cache_dtype=cache if cache in ("float32", "bfloat16") else "auto",
         device="cpu" if not args.device.startswith("cuda") else "cuda",
         capture="dispatch",
+        opt_level=1,  # kernels are measured by `tokenmill build`, not at every start
         num_threads=args.num_threads,
     )
 
