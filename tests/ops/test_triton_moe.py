@@ -23,7 +23,7 @@ pytest.importorskip("triton")
 from tokenmill.ops.triton.moe_pairs import run_pairs
 from tokenmill.ops.triton.moe_routing import combine, route, sort_pairs
 from tokenmill.ops.triton.moe_scales import quantize_groups
-from tokenmill.ops.triton.moe_tiles import block_scaled_linear, grouped_down, grouped_gate_up, run_tiles
+from tokenmill.ops.triton.moe_tiles import block_scaled_product, grouped_down, grouped_gate_up, run_tiles
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 BF16 = torch.bfloat16
@@ -172,14 +172,14 @@ def test_a_rank_adds_its_own_experts_only(num_tokens: int, device: str) -> None:
 
 @pytest.mark.parametrize("num_rows", [0, 3, 17])
 @pytest.mark.parametrize("shape", [(64, 128), (200, 300)])
-def test_block_scaled_linear(num_rows: int, shape: tuple[int, int], device: str) -> None:
+def test_block_scaled_product(num_rows: int, shape: tuple[int, int], device: str) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = quantized_matrix(torch.randn(1, *shape, generator=generator).to(device) * 0.1, BF16, "blocks")
     bias = torch.randn(shape[0], generator=generator).to(device, BF16)
     rows = quantize_groups_fp8(torch.randn(num_rows, shape[1], generator=generator).to(device, BF16))
     factors = rows.scales.repeat_interleave(128, 1)[:, : shape[1]]
     expected = (rows.values.double() * factors) @ weight.dequantized(0, torch.float32).double().T + bias.double()
-    assert relative_error(block_scaled_linear(rows, weight, bias, BF16), expected) < 6e-3
+    assert relative_error(block_scaled_product(rows, weight, bias, BF16), expected) < 6e-3
 
 
 @pytest.mark.gpu

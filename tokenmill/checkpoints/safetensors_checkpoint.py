@@ -20,6 +20,8 @@ from tokenmill.errors import CheckpointError
 _INDEX_NAME: Final = "model.safetensors.index.json"
 _SINGLE_NAME: Final = "model.safetensors"
 _DTYPES: Final = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_QUANTIZED_DTYPES: Final = {"F8_E4M3": torch.float8_e4m3fn}
+"""Of checkpoints whose configuration says how they are quantized."""
 _OTHER_WEIGHTS: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 _DOWNLOAD_AGAIN: Final = "The file is truncated or damaged: download it again."
 
@@ -46,16 +48,17 @@ class SafetensorsCheckpoint:
 
     def tensors(self) -> Iterator[LazyTensor]:
         """Every tensor, in the order of the index; types other than floating point are a `CheckpointError`."""
+        dtypes = _DTYPES if self.quantization == "none" else {**_DTYPES, **_QUANTIZED_DTYPES}
         for name, file_name in self._file_of_tensor.items():
             header = self._files[file_name].get_slice(name)
             dtype_name = str(header.get_dtype())
-            if dtype_name not in _DTYPES:
+            if dtype_name not in dtypes:
                 raise CheckpointError(
                     f"{self.path / file_name}: tensor '{name}' has the unsupported type {dtype_name}.",
                     field="model",
-                    remedy=f"Supported are {', '.join(_DTYPES)}: use a checkpoint that is not quantized.",
+                    remedy=f"Supported are {', '.join(dtypes)}: use a checkpoint that is not quantized.",
                 )
-            yield LazyTensor(name, tuple(header.get_shape()), _DTYPES[dtype_name], partial(self._load, name))
+            yield LazyTensor(name, tuple(header.get_shape()), dtypes[dtype_name], partial(self._load, name))
 
     def _open_files(self) -> dict[str, str]:
         """Open every weights file; gives the file of each tensor."""
@@ -157,6 +160,10 @@ def _read_config(directory: Path) -> dict[str, Any]:
             config["eos_token_id"] = unique[0] if len(unique) == 1 else unique
     else:
         _token_ids(config, path)
+    modelopt_path = directory / "hf_quant_config.json"
+    if "quantization_config" not in config and modelopt_path.is_file():  # ModelOpt's older releases write it apart
+        entries = _read_json_object(modelopt_path).get("quantization")
+        config["quantization_config"] = {"quant_method": "modelopt", **(entries if isinstance(entries, dict) else {})}
     return config
 
 

@@ -29,6 +29,7 @@ _THROUGHPUT_EPILOG = examples(
     ("Sixteen users at a time, bfloat16", "tokenmill bench throughput smollm2:135m --concurrency 16 --dtype bfloat16"),
     ("Two requests a second, at random times", "tokenmill bench throughput --request-rate 2 --num-requests 100"),
     ("Prompts of your own", "tokenmill bench throughput --dataset prompts.jsonl --report-json report.json"),
+    ("Where the time goes, for ui.perfetto.dev", "tokenmill bench throughput --profile timeline.json"),
     ("Random weights of the model's shape", "tokenmill bench throughput path/to/model --load-format dummy"),
 )
 _LATENCY_EPILOG = examples(
@@ -36,6 +37,10 @@ _LATENCY_EPILOG = examples(
     ("Prefill of a long prompt", "tokenmill bench latency --isl 1024 --osl 1"),
 )
 _WORKLOAD_PANEL = "Workload"
+MAX_PROFILED_REQUESTS = 64
+"""Requests of a profiled run."""
+MAX_PROFILED_STEPS = 100_000
+"""Steps that the engine keeps records of for a timeline."""
 
 ModelArgument = Annotated[
     str | None, typer.Argument(metavar="MODEL", help="The model to measure.", show_default=DEFAULT_MODEL)
@@ -118,6 +123,13 @@ class WorkloadOptions:
     report_json: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the report, with every request, as JSON.")
     ] = None
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Run a part of it again under a profiler: print a table of kernels, write a timeline for Perfetto.",
+        ),
+    ] = None
 
 
 def register(app: typer.Typer) -> None:
@@ -168,17 +180,22 @@ def _measure(
     concurrency: int | None,
     request_rate: float | None,
 ) -> None:
+    from tokenmill.bench.profile import check_profiling
     from tokenmill.bench.run import run_benchmark
     from tokenmill.bench.workload import read_dataset, with_poisson_arrivals
 
     requests: list[BenchmarkRequest] | None = None
     if workload.dataset is not None:
         requests = read_dataset(workload.dataset, output_len=workload.output_len, num_requests=num_requests)
-    _check_writable(workload.report_json)
+    _check_writable(workload.report_json, "report_json")
+    _check_writable(workload.profile, "profile")
     reuses_prefixes = workload.prefix_cache if workload.prefix_cache is not None else requests is not None
     cache = {} if workload.prefix_cache is None and requests is not None else {"enable_block_reuse": reuses_prefixes}
-    arguments = model_options.llm_arguments(model, kv_cache_config=cache)
+    records = {} if workload.profile is None else {"iter_stats_max_iterations": MAX_PROFILED_STEPS}
+    arguments = model_options.llm_arguments(model, kv_cache_config=cache, stats_config=records)
     with loaded_llm(arguments) as llm:
+        if workload.profile is not None:
+            check_profiling(llm)
         if requests is None:
             if workload.prefix_cache is None:
                 print_note("The prefix cache is off for random prompts; --prefix-cache turns it on.")
@@ -196,6 +213,8 @@ def _measure(
                 command=shlex.join(["tokenmill", *sys.argv[1:]]),
                 on_finished=None if bar is None else lambda: bar.advance(bar.task_ids[0]),
             )
+        if workload.profile is not None:
+            _profile(llm, requests, workload.profile, concurrency)
     _deliver(report, workload.report_json)
 
 
@@ -250,10 +269,26 @@ def _progress(kind: str, total: int) -> AbstractContextManager[Progress | None]:
     return bar
 
 
-def _check_writable(path: Path | None) -> None:
+def _profile(llm: LLM, requests: list[BenchmarkRequest], path: Path, concurrency: int | None) -> None:
+    """Profile a part of the requests and print where their time went.
+
+    Raises:
+        UserError: the timeline cannot be written.
+    """
+    from tokenmill.bench.profile import run_profile
+
+    try:
+        profile = run_profile(llm, requests[:MAX_PROFILED_REQUESTS], path, concurrency=concurrency)
+    except OSError as error:
+        raise UserError(f"Cannot write {path}: {error.strerror or error}.", field="profile") from None
+    profile.print(stdout_console())
+    print_note(f"Timeline written to {path}: open it at https://ui.perfetto.dev.")
+
+
+def _check_writable(path: Path | None, field: str) -> None:
     if path is not None and not path.absolute().parent.is_dir():
         raise InvalidParameterError(
-            f"There is no folder {path.absolute().parent}.", field="report_json", remedy="Create it first."
+            f"There is no folder {path.absolute().parent}.", field=field, remedy="Create it first."
         )
 
 

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from tokenmill.errors import UnsupportedFeatureError
 from tokenmill.layers.context import LayerContext
 from tokenmill.layers.weights import Shard, WeightTarget, join_name
 from tokenmill.ops.fp8 import QuantizedRows
@@ -94,6 +95,11 @@ class LinearBase(nn.Module):
             if axes.output is not None:
                 # A packed axis holds several features in one element: offsets shrink by the same factor.
                 per_element = self.out_features // destination.shape[axes.output]
+                if part.size != self.out_features and (start % per_element or part.size % per_element):
+                    raise UnsupportedFeatureError(
+                        f"'{name}' has an entry for each {per_element} features, which do not end with {prefix}.",
+                        field="model",
+                    )
                 destination = destination.narrow(axes.output, start // per_element, part.size // per_element)
                 if part.size != part.source_size:
                     shard = Shard(axes.output, part.source_start // per_element, part.source_size // per_element)

@@ -65,6 +65,11 @@ def per_token_quantize_fp8(x: torch.Tensor) -> QuantizedRows:
     return IMPLEMENTATIONS["per_token_quantize"][choose(x.device, x.dtype)](x)  # type: ignore[no-any-return]
 
 
+def static_quantize_fp8(x: torch.Tensor, scale: torch.Tensor) -> QuantizedRows:
+    """Quantize x [T, D] with one scale [1] float32 that was found beforehand; what is out of range becomes +-448."""
+    return IMPLEMENTATIONS["static_quantize"][choose(x.device, x.dtype)](x, scale)  # type: ignore[no-any-return]
+
+
 def weight_only_linear(x: torch.Tensor, weight: Fp8Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`x @ weight.T + bias` with x [T, I] as it is; [T, O] of x's type."""
     return IMPLEMENTATIONS["weight_only_linear"][choose(x.device, x.dtype)](x, weight, bias)  # type: ignore[no-any-return]
@@ -81,6 +86,12 @@ def per_token_quantize_reference(x: torch.Tensor) -> QuantizedRows:
     scales = (x.abs().amax(dim=-1) * INVERSE_FP8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
     scaled = x * (1.0 / scales)[:, None]
     return QuantizedRows(scaled.clamp(-FP8_MAX, FP8_MAX).to(FP8_DTYPE), scales)
+
+
+def static_quantize_reference(x: torch.Tensor, scale: torch.Tensor) -> QuantizedRows:
+    """The definition: values rounded to the nearest."""
+    scaled = x.float() * (1.0 / scale)
+    return QuantizedRows(scaled.clamp(-FP8_MAX, FP8_MAX).to(FP8_DTYPE), scale.expand(x.shape[0]).contiguous())
 
 
 def weight_only_linear_reference(x: torch.Tensor, weight: Fp8Weight, bias: torch.Tensor | None) -> torch.Tensor:
@@ -101,6 +112,13 @@ def per_token_quantize_triton(x: torch.Tensor) -> QuantizedRows:
     from tokenmill.ops.triton.fp8 import per_token_quantize_fp8 as quantize
 
     return QuantizedRows(*quantize(x))
+
+
+def static_quantize_triton(x: torch.Tensor, scale: torch.Tensor) -> QuantizedRows:
+    """One pass over x."""
+    from tokenmill.ops.triton.fp8 import static_quantize_fp8 as quantize
+
+    return QuantizedRows(*quantize(x, scale))
 
 
 def weight_only_linear_triton(x: torch.Tensor, weight: Fp8Weight, bias: torch.Tensor | None) -> torch.Tensor:
@@ -141,6 +159,7 @@ IMPLEMENTATIONS: Mapping[str, Mapping[str, Callable[..., Any]]] = MappingProxyTy
     "per_token_quantize": MappingProxyType(
         {"reference": per_token_quantize_reference, "triton": per_token_quantize_triton}
     ),
+    "static_quantize": MappingProxyType({"reference": static_quantize_reference, "triton": static_quantize_triton}),
     "weight_only_linear": MappingProxyType(
         {"reference": weight_only_linear_reference, "triton": weight_only_linear_triton}
     ),

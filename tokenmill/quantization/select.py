@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Literal, TypeAlias, get_args
 
 from tokenmill.errors import InvalidParameterError, did_you_mean
-from tokenmill.quantization.base import ExpertsMethodFactory, LinearMethod, LinearMethodFactory
+from tokenmill.quantization.base import ExpertsMethod, ExpertsMethodFactory, LinearMethod, LinearMethodFactory
+from tokenmill.quantization.checkpoint_format import Fp8Format
 from tokenmill.quantization.fp8 import Fp8Experts, Fp8Linear
+from tokenmill.quantization.fp8_checkpoint import BlockFp8Linear, CheckpointFp8Experts, ScaledFp8Linear
 from tokenmill.quantization.unquantized import UnquantizedLinear, unquantized, unquantized_experts
 
 Quantization: TypeAlias = Literal["none", "fp8"]
@@ -42,3 +44,28 @@ def experts_method_for(name: Quantization | None) -> ExpertsMethodFactory:
     """What makes the method of the experts of each layer, as `linear_method_for` does for linear layers."""
     linear_method_for(name)  # refuses what does not exist
     return unquantized_experts if name in (None, "none") else lambda layer_name: Fp8Experts()
+
+
+def methods_for(
+    name: Quantization | None, stored: Fp8Format | None
+) -> tuple[LinearMethodFactory, ExpertsMethodFactory]:
+    """What makes the methods of a model's linear layers and experts.
+
+    Args:
+        name: as for `linear_method_for`; what is quantized in the checkpoint stays as it is there.
+        stored: how the checkpoint is quantized; None: it is not.
+    """
+    linear, experts = linear_method_for(name), experts_method_for(name)
+    if stored is None:
+        return linear, experts
+
+    def linear_method(layer_name: str) -> LinearMethod:
+        if not stored.covers(layer_name):
+            return linear(layer_name)
+        return BlockFp8Linear(stored) if stored.weight_scales == "block" else ScaledFp8Linear(stored)
+
+    def experts_method(layer_name: str) -> ExpertsMethod:
+        # The list of what is not quantized names single projections of single experts: one stands for all.
+        return CheckpointFp8Experts(stored) if stored.covers(f"{layer_name}.0.gate_proj") else experts(layer_name)
+
+    return linear_method, experts_method

@@ -17,7 +17,8 @@ from tokenmill.models import load_model_class
 from tokenmill.models.base import CausalLM
 from tokenmill.models.config import ModelConfig
 from tokenmill.ops.platform import computes_bfloat16
-from tokenmill.quantization.select import experts_method_for, linear_method_for
+from tokenmill.quantization.checkpoint_format import read_format
+from tokenmill.quantization.select import methods_for
 
 
 def resolve_device(name: str) -> torch.device:
@@ -114,12 +115,14 @@ def load_model(
         UnsupportedFeatureError: the architecture is not supported.
     """
     assert args.quantization in (None, "fp8"), "the backend was chosen by what it can do"
+    shapes = {tensor.name: tensor.shape for tensor in checkpoint.tensors()}
+    linear_method, experts_method = methods_for(args.quantization, read_format(checkpoint.hf_config, shapes))
     context = LayerContext(
         dtype=dtype,
         device=device,
         backend=backend,
-        linear_method=linear_method_for(args.quantization),
-        experts_method=experts_method_for(args.quantization),
+        linear_method=linear_method,
+        experts_method=experts_method,
     )
     model = load_model_class(config.model_type)(config, context)
     targets = weight_targets(model)

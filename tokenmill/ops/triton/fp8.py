@@ -49,6 +49,55 @@ def _quantize_kernel(
     tl.store(scales + row + tl.zeros([1], tl.int32), row_scales)
 
 
+@triton.jit
+def _static_kernel(
+    x: tl.tensor,
+    scale: tl.tensor,
+    values: tl.tensor,
+    scales: tl.tensor,
+    row_stride: int,
+    size: int,
+    block_size: tl.constexpr,
+    overlaps: tl.constexpr,
+) -> None:
+    """One program a row."""
+    if overlaps:
+        gdc_launch_dependents()
+        gdc_wait()
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, block_size)
+    inside = columns < size
+    factor = tl.load(scale)
+    loaded = tl.load(x + row * row_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    scaled = tl.clamp(loaded * tl.div_rn(1.0, factor), -FP8_MAX, FP8_MAX)
+    tl.store(values + row * size + columns, scaled.to(tl.float8e4nv), mask=inside)
+    tl.store(scales + row, factor)
+
+
+def static_quantize_fp8(x: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values [T, D] float8_e4m3fn of x [T, D] over `scale` [1], and that scale for each row [T]."""
+    rows = as_rows(x)
+    num_rows, size = rows.shape
+    values = torch.empty(num_rows, size, dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty(num_rows, dtype=torch.float32, device=x.device)
+    if num_rows:
+        block_size = triton.next_power_of_2(size)
+        overlaps = can_overlap(x.device)
+        _static_kernel[(num_rows,)](
+            rows,
+            scale,
+            values,
+            scales,
+            rows.stride(0),
+            size,
+            block_size=block_size,
+            overlaps=overlaps,
+            num_warps=warps_for(block_size),
+            launch_pdl=overlaps,
+        )
+    return values, scales
+
+
 def per_token_quantize_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Values [T, D] float8_e4m3fn and scales [T] float32 of x [T, D]."""
     rows = as_rows(x)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tokenmill.ops.moe import ExpertWeights, Routing
+from tokenmill.ops.moe import ExpertMatrix, ExpertWeights, Routing
 from tokenmill.ops.moe_plan import PairPlan
 from tokenmill.ops.triton.activation import activated
 from tokenmill.ops.triton.launch import can_overlap
@@ -158,9 +158,8 @@ def _pair_down_kernel(
             w = _weights_in_float(
                 weight + expert * out_features * in_features, scales, inside, current, in_features, is_even, scale_kind
             )
-            is_column = (current < in_features) & (
-                share + tl.zeros([block_in], tl.float32) > 0.0
-            )  # what is not here was not written
+            # What belongs to an expert elsewhere was not written.
+            is_column = (current < in_features) & (share + tl.zeros([block_in], tl.float32) > 0.0)
             v = tl.load(inner + pair * in_features + current, mask=is_column, other=0.0).to(tl.float32)
             total += w * v[None, :] * factors[:, None]
     tl.store(
@@ -177,7 +176,6 @@ def run_pairs(
     (num_tokens, hidden), top_k = x.shape, routing.experts.shape[1]
     size = weights.down.values.shape[2]
     inner = torch.empty(num_tokens * top_k, size, dtype=x.dtype, device=x.device)
-    out = torch.empty(num_tokens, hidden, dtype=x.dtype, device=x.device)
     overlaps = can_overlap(x.device)
     plan = gate_up_plan
     _pair_gate_up_kernel[(triton.cdiv(size, plan.block_out), num_tokens * top_k)](
@@ -200,24 +198,38 @@ def run_pairs(
         num_warps=plan.num_warps,
         launch_pdl=overlaps,
     )
-    plan = down_plan
-    _pair_down_kernel[(triton.cdiv(hidden, plan.block_out), num_tokens)](
+    return project_pairs(inner, weights.down, routing.experts, routing.weights, weights.first_expert, down_plan)
+
+
+def project_pairs(
+    inner: torch.Tensor,
+    matrix: ExpertMatrix,
+    experts: torch.Tensor,
+    shares: torch.Tensor,
+    first_expert: int,
+    plan: PairPlan,
+) -> torch.Tensor:
+    """[T, O]: sums over the experts [T, K] of each token, which take the rows [T * K, I] and count by their shares."""
+    (num_tokens, top_k), (num_experts, out_features, in_features) = experts.shape, matrix.values.shape
+    out = torch.empty(num_tokens, out_features, dtype=inner.dtype, device=inner.device)
+    overlaps = can_overlap(inner.device)
+    _pair_down_kernel[(triton.cdiv(out_features, plan.block_out), num_tokens)](
         inner,
-        *weights.down,
-        routing.experts,
-        routing.weights,
+        *matrix,
+        experts,
+        shares,
         out,
-        weights.first_expert,
-        weights.num_experts,
-        size,
-        hidden,
+        first_expert,
+        num_experts,
+        in_features,
+        out_features,
         top_k=top_k,
         block_out=plan.block_out,
         block_in=plan.block_in,
-        num_blocks_in=triton.cdiv(size, plan.block_in),
-        prefetched_lines=triton.next_power_of_2(triton.cdiv(size * weights.down.values.element_size(), 128)),
-        scale_kind=scale_kind_of(weights.down),
-        is_even=size % plan.block_in == 0,
+        num_blocks_in=triton.cdiv(in_features, plan.block_in),
+        prefetched_lines=triton.next_power_of_2(triton.cdiv(in_features * matrix.values.element_size(), 128)),
+        scale_kind=scale_kind_of(matrix),
+        is_even=in_features % plan.block_in == 0,
         overlaps=overlaps,
         num_warps=plan.num_warps,
         launch_pdl=overlaps,

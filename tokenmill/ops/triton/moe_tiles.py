@@ -281,7 +281,7 @@ def grouped_down(
     return out
 
 
-def block_scaled_linear(
+def block_scaled_product(
     x: QuantizedRows, weight: ExpertMatrix, bias: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
     """`x @ weight.T + bias` of one matrix with a scale for each block, x with one for each row and 128 features."""
