@@ -44,7 +44,7 @@ def by_hand(hf_model: Any) -> TorchProgram:
 def built(hf_model: Any) -> TorchProgram:
     graph = captured(hf_model)
     program = compiled(graph)
-    return TorchProgram(program, program_weights(program, graph, hf_model.state_dict()), CpuAttention())
+    return TorchProgram(program, program_weights(program, graph, hf_model), CpuAttention())
 
 
 def sequences(hf_model: Any) -> PagedSequences:

@@ -111,6 +111,7 @@ def build_config(args: LlmArgs, target: EngineTarget) -> BuildConfig:
         kv_cache_dtype=cache if cache in ("float32", "bfloat16") else "auto",
         device=device,
         capture="dispatch",
+        picture=False,
         opt_level=1,  # kernels are measured by `tokenmill build`, not at every start
         num_threads=args.num_threads,
     )
