@@ -142,7 +142,7 @@ def test_logits_of_real_weights_are_those_of_transformers(alias: str) -> None:
     assert logits.argmax(-1).tolist() == reference.argmax(-1).tolist()
 
 
-@pytest.mark.spec("D5")
+@pytest.mark.spec("D1")
 def test_torch_and_engine_give_the_same_tokens(demo: LLM, expected: list[list[int]]) -> None:
     assert demo.description.backend == "engine"
     with demo_llm(backend="torch", device="cpu") as llm:
@@ -159,7 +159,7 @@ def text_tokens(tokenizer: Any, count: int) -> list[int]:
     return ids[:count]
 
 
-@pytest.mark.spec("D5", "E4")
+@pytest.mark.spec("D1", "E4")
 @pytest.mark.parametrize(
     ("alias", "quantization"), [("smollm2:135m", "auto"), ("smollm2:135m", "int8"), ("gemma3:270m", "auto")]
 )
