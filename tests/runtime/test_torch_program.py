@@ -20,7 +20,7 @@ from tokenmill.program.program import OPERATIONS
 from tokenmill.runtime.torch_operations import PREPARE, round_to_int8
 from tokenmill.runtime.torch_program import TorchProgram
 
-pytestmark = pytest.mark.spec("D5")
+pytestmark = pytest.mark.spec("C1")
 TOLERANCE = 1e-4
 
 
