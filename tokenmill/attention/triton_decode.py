@@ -296,10 +296,9 @@ def _decode_kernel(
         tl.extra.cuda.gdc_launch_dependents()  # the combining kernel waits on the device, not in the queue
     kv_head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     lanes, dims, is_dim = tl.arange(0, block_m), tl.arange(0, block_d), tl.arange(0, block_d) < head_dim
-    heads, is_head = kv_head * group + lanes, lanes < group
+    heads, is_head, table = kv_head * group + lanes, lanes < group, block_tables + row * table_stride
     first_visible, first, end = _visible_range(tl.load(kv_lens + row), window, block_n)
     start, part_end = _part_of_split(first, end, split, num_splits, fixed, block_n)
-    table = block_tables + row * table_stride
     if overlaps:
         _wait(cache, table, kv_head, first_visible, start, end, num_kv_heads, head_dim, tokens_per_block, block_n)
     rows = row * query.token_stride + heads * query.head_stride
