@@ -16,7 +16,7 @@ from typing import Any, Self, overload
 
 from tokenmill.checkpoints.resolve import resolve_model
 from tokenmill.config import LlmArgs
-from tokenmill.errors import InvalidParameterError, QueueFullError
+from tokenmill.errors import InvalidParameterError, QueueFullError, UnsupportedFeatureError
 from tokenmill.executor.description import EngineDescription
 from tokenmill.executor.executor import GenerationExecutor
 from tokenmill.executor.health import ExecutorHealth
@@ -55,7 +55,7 @@ class LLM:
         self.model_name = str(model)
         path = resolve_model(model, revision=self.args.revision)
         source = self._tokenizer_source(path)
-        local_args = self.args.model_copy(update={"model": path})
+        self._local_args = local_args = self.args.model_copy(update={"model": path})
         with loading_progress(self.model_name) as on_progress:
             self._executor = GenerationExecutor.create(local_args, source, on_progress)
         self.tokenizer: Tokenizer | None = None if source is None else source.load()
@@ -202,6 +202,22 @@ class LLM:
         """Queue one conversation and return at once. See `chat` and `generate_async`."""
         prompt = {"prompt_token_ids": self._inputs.apply_chat_template(messages, template)}
         return self.generate_async(prompt, sampling_params, streaming=streaming, priority=priority, timeout=timeout)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the model as an engine directory, which `LLM(path)` starts from without the checkpoint.
+
+        Args:
+            path: a new or empty directory, or an engine that is replaced.
+
+        Raises:
+            UnsupportedFeatureError: the model runs on the torch backend.
+            InvalidParameterError: nothing can be written there.
+        """
+        if self.description.backend != "engine":
+            raise UnsupportedFeatureError(
+                "A model on the torch backend has no engine to save.", field="backend", remedy="Use backend='engine'."
+            )
+        return GenerationExecutor.save_engine(self._local_args, self.description, Path(path))
 
     def abort(self, request: GenerationResult | int) -> bool:
         """Cancel a request; False when it had ended already. Never an error, however often."""

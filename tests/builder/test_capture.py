@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,23 +10,99 @@ import torch
 
 from tests.support.programs import ARCHITECTURES, captured, tiny_model
 from tests.support.tiny_models import TINY_SIZES, tiny_hf_config
-from tokenmill.builder.capture import capture
+from tokenmill.builder.capture import capture, parameters_of
 from tokenmill.builder.importer import Parameter, import_recording
-from tokenmill.builder.recording import Call, RecordedTensor, Recording
+from tokenmill.builder.recording import META, Call, CapturedAttention, RecordedTensor, Recording, export, record
 from tokenmill.errors import UnsupportedFeatureError
+from tokenmill.layers.context import LayerContext
+from tokenmill.layers.forward_batch import ForwardBatch
 from tokenmill.layers.rope import inverse_frequencies
 from tokenmill.layers.rope_config import RopeConfig
+from tokenmill.models import load_model_class
+from tokenmill.models.base import CausalLM
 from tokenmill.models.config import ModelConfig
+from tokenmill.models.llama import LlamaForCausalLM
 from tokenmill.program.program import WeightPart
 
 
 @pytest.mark.spec("D1")
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_export_and_dispatch_give_the_same_graph(name: str) -> None:
-    hf_model = tiny_model(name)
-    exported, recorded = captured(hf_model, "export"), captured(hf_model, "dispatch")
+    model = meta_model(tiny_model(name))
+    exported, recorded = (import_recording(way(model), parameters_of(model)) for way in (export, record))
     assert exported.text() == recorded.text()
     assert exported == recorded
+
+
+def meta_model(hf_model: Any) -> CausalLM:
+    """tokenmill's model of the same configuration, without values."""
+    config = ModelConfig.from_hf(hf_model.config.to_dict())
+    context = LayerContext(dtype=torch.float32, device=META, backend=CapturedAttention())
+    return load_model_class(config.model_type)(config, context)
+
+
+class LooksAtTheNumberOfTokens(LlamaForCausalLM):
+    """Scales its hidden states in long steps."""
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        hidden = super().forward(batch)
+        return hidden * 2.0 if batch.input_ids.shape[0] > 100 else hidden
+
+
+@pytest.fixture
+def exports(monkeypatch: pytest.MonkeyPatch) -> list[CausalLM]:
+    """The models that were exported."""
+    found: list[CausalLM] = []
+
+    def counted(model: CausalLM) -> Recording:
+        found.append(model)
+        return export(model)
+
+    monkeypatch.setattr("tokenmill.builder.capture.export", counted)
+    return found
+
+
+def test_a_model_that_looks_at_the_number_of_tokens_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenmill.builder.capture.load_model_class", lambda model_type: LooksAtTheNumberOfTokens)
+    with pytest.raises(UnsupportedFeatureError, match=r"torch\.export: Constraints violated") as raised:
+        captured(tiny_model("llama"), "export")
+    assert raised.value.field == "model"
+
+
+def test_a_difference_between_the_two_ways_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = meta_model(tiny_model("llama_yarn"))
+    monkeypatch.setattr("tokenmill.builder.capture.export", lambda model: record(other))
+    with pytest.raises(UnsupportedFeatureError, match=r"the first difference is: -%model\.rotation"):
+        captured(tiny_model("llama"), "export")
+
+
+def test_what_was_proved_is_not_proved_again(tmp_path: Path, exports: list[CausalLM]) -> None:
+    configs = [ModelConfig.from_hf(tiny_model(name).config.to_dict()) for name in ("llama", "qwen2")]
+    folder = tmp_path / "captures"
+    first = capture(configs[0], proofs=folder)
+    assert (len(exports), len(list(folder.iterdir()))) == (1, 1)
+    assert capture(configs[0], proofs=folder) == first
+    assert len(exports) == 1
+    capture(configs[1], proofs=folder)  # another graph
+    capture(configs[0])  # no folder
+    assert (len(exports), len(list(folder.iterdir()))) == (3, 2)
+
+
+def test_a_folder_that_cannot_be_written_does_not_matter(tmp_path: Path, exports: list[CausalLM]) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    config = ModelConfig.from_hf(tiny_model("llama").config.to_dict())
+    for _ in range(2):
+        capture(config, proofs=file / "captures")
+    assert len(exports) == 2
+
+
+def test_another_torch_is_asked_again(tmp_path: Path, exports: list[CausalLM], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ModelConfig.from_hf(tiny_model("llama").config.to_dict())
+    capture(config, proofs=tmp_path)
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    capture(config, proofs=tmp_path)
+    assert len(exports) == 2
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
 from tests.support.programs import ARCHITECTURES, captured, tiny_model
+from tests.support.tiny_checkpoint import write_tiny_model
+from tokenmill.builder.build import build
 from tokenmill.builder.graph import Graph, assign_formats
 from tokenmill.builder.passes import PassReport, run_passes
 from tokenmill.builder.picture import DEFAULT_STEPS, graph_html
@@ -101,6 +104,17 @@ def test_numbers_are_there_for_every_step() -> None:
     for label in DEFAULT_STEPS:
         assert text.count(label) == 3  # two rows of the table, one switch
     assert [f".s{index} {{ display: none" in text for index in range(4)] == [True, True, True, False]
+
+
+def test_built_engines_hold_their_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENMILL_CACHE", str(tmp_path / "cache"))
+    engine = build(write_tiny_model(tmp_path / "tiny"), device="cuda", max_num_tokens=64)
+    engine.save(tmp_path / "engine")
+    page = Page((tmp_path / "engine" / "graph.html").read_text(encoding="utf-8"))
+    titles = {given.get("title") for given in page.with_class("name")}
+    assert {operation.name for operation in engine.program.operations} <= titles
+    assert any("for 64 tokens" in text for texts in page.texts.values() for text in texts)
+    assert list((tmp_path / "cache" / "captures").iterdir())
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -42,7 +42,13 @@ def test_the_plan_is_the_engines(program: Program, tiny_model: Path) -> None:
 
     from tokenmill import LLM
 
-    arguments = {"dtype": "float32", "max_batch_size": 5, "max_seq_len": 100, "kv_cache_config": {"max_tokens": 320}}
+    arguments = {
+        "backend": "torch",
+        "dtype": "float32",
+        "max_batch_size": 5,
+        "max_seq_len": 100,
+        "kv_cache_config": {"max_tokens": 320},
+    }
     with LLM(str(tiny_model), **arguments) as llm:
         planned = asdict(llm.description.memory)
     done = program(

@@ -14,7 +14,7 @@ from tests.support.tiny_programs import tiny_package
 from tokenmill import LLM, KvCacheConfig, SamplingParams, SchedulerConfig
 from tokenmill.checkpoints.base import open_checkpoint
 from tokenmill.config import CapacitySchedulerPolicy
-from tokenmill.errors import InvalidParameterError
+from tokenmill.errors import InvalidParameterError, UnsupportedFeatureError
 from tokenmill.program.package import EnginePackage
 
 pytestmark = pytest.mark.spec("D5", "H3")
@@ -118,3 +118,53 @@ def test_a_larger_size_than_the_engines_is_refused(engine_dir: Path) -> None:
     with pytest.raises(InvalidParameterError, match="built for 8") as caught:
         LLM(engine_dir, max_batch_size=9)
     assert caught.value.field == "max_batch_size"
+
+
+@pytest.mark.parametrize("source", ["checkpoint", "engine"])
+def test_a_saved_model_gives_the_same_tokens(
+    torch_llm: LLM, model_dir: Path, engine_dir: Path, tmp_path: Path, source: str
+) -> None:
+    model = model_dir if source == "checkpoint" else engine_dir
+    with make_llm(model, backend="engine", device="cpu") as llm:
+        expected, folder = tokens_of(llm), llm.save(tmp_path / "saved")
+    with make_llm(folder) as llm:
+        assert tokens_of(llm) == expected == tokens_of(torch_llm)
+    with pytest.raises(UnsupportedFeatureError, match="no engine to save"):
+        torch_llm.save(tmp_path / "other")
+
+
+def test_auto_takes_the_engine_on_a_cpu_and_says_why_not(model_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with make_llm(model_dir, device="cpu") as llm:
+        assert llm.description.backend == "engine"
+    with make_llm(model_dir, device="cpu", attn_backend="cpu") as llm:
+        assert llm.description.backend == "torch"
+    assert "attn_backend='cpu' is of the torch backend" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"backend": "engine", "load_format": "dummy"}, "backend"),
+        ({"backend": "engine", "dtype": "float16"}, "backend"),
+        ({"backend": "torch", "quantization": "int8"}, "quantization"),
+        ({"attn_backend": "cpu", "quantization": "q4_0"}, "backend"),
+    ],
+)
+def test_what_a_backend_cannot_do_is_refused(model_dir: Path, changes: dict[str, Any], field: str) -> None:
+    with pytest.raises(UnsupportedFeatureError) as caught:
+        make_llm(model_dir, device="cpu", **changes)
+    assert caught.value.field == field
+
+
+def test_quantizing_changes_the_logits_a_little(model_dir: Path, torch_llm: LLM) -> None:
+    params = SamplingParams(max_tokens=1, logprobs=0)
+    exact: Any = torch_llm.generate(PROMPTS, params, use_tqdm=False)
+    with make_llm(model_dir, device="cpu", quantization="int8") as llm:
+        found: Any = llm.generate(PROMPTS, params, use_tqdm=False)
+    differences = [
+        abs(one.outputs[0].cumulative_logprob - other.outputs[0].cumulative_logprob)
+        for one, other in zip(found, exact, strict=True)
+        if one.outputs[0].token_ids == other.outputs[0].token_ids
+    ]
+    assert len(differences) >= len(PROMPTS) - 2
+    assert 0.0 < max(differences) < 0.5

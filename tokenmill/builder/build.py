@@ -25,20 +25,25 @@ from tokenmill.builder.memory_plan import memory_report, plan_memory
 from tokenmill.builder.packing import choose_layouts, pack_weights
 from tokenmill.builder.pass_selection import disabled_passes
 from tokenmill.builder.passes import PassReport, Target, run_passes
+from tokenmill.builder.picture import graph_html
 from tokenmill.builder.report import BuildReport, count_kinds, weight_bytes
 from tokenmill.builder.tokenizer_files import tokenizer_files
+from tokenmill.builder.tune_program import tune_program
 from tokenmill.builder.weight_source import WeightSource
 from tokenmill.checkpoints.base import Checkpoint, open_checkpoint
 from tokenmill.checkpoints.resolve import resolve_model
+from tokenmill.env import read_environment
 from tokenmill.errors import InvalidParameterError, did_you_mean
 from tokenmill.models.config import ModelConfig
 from tokenmill.ops.cpu.packing import FORMATS as INTEGER_KERNEL_FORMATS
 from tokenmill.program.checks import check_program
 from tokenmill.program.engine_config import EngineConfig, LimitsRecord, ModelRecord, TargetRecord
+from tokenmill.program.package import PICTURE_NAME, TIMING_CACHE_NAME, FileContent
 from tokenmill.program.program import Program
+from tokenmill.program.timing_cache import TimingCache
 from tokenmill.version import __version__
 
-PHASES: Final = ("resolve", "capture", "passes", "lower", "pack")
+PHASES: Final = ("resolve", "capture", "passes", "lower", "tune", "pack")
 """What `on_progress` is told, in order."""
 
 ProgressCallback = Callable[[str, int, int], None]
@@ -75,6 +80,8 @@ def build(
         settings = _settings(config, checkpoint, model_config)
         source = WeightSource(checkpoint, model_config)
     program, constants, choice = builder.compile(model_config, settings, source, on_passes)
+    with builder.phase("tune"):
+        timings = builder.timings(program, settings)
     with builder.phase("pack"):
         source.check(program.weights)
         weights = {}
@@ -82,7 +89,11 @@ def build(
             weights = pack_weights(program, source, constants, lambda _, done, total: builder.tell("pack", done, total))
         else:
             weights = pack_weights(_constants_only(program), source, constants)
-    return builder.engine(checkpoint, settings, program, choice, weights)
+    engine = builder.engine(checkpoint, settings, program, choice, weights)
+    files: dict[str, FileContent] = {} if timings is None else {TIMING_CACHE_NAME: timings.encode()}
+    if config.picture and builder.passes:
+        files[PICTURE_NAME] = builder.picture(engine).encode()
+    return engine.with_files(files)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +115,8 @@ class _Builder:
     tell: ProgressCallback
     seconds: dict[str, float] = field(default_factory=dict)
     num_nodes: dict[str, int] = field(default_factory=dict)
+    tuned: dict[str, int] = field(default_factory=dict)
+    passes: list[PassReport] = field(default_factory=list)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -122,7 +135,9 @@ class _Builder:
     ) -> tuple[Program, dict[str, tuple[float, ...]], FormatChoice]:
         """The program, the values of its constants, and the formats of the weights."""
         with self.phase("capture"):
-            graph = capture(model_config, dtype=getattr(torch, settings.dtype), method=self.config.capture)
+            proofs = read_environment().cache_dir / "captures"
+            dtype = getattr(torch, settings.dtype)
+            graph = capture(model_config, dtype=dtype, method=self.config.capture, proofs=proofs)
             choice = choose_formats(graph, source, self.config.quantization, settings.dtype)
             graph = assign_formats(graph, choice.formats)
             self.num_nodes["captured"] = len(graph.nodes)
@@ -131,6 +146,7 @@ class _Builder:
             self.num_nodes["after_passes"] = len(graph.nodes)
             if on_passes is not None:
                 on_passes(reports)
+        self.passes = reports
         with self.phase("lower"):
             program = self._lowered(graph, settings)
         return program, dict(graph.constants), choice
@@ -140,8 +156,27 @@ class _Builder:
         program = choose_layouts(lower(graph), settings.device)
         keep = _debug_outputs(self.config.debug_outputs, program).values()
         program = plan_memory(program, max_tokens=limits.max_num_tokens, max_rows=limits.max_num_rows, keep=keep)
-        check_program(program)
+        check_program(program, max_tokens=limits.max_num_tokens, max_rows=limits.max_num_rows)
         return program
+
+    def timings(self, program: Program, settings: _Settings) -> TimingCache | None:
+        """Times of the variants of the program's kernels; None if there are none to choose from."""
+        if settings.device != "cpu" or self.config.opt_level < 2:
+            return None
+        report = tune_program(self.config, program, settings.limits, lambda done, of: self.tell("tune", done, of))
+        self.tuned = {"measured": report.num_measured, "reused": report.num_reused}
+        return report.cache if report.cache.times else None
+
+    def picture(self, engine: Engine) -> str:
+        """The network before and after the passes as a page."""
+        limits, report = engine.config.limits, engine.config.report
+        weights = [f"{nbytes / 1e6:.1f} MB {name}" for name, nbytes in report["weight_bytes"].items()]
+        facts = {
+            "Weights": ", ".join(weights),
+            "Memory of a step": f"{report['arena_bytes'] / 1e6:.2f} MB for {limits.max_num_tokens} tokens, "
+            f"{report['arena_sum_bytes'] / 1e6:.0f} MB if every value had its own",
+        }
+        return graph_html(Path(self.model).name, self.passes[0].before, self.passes[-1].after, self.passes, facts=facts)
 
     def engine(
         self,
@@ -167,6 +202,7 @@ class _Builder:
             weight_bytes=weight_bytes(program, weights),
             arena_bytes=memory.arena_bytes,
             arena_sum_bytes=memory.sum_bytes,
+            kernels=self.tuned,
             seconds=self.seconds,
             notices=list(choice.notices),
         )

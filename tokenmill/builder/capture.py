@@ -1,16 +1,18 @@
 """`capture`: the graph of a model, from its configuration alone. Called by the builder; needs no weights.
 
-The model is built on the meta device, one of its steps is recorded (`recording.py`), and the calls become nodes
-(`importer.py`). Weights carry the names of the checkpoint tensors that fill them.
+The model is built on the meta device, one of its steps is recorded (`recording.py`), the calls become nodes
+(`importer.py`), and torch.export confirms them. Weights carry the names of the checkpoint tensors that fill them.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 import torch
 
-from tokenmill.builder.graph import Graph
+from tokenmill.builder.capture_proofs import CaptureProofs
+from tokenmill.builder.graph import Graph, diff
 from tokenmill.builder.importer import Parameter, import_recording
 from tokenmill.builder.recording import META, CapturedAttention, export, record
 from tokenmill.errors import UnsupportedFeatureError
@@ -23,15 +25,20 @@ from tokenmill.program.program import WeightPart
 
 
 def capture(
-    config: ModelConfig, *, dtype: torch.dtype = torch.float32, method: Literal["export", "dispatch"] = "export"
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    method: Literal["export", "dispatch"] = "export",
+    proofs: Path | None = None,
 ) -> Graph:
     """The graph of a step of the model that `config` describes.
 
     Args:
         config: the architecture.
         dtype: the type that the model computes in; some models round constants to it.
-        method: `export` (torch.export) proves that the graph serves every number of tokens and rows; `dispatch` gives
-            the same graph within milliseconds and is for engines that are built in memory.
+        method: `dispatch` records one step, within milliseconds; `export` does so, too, and then has torch.export prove
+            that the graph serves every number of tokens and rows.
+        proofs: folder where it is noted what was proved, so that it is proved once; None: it is proved each time.
 
     Raises:
         UnsupportedFeatureError: the model does something that programs cannot do.
@@ -44,10 +51,26 @@ def capture(
         )
     context = LayerContext(dtype=dtype, device=META, backend=CapturedAttention())
     model = load_model_class(config.model_type)(config, context).eval()
-    recording = export(model) if method == "export" else record(model)
-    graph = import_recording(recording, parameters_of(model))
+    parameters = parameters_of(model)
+    graph = import_recording(record(model), parameters)
     graph.check()
+    known = CaptureProofs(proofs)
+    if method == "export" and not known.has(graph):
+        _compare(graph, import_recording(export(model), parameters))
+        known.add(graph)
     return graph
+
+
+def _compare(recorded: Graph, exported: Graph) -> None:
+    """Refuse a graph that is not the one that torch.export gives."""
+    if recorded == exported:
+        return
+    lines = [line for line in diff(exported, recorded, context=0).splitlines()[3:] if line]
+    raise UnsupportedFeatureError(
+        f"The model computes something else for other numbers of tokens; the first difference is: {lines[0][:200]}",
+        field="model",
+        remedy="A model's layers may not depend on how many tokens a step has.",
+    )
 
 
 def parameters_of(model: CausalLM) -> dict[str, Parameter]:

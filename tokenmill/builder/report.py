@@ -21,6 +21,7 @@ class BuildReport:
         weight_bytes: bytes of the weights, by format.
         arena_bytes: memory for intermediate results at the largest step.
         arena_sum_bytes: what it would be if no two of them shared memory.
+        kernels: how many kernels were `measured`, and how many times were `reused` from the timing cache.
         seconds: by phase.
         notices: what was done otherwise than asked, for people.
     """
@@ -31,6 +32,7 @@ class BuildReport:
     weight_bytes: dict[str, int]
     arena_bytes: int
     arena_sum_bytes: int
+    kernels: dict[str, int]
     seconds: dict[str, float]
     notices: list[str]
 

@@ -1,6 +1,6 @@
 """`tune`: measures the variants of kernels, where they were not measured before.
 
-What can be tuned is a `Tunable`: a name and a shape, the names of the variants, and a way to run one. This module knows
+What can be tuned is a `Tunable`: a key, the names of the variants, and a way to run one. This module knows
 nothing about kernels; `linear_tuning.py` lists those of a program.
 """
 
@@ -20,26 +20,23 @@ ROUND_SECONDS: Final = 0.002
 """A turn runs a variant as often as fits in this time, at least once; the best turn counts."""
 
 
+HOPELESS: Final = 3.0
+"""Times slower than the fastest, from which on a variant is given up."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tunable:
     """One kernel for one shape.
 
     Args:
-        name: of the kernel, such as `linear`.
-        shape: everything that its time depends on, as text.
+        key: the kernel and everything that its time depends on, as text: what its times are kept under.
         variants: names; the first is the one to use if nothing is known.
         prepare: makes a variant ready; what it returns runs it once.
     """
 
-    name: str
-    shape: str
+    key: str
     variants: tuple[str, ...]
     prepare: Callable[[str], Callable[[], None]]
-
-    @property
-    def key(self) -> str:
-        """Of the times in the cache."""
-        return f"{self.name} {self.shape}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,22 +84,27 @@ def tune(
 
 
 def measure(tunable: Tunable, clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
-    """Microseconds of one run of each variant: the best of several turns."""
+    """Microseconds of one run of each variant: the best of several turns. Variants that are much slower than another in
+    their first run get no more turns."""
     runs = {variant: tunable.prepare(variant) for variant in tunable.variants}
-    counts = {variant: _count(run, clock) for variant, run in runs.items()}
-    best = dict.fromkeys(runs, float("inf"))
+    for run in runs.values():
+        run()  # compiles and warms up
+    best = {variant: min(_seconds(run, 1, clock) for _ in range(3)) for variant, run in runs.items()}
+    limit = HOPELESS * min(best.values())
+    counts = {
+        variant: max(1, min(1000, int(ROUND_SECONDS / max(seconds, 1e-9))))
+        for variant, seconds in best.items()
+        if seconds <= limit
+    }
     for _ in range(ROUNDS):
-        for variant, run in runs.items():
-            started = clock()
-            for _ in range(counts[variant]):
-                run()
-            best[variant] = min(best[variant], (clock() - started) / counts[variant])
+        for variant, count in counts.items():
+            best[variant] = min(best[variant], _seconds(runs[variant], count, clock))
     return {variant: round(1e6 * seconds, 3) for variant, seconds in best.items()}
 
 
-def _count(run: Callable[[], None], clock: Callable[[], float]) -> int:
-    """How often to run in one turn; the first run compiles and warms up."""
-    run()
+def _seconds(run: Callable[[], None], count: int, clock: Callable[[], float]) -> float:
+    """Of one run, over `count` of them."""
     started = clock()
-    run()
-    return max(1, min(1000, int(ROUND_SECONDS / max(clock() - started, 1e-9))))
+    for _ in range(count):
+        run()
+    return (clock() - started) / count

@@ -47,6 +47,8 @@ def summary_table(engine: Engine, title: str) -> Table:
         row("Weights", f"{readable_size(sum(report['weight_bytes'].values()))}: {formats}")
         saved = report["arena_sum_bytes"] / max(report["arena_bytes"], 1)
         row("Memory of a step", f"{readable_size(report['arena_bytes'])}, {saved:,.1f} times less than side by side")
+        if report["kernels"]:
+            row("Kernels", f"{report['kernels']['measured']} measured, {report['kernels']['reused']} known before")
         times = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in report["seconds"].items())
         row("Time", f"{sum(report['seconds'].values()):.2f} s: {times}")
     if config.stripped:

@@ -92,6 +92,15 @@ class ModelOptions:
             show_default="from free memory",
         ),
     ] = None
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="auto, engine (compiled) or torch.",
+            rich_help_panel=_MODEL_PANEL,
+            show_default="auto",
+        ),
+    ] = None
     attn_backend: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Attention backend.", rich_help_panel=_MODEL_PANEL, show_default="auto"),
@@ -109,7 +118,7 @@ class ModelOptions:
         str | None,
         typer.Option(
             metavar="FORMAT",
-            help="Quantize while loading: fp8.",
+            help="Quantize while loading: fp8 (torch), int8, q4_0, ... (engine).",
             rich_help_panel=_MODEL_PANEL,
             show_default="none",
         ),
@@ -152,7 +161,8 @@ class ModelOptions:
         from_file = {} if self.config is None else read_config_file(self.config)
         arguments = _merged(defaults, from_file)
         names = (
-            "dtype", "device", "max_batch_size", "max_seq_len", "max_num_tokens", "attn_backend", "load_format",
+            "dtype", "device", "max_batch_size", "max_seq_len", "max_num_tokens", "backend", "attn_backend",
+            "load_format",
             "num_threads", "quantization", "num_replicas",
         )  # fmt: skip
         flags = {name: getattr(self, name) for name in names if getattr(self, name) is not None}

@@ -16,7 +16,7 @@ from tokenmill.engine.core import EngineCore
 from tokenmill.errors import UnsupportedFeatureError
 from tokenmill.executor.backend_choice import choose_backend
 from tokenmill.executor.description import EngineDescription
-from tokenmill.executor.engine_source import EngineSizes, open_engine
+from tokenmill.executor.engine_source import EngineTarget, open_engine
 from tokenmill.executor.program_factory import build_program_engine
 from tokenmill.executor.scheduling import make_core
 from tokenmill.kv_cache.tensors import allocate_caches
@@ -68,8 +68,8 @@ def build_engine(
     config = ModelConfig.from_hf(checkpoint.hf_config)
     choice = choose_backend(args, device, config, has_fp8_weights=has_fp8_weights(checkpoint))
     if choice.name == "engine":
-        sizes = EngineSizes(args.max_batch_size, max_num_tokens, resolve_max_seq_len(args, config))
-        package = open_engine(args, sizes, on_progress)
+        target = EngineTarget(device.type, args.max_batch_size, max_num_tokens, resolve_max_seq_len(args, config))
+        package = open_engine(args, target, on_progress)
         return build_program_engine(args, package, num_sharing=num_sharing)
     if choice.reason is not None:
         logger.warning("The model runs on the torch backend: %s", choice.reason)

@@ -21,6 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from copy import copy
 from functools import cached_property, partial
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -101,6 +102,17 @@ class GenerationExecutor(ABC):
             grace_period=args.worker_config.grace_period,
             on_progress=on_progress,
         )
+
+    @staticmethod
+    def save_engine(args: LlmArgs, description: EngineDescription, path: Path) -> Path:
+        """Write the engine that runs `args`, as `description` says, to the directory `path`.
+
+        Raises:
+            InvalidParameterError: something else is there, or nothing can be written there.
+        """
+        from tokenmill.executor.engine_source import saved_engine
+
+        return saved_engine(args, description, path)
 
     # ---- requests --------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 A build measures what the cache lacks, and keeps it in a file that all builds share and in `timing.cache` of the engine,
 where executors look their variants up. An entry that was measured on another processor, with other kernels or another
-number of threads is never used: those are in the machine's key.
+number of threads is never used: those are in the machine's key (`ops/cpu/machine.py`).
 """
 
 from __future__ import annotations
@@ -20,17 +20,6 @@ from tokenmill.errors import EngineFileError
 _FORMAT: Final = "tokenmill-timing-cache"
 _VERSION: Final = 1
 _REMEDY: Final = "Remove the file: the next build measures again."
-
-
-def machine_key(processor: str, kernels: str, num_threads: int) -> str:
-    """The key of a machine.
-
-    Args:
-        processor: its name, such as `x86_64 znver4`.
-        kernels: names the version of the kernels that were measured.
-        num_threads: that compute.
-    """
-    return f"{processor}, kernels {kernels}, {num_threads} threads"
 
 
 @dataclass(slots=True)
@@ -139,3 +128,16 @@ def _entries(times: Any) -> Iterator[tuple[str, str, dict[str, float]]]:
 
 def _is_time(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
+def linear_key(weight_format: str, num_rows: int, num_columns: int, gated: bool, num_tokens: int) -> str:
+    """What a product's times are kept under.
+
+    Args:
+        weight_format: of the weight.
+        num_rows, num_columns: of the weight; gate and up rows together if gated.
+        gated: whether its first half is the gate of the second.
+        num_tokens: computed at once.
+    """
+    kind = "gated linear" if gated else "linear"
+    return f"{kind} {weight_format} {num_rows}x{num_columns}, {num_tokens} tokens"

@@ -29,6 +29,7 @@ from tokenmill.ops.cpu.rope import RopeOp, rope_write_cache, rotation, rotation_
 from tokenmill.program.program import AttributeValue, Operand, Operation
 from tokenmill.runtime.cpu_memory import ProgramMemory
 from tokenmill.runtime.cpu_weights import CpuWeights
+from tokenmill.runtime.kernel_choices import KernelChoices
 from tokenmill.runtime.program_parts import CacheShape
 from tokenmill.runtime.step_arrays import StepArrays
 
@@ -73,12 +74,16 @@ class OpWriter:
         memory: where the buffers are.
         weights: brought to memory as operations ask for them.
         places: what is fixed about all steps.
+        choices: variants of kernels.
     """
 
-    def __init__(self, memory: ProgramMemory, weights: CpuWeights, places: StepPlaces) -> None:
+    def __init__(
+        self, memory: ProgramMemory, weights: CpuWeights, places: StepPlaces, choices: KernelChoices | None = None
+    ) -> None:
         self.memory = memory
         self.weights = weights
         self.places = places
+        self.choices = choices or KernelChoices()
         self._scratch: dict[str, tuple[int, int]] = {}
 
     def write(self, operation: Operation, *, one: bool) -> list[Op]:
@@ -258,7 +263,8 @@ def _linear_int8(writer: OpWriter, operation: Operation, one: bool) -> Iterator[
         residual=None if residual is None else Matrix(*writer.place(residual)),
         activation=None if name is None else _text(name),
     )
-    yield Op(linear_kernel(weight.format, one_token=one), arguments)
+    variant = writer.choices.linear(weight, one_token=one)
+    yield Op(linear_kernel(weight.format, one_token=one, variant=variant), arguments)
 
 
 def _quantized_copy(writer: OpWriter, x: Operand) -> Activations:

@@ -24,6 +24,7 @@ from tokenmill.runtime.cpu_memory import ProgramMemory
 from tokenmill.runtime.cpu_operations import OpWriter, StepPlaces
 from tokenmill.runtime.cpu_weights import CpuWeights
 from tokenmill.runtime.huge_pages import HugePages
+from tokenmill.runtime.kernel_choices import KernelChoices
 from tokenmill.runtime.program_executor import Values
 from tokenmill.runtime.program_parts import ProgramParts, layer_caches, split_program
 from tokenmill.runtime.step_arrays import StepArrays
@@ -87,6 +88,7 @@ class CpuExecutor:
             memory,
             CpuWeights(package.program.weights, package.weights, memory),
             StepPlaces(arrays, self._step.ctypes.data, self._caches, layer_caches(package.program), num_threads),
+            KernelChoices.of(package, num_threads),
         )
         self._lists = _write_lists(self._parts, writer)
 

@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numba
 import pytest
@@ -50,7 +51,15 @@ def test_compiles_without_a_cache_folder(
     monkeypatch.setenv("TOKENMILL_CACHE", str(empty_cache / "file"))
     with caplog.at_level(logging.WARNING):
         assert jit.NativeFunction(square, types.int64(types.int64)).call(7) == 49
-    assert "No writable cache folder: square" in caplog.text
+    assert "square is compiled again in every process" in caplog.text
+
+
+def test_compiles_without_a_source_file(caplog: pytest.LogCaptureFixture) -> None:
+    namespace: dict[str, Any] = {}
+    exec("def double(x): return 2 * x", namespace)
+    with caplog.at_level(logging.WARNING):
+        assert jit.NativeFunction(namespace["double"], types.int64(types.int64)).call(7) == 14
+    assert "double is compiled again" in caplog.text
 
 
 def test_numba_keeps_its_own_cache_folder(empty_cache: Path) -> None:

@@ -22,5 +22,8 @@ Rules:
 - Scratch memory is given in the row: an address and the bytes per thread.
 - Denormals are zero in every thread.
 
-`ops/cpu/elementwise.py` has small examples; `linear_int8.py` is the largest. `walker.py` has `OpList` and `ThreadPool`.
+Where what is: `threads.py` has `OpList` and `ThreadPool`; `packing.py` the layout of weights; `activations.py` and
+`layout.py` that of quantized activations; `linear_int8.py` and `linear_blocks.py` the int8 products; `linear_float.py`
+those of float32 and bfloat16 weights. `elementwise.py` has small examples of kernels. Each module has a function that
+checks and lays out the arguments of a row, such as `linear_arguments`.
 """

@@ -13,19 +13,21 @@ from typing import Final
 
 from tokenmill.ops.cpu.attention_arguments import (
     DECODE_GROUPS,
+    DECODE_TABLES,
     NO_WINDOW,
     NUM_HEADS,
     NUM_KV_HEADS,
     SCRATCH,
     SCRATCH_BYTES,
     STEP,
+    TABLE_BYTES,
     group_of,
     num_rows,
     query_heads,
     query_len,
     scratch_bytes,
 )
-from tokenmill.ops.cpu.attention_decode import combine_row, decode_split, num_splits
+from tokenmill.ops.cpu.attention_decode import combine_row, decode_split, list_split, num_splits, prefetch_split
 from tokenmill.ops.cpu.attention_prefill import prefill_tile
 from tokenmill.ops.cpu.attention_tiles import GROUP, QUERY_TILE, VECTOR_BYTES
 from tokenmill.ops.cpu.cache_layout import CacheLocation, kv_len
@@ -115,12 +117,17 @@ def total_cost(row: int) -> int:
 
 @kernel
 def attention(thread: int, num_threads: int, row: int) -> None:
-    """A thread computes the items whose middle, in the cost of all items one after the other, is in its share."""
+    """A thread computes the items whose middle, in the cost of all items one after the other, is in its share.
+
+    A decode split waits for the next one to be known, so that its keys and values are on their way meanwhile.
+    """
     step = argument(row, STEP)
     scratch = argument(row, SCRATCH) + thread * argument(row, SCRATCH_BYTES)
+    table, ahead = scratch + DECODE_TABLES, scratch + DECODE_TABLES + TABLE_BYTES
     total = total_cost(row)
     begin, end = 2 * total * thread, 2 * total * (thread + 1)
     done, slot = 0, 0
+    waiting, waiting_head, waiting_groups, waiting_slot = -1, 0, 0, 0
     for sequence in range(num_rows(step)):
         length = query_len(step, sequence)
         splits = num_splits(row, sequence) if length == 1 else 0
@@ -130,13 +137,23 @@ def attention(thread: int, num_threads: int, row: int) -> None:
                 cost = tile_cost(row, sequence, item) if length > 1 else ITEM_COST + DECODE_GROUPS
                 middle = (2 * done + cost) * num_threads
                 done += cost
-                if begin <= middle < end:
-                    if length > 1:
-                        prefill_tile(row, scratch, sequence, kv_head, item)
-                    else:
-                        decode_split(row, scratch, sequence, kv_head, item, slot + item if splits > 1 else -1)
+                if middle < begin or middle >= end:
+                    continue
+                if length > 1:
+                    prefill_tile(row, scratch, sequence, kv_head, item)
+                    continue
+                groups = list_split(row, ahead, sequence, kv_head, item)
+                if waiting < 0:
+                    prefetch_split(row, ahead)
+                else:
+                    decode_split(row, scratch, waiting, waiting_head, waiting_groups, waiting_slot, table, ahead)
+                waiting, waiting_head, waiting_groups = sequence, kv_head, groups
+                waiting_slot = slot + item if splits > 1 else -1
+                table, ahead = ahead, table
         if splits > 1:
             slot += splits
+    if waiting >= 0:
+        decode_split(row, scratch, waiting, waiting_head, waiting_groups, waiting_slot, table, table)
 
 
 @kernel

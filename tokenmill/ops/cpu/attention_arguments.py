@@ -49,8 +49,10 @@ LOWEST: Final = -1e30
 """Stands for the maximum of no scores."""
 
 # Scratch of a thread: the parts of a prefill tile, or of a decode split, as byte offsets. `wide` is D rounded up.
-TABLE: Final = 0  # [DECODE_GROUPS + 1] entries
-RUNNING_MAX: Final = 1024  # [32] float32
+DECODE_TABLES: Final = 0  # two of [DECODE_GROUPS] entries: this split's and the next one's
+TABLE_BYTES: Final = DECODE_GROUPS * GROUP_ENTRY
+PREFILL_TABLE: Final = DECODE_TABLES + 2 * TABLE_BYTES  # [PREFILL_GROUPS] entries
+RUNNING_MAX: Final = PREFILL_TABLE + PREFILL_GROUPS * GROUP_ENTRY  # [32] float32
 RUNNING_SUM: Final = RUNNING_MAX + 128
 FACTORS: Final = RUNNING_SUM + 128
 POSITIONS: Final = FACTORS + 128  # [32] int32

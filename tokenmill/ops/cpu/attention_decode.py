@@ -23,7 +23,6 @@ from tokenmill.ops.cpu.attention_arguments import (
     SCORES,
     SOFT_CAP,
     STEP,
-    TABLE,
     TOKENS_PER_BLOCK,
     WINDOW,
     group_of,
@@ -35,7 +34,9 @@ from tokenmill.ops.cpu.attention_arguments import (
     round16,
 )
 from tokenmill.ops.cpu.attention_tiles import (
+    ENTRY_COUNT,
     ENTRY_POSITION,
+    ENTRY_VALUES,
     GROUP,
     GROUP_ENTRY,
     ROWS_PER_TILE,
@@ -47,7 +48,7 @@ from tokenmill.ops.cpu.attention_tiles import (
 from tokenmill.ops.cpu.cache_layout import kv_len, query_start
 from tokenmill.ops.cpu.intrinsics import argument, float_argument
 from tokenmill.ops.cpu.jit import device
-from tokenmill.ops.cpu.scalars import load_i64
+from tokenmill.ops.cpu.scalars import load_i64, prefetch, store_i64
 from tokenmill.ops.cpu.simd import (
     add,
     broadcast,
@@ -100,20 +101,56 @@ def partial_address(row: int, slot: int, head: int) -> int:
 
 
 @device
-def decode_split(row: int, scratch: int, sequence: int, kv_head: int, split: int, slot: int) -> None:
-    """Compute one split of a decode row; `slot` says where its partial results go, -1: it is the only one."""
-    heads = query_heads(row)
+def list_split(row: int, table: int, sequence: int, kv_head: int, split: int) -> int:
+    """Write the table of a split, whose entries beyond the last group repeat that one; the number of groups."""
     last = kv_len(argument(row, STEP), sequence) - 1
     first_group = first_visible_group(row, sequence) + split * DECODE_GROUPS
     num_groups = min(DECODE_GROUPS, group_of(row, last) + 1 - first_group)
-    list_groups(row, scratch + TABLE, sequence, kv_head, first_group, num_groups, last)
+    list_groups(row, table, sequence, kv_head, first_group, num_groups, last)
+    for index in range(num_groups, DECODE_GROUPS):
+        for offset in range(0, GROUP_ENTRY, 8):
+            value = load_i64(table + (num_groups - 1) * GROUP_ENTRY + offset)
+            store_i64(table + index * GROUP_ENTRY + offset, value)
+    return num_groups
+
+
+@device
+def prefetch_split(row: int, table: int) -> None:
+    """Ask for all keys, then all values of a split."""
+    elements = argument(row, HEAD_DIM) >> argument(row, IS_PAIRS)
+    key_stride = round16(argument(row, TOKENS_PER_BLOCK)) * 4
+    value_stride = round16(argument(row, HEAD_DIM)) * 4
+    for index in range(DECODE_GROUPS):
+        keys = load_i64(table + index * GROUP_ENTRY)
+        for element in range(elements):
+            prefetch(keys + element * key_stride)
+    for index in range(DECODE_GROUPS):
+        entry = table + index * GROUP_ENTRY
+        values = load_i64(entry + ENTRY_VALUES)
+        for place in range(values, values + load_i64(entry + ENTRY_COUNT) * value_stride, VECTOR_BYTES):
+            prefetch(place)
+
+
+@device
+def decode_split(
+    row: int, scratch: int, sequence: int, kv_head: int, num_groups: int, slot: int, table: int, ahead: int
+) -> None:
+    """Compute one split of a decode row.
+
+    Args:
+        num_groups, table: what `list_split` wrote.
+        slot: where its partial results go, -1: it is the only split.
+        ahead: table of the split that this thread computes next, or this one's; it is brought nearer meanwhile, since
+            caches consist of pieces too small for the processor to foresee.
+    """
+    heads = query_heads(row)
     load_decode_queries(row, scratch, sequence, kv_head)
-    compute_decode_scores(row, scratch, num_groups, last)
+    compute_decode_scores(row, scratch, num_groups, kv_len(argument(row, STEP), sequence) - 1, table, ahead)
     for head in range(heads):
         highest, total = decode_softmax(row, scratch, head, num_groups)
         store_f32(scratch + decode_maxima(row) + 8 * head, highest)
         store_f32(scratch + decode_maxima(row) + 8 * head + 4, total)
-    sum_decode_values(row, scratch, num_groups)
+    sum_decode_values(row, scratch, num_groups, table, ahead)
     for head in range(heads):
         write_decode_head(row, scratch, sequence, kv_head * heads + head, head, slot)
 
@@ -145,7 +182,7 @@ def load_decode_queries(row: int, scratch: int, sequence: int, kv_head: int) -> 
 
 
 @device
-def compute_decode_scores(row: int, scratch: int, num_groups: int, last: int) -> None:
+def compute_decode_scores(row: int, scratch: int, num_groups: int, last: int, table: int, ahead: int) -> None:
     """Scores [heads][keys], capped; -inf for keys that are not seen."""
     heads = query_heads(row)
     is_pairs = argument(row, IS_PAIRS)
@@ -153,16 +190,14 @@ def compute_decode_scores(row: int, scratch: int, num_groups: int, last: int) ->
     query_stride = round16(argument(row, HEAD_DIM)) * 4
     key_stride = round16(argument(row, TOKENS_PER_BLOCK)) * 4
     for index in range(0, num_groups, 2):
-        first_keys = load_i64(scratch + TABLE + index * GROUP_ENTRY)
-        second_keys = load_i64(scratch + TABLE + min(index + 1, num_groups - 1) * GROUP_ENTRY)
         for head in range(0, heads, ROWS_PER_TILE):
             decode_score_tile(
                 is_pairs,
                 min(ROWS_PER_TILE, heads - head),
                 scratch + queries_offset(row) + head * query_stride,
                 query_stride,
-                first_keys,
-                second_keys,
+                table + index * GROUP_ENTRY,
+                ahead + index * GROUP_ENTRY,
                 key_stride,
                 num_elements,
                 scratch + SCORES + head * SCORE_STRIDE + index * VECTOR_BYTES,
@@ -171,8 +206,8 @@ def compute_decode_scores(row: int, scratch: int, num_groups: int, last: int) ->
     cap = float_argument(row, SOFT_CAP)
     first_position = last + 1 - argument(row, WINDOW)
     for index in range(num_groups):
-        position = load_i64(scratch + TABLE + index * GROUP_ENTRY + ENTRY_POSITION)
-        num_keys = num_keys_of(row, scratch + TABLE, index, last)
+        position = load_i64(table + index * GROUP_ENTRY + ENTRY_POSITION)
+        num_keys = num_keys_of(row, table, index, last)
         if cap == 0.0 and num_keys == GROUP and position >= first_position:
             continue
         for head in range(heads):
@@ -204,7 +239,7 @@ def decode_softmax(row: int, scratch: int, head: int, num_groups: int) -> tuple[
 
 
 @device
-def sum_decode_values(row: int, scratch: int, num_groups: int) -> None:
+def sum_decode_values(row: int, scratch: int, num_groups: int, table: int, ahead: int) -> None:
     """Outputs [heads][D]: probabilities times values, not yet divided."""
     heads = query_heads(row)
     is_pairs = argument(row, IS_PAIRS)
@@ -217,7 +252,8 @@ def sum_decode_values(row: int, scratch: int, num_groups: int) -> None:
                 is_pairs,
                 min(ROWS_PER_TILE, heads - head),
                 is_wide,
-                scratch + TABLE,
+                table,
+                ahead,
                 num_groups,
                 scratch + SCORES + head * SCORE_STRIDE,
                 SCORE_STRIDE,

@@ -17,6 +17,7 @@ from tokenmill.ops.cpu.attention_arguments import (
     OUTPUT_STRIDE,
     POSITIONS,
     PREFILL_GROUPS,
+    PREFILL_TABLE,
     QUERY,
     QUERY_STRIDE,
     RUNNING_MAX,
@@ -25,7 +26,6 @@ from tokenmill.ops.cpu.attention_arguments import (
     SCORES,
     SOFT_CAP,
     STEP,
-    TABLE,
     TOKENS_PER_BLOCK,
     WINDOW,
     group_of,
@@ -92,7 +92,7 @@ def prefill_tile(row: int, scratch: int, sequence: int, kv_head: int, tile: int)
     end = group_of(row, last_position) + 1
     while group < end:
         num_groups = min(PREFILL_GROUPS, end - group)
-        list_groups(row, scratch + TABLE, sequence, kv_head, group, num_groups, last_position)
+        list_groups(row, scratch + PREFILL_TABLE, sequence, kv_head, group, num_groups, last_position)
         for index in range(num_groups):
             compute_scores(row, scratch, index, first_position, last_position)
         update_softmax(row, scratch, num_groups, last_position)
@@ -147,12 +147,12 @@ def load_queries(row: int, scratch: int, sequence: int, kv_head: int, first: int
 def compute_scores(row: int, scratch: int, index: int, first_position: int, last_position: int) -> None:
     """Scores [keys][32] of one listed group, capped and masked; an odd last key of pairs gets a masked partner."""
     is_pairs = argument(row, IS_PAIRS)
-    entry = scratch + TABLE + index * GROUP_ENTRY
+    entry = scratch + PREFILL_TABLE + index * GROUP_ENTRY
     scores = scratch + SCORES + index * GROUP * TILE_STRIDE
     queries = scratch + queries_offset(row)
     num_elements = argument(row, HEAD_DIM) >> is_pairs
     key_stride = round16(argument(row, TOKENS_PER_BLOCK)) * 4
-    num_keys = num_keys_of(row, scratch + TABLE, index, last_position)
+    num_keys = num_keys_of(row, scratch + PREFILL_TABLE, index, last_position)
     for key in range(0, num_keys, KEYS_PER_TILE):
         for vector in range(0, 2, QUERY_VECTORS):
             offset = vector * VECTOR_BYTES
@@ -182,13 +182,13 @@ def update_softmax(row: int, scratch: int, num_groups: int, last_position: int) 
         highest = before
         for index in range(num_groups):
             scores = scratch + SCORES + index * GROUP * TILE_STRIDE + offset
-            for key in range(num_keys_of(row, scratch + TABLE, index, last_position)):
+            for key in range(num_keys_of(row, scratch + PREFILL_TABLE, index, last_position)):
                 highest = maximum(highest, load(scores + key * TILE_STRIDE))
         factor = exp2_negative(subtract(before, highest))
         total = multiply(load(scratch + RUNNING_SUM + offset), factor)
         for index in range(num_groups):
             scores = scratch + SCORES + index * GROUP * TILE_STRIDE + offset
-            num_keys = num_keys_of(row, scratch + TABLE, index, last_position)
+            num_keys = num_keys_of(row, scratch + PREFILL_TABLE, index, last_position)
             if argument(row, IS_PAIRS) != 0:
                 for pair in range((num_keys + 1) >> 1):
                     low = exp2_negative(subtract(load(scores + 2 * pair * TILE_STRIDE), highest))
@@ -218,7 +218,7 @@ def add_values(row: int, scratch: int, num_groups: int, count: int) -> None:
             value_tile(
                 is_pairs,
                 vectors,
-                scratch + TABLE,
+                scratch + PREFILL_TABLE,
                 num_groups,
                 scratch + SCORES + query * 4,
                 GROUP * TILE_STRIDE,

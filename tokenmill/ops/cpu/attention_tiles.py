@@ -82,20 +82,25 @@ def decode_score_tile(
     rows: ir.Value,
     queries: ir.Value,
     query_stride: ir.Value,
-    first_keys: ir.Value,
-    second_keys: ir.Value,
+    groups: ir.Value,
+    ahead: ir.Value,
     key_stride: ir.Value,
     count: ir.Value,
     out: ir.Value,
     out_stride: ir.Value,
 ) -> None:
-    """out[rows][two groups of 16 keys] = queries keys over `count` elements of the head; 1 to 4 rows."""
-    together = [[first_keys, second_keys]] if has_wide_registers() else [[first_keys], [second_keys]]
+    """out[rows][16 keys of each of two groups] = queries keys over `count` elements of the head; 1 to 4 rows.
+
+    `groups` and `ahead` are addresses of two entries of a table; those of `ahead` will be wanted soon.
+    """
+    current, later = ([_load(builder, table, index * GROUP_ENTRY) for index in (0, 1)] for table in (groups, ahead))
+    together = [slice(0, 2)] if has_wide_registers() else [slice(0, 1), slice(1, 2)]
 
     def emit(kind: ElementKind, num_rows: int) -> None:
         a = Matrix(offsets(builder, queries, query_stride, num_rows), I64(4))
         for index, keys in enumerate(together):
-            totals = tile_loop(builder, kind, a, Matrix(keys, key_stride), count, zeros(num_rows, len(keys)))
+            b = Matrix(current[keys], key_stride)
+            totals = tile_loop(builder, kind, a, b, count, zeros(num_rows, len(b.addresses)), later[keys])
             first = builder.add(out, I64(index * VECTOR_BYTES))
             _store_rows(builder, totals, offsets(builder, first, out_stride, num_rows))
 
@@ -143,13 +148,14 @@ def value_tile(
     emit_cases(builder, _key(builder, is_pairs, vectors), cases)
 
 
-@operation(none, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)
+@operation(none, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)
 def decode_value_tile(
     builder: ir.IRBuilder,
     is_pairs: ir.Value,
     rows: ir.Value,
     is_wide: ir.Value,
     table: ir.Value,
+    ahead: ir.Value,
     num_groups: ir.Value,
     probabilities: ir.Value,
     row_stride: ir.Value,
@@ -158,10 +164,13 @@ def decode_value_tile(
     value_stride: ir.Value,
     out: ir.Value,
 ) -> None:
-    """out[rows] = probabilities values: 1 to 4 rows; one vector of the head from `column` on, or WIDE_VALUES."""
+    """out[rows] = probabilities values: 1 to 4 rows; one vector of the head from `column` on, or WIDE_VALUES.
+
+    `ahead` is a table of as many groups that will be wanted soon.
+    """
 
     def emit(kind: ElementKind, num_rows: int, num_vectors: int) -> None:
-        groups = _Groups(table, num_groups, I64(4), group_stride, column, value_stride)
+        groups = _Groups(table, num_groups, I64(4), group_stride, column, value_stride, ahead)
         addresses = offsets(builder, probabilities, row_stride, num_rows)
         totals = _add_groups(builder, kind, groups, addresses, zeros(num_rows, num_vectors))
         _store_rows(builder, totals, offsets(builder, builder.add(out, column), value_stride, num_rows))
@@ -187,8 +196,10 @@ class _Groups:
         group_stride: ir.Value,
         column: ir.Value,
         value_stride: ir.Value,
+        ahead: ir.Value | None = None,
     ) -> None:
         self.table = table
+        self.ahead = ahead  # a table of groups to bring nearer
         self.num_groups = num_groups
         self.element_stride = element_stride  # of the probabilities: bytes to the next element, to the next group
         self.group_stride = group_stride
@@ -215,7 +226,12 @@ def _add_groups(
     group_offset = builder.mul(index, groups.group_stride)
     a = Matrix([builder.add(row, group_offset) for row in rows], groups.element_stride)
     b = Matrix(offsets(builder, first_value, VECTOR_BYTES, len(start[0])), groups.value_stride)
-    results = tile_loop(builder, kind, a, b, _load(builder, entry, ENTRY_COUNT), totals)
+    later: list[ir.Value] = []
+    if groups.ahead is not None:
+        place = builder.add(groups.ahead, builder.mul(index, I64(GROUP_ENTRY)))
+        later_value = builder.add(_load(builder, place, ENTRY_VALUES), groups.column)
+        later = offsets(builder, later_value, VECTOR_BYTES, len(start[0]))
+    results = tile_loop(builder, kind, a, b, _load(builder, entry, ENTRY_COUNT), totals, later)
     for phis, values in zip(totals, results, strict=True):
         for phi, value in zip(phis, values, strict=True):
             phi.add_incoming(value, builder.block)

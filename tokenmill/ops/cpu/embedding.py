@@ -135,11 +135,16 @@ def packed_value(row: int, weight_format: int, table_row: int, group: int, colum
     group_bytes = GROUP_BYTES[weight_format]
     place = table + (block * num_groups + group) * group_bytes
     values = place + VALUES_OFFSET[weight_format]
-    if BITS[weight_format] == 4:
-        byte = column % HALF_GROUP // 4 * 64 + lane * 4 + column % 4
-        value = load_u8(values + byte) >> column // HALF_GROUP * 4 & NIBBLE
+    word = lane * 4 + column % 4  # byte in a vector of 16 rows
+    if BITS[weight_format] == 8:
+        value = load_u8(values + column // 4 * 64 + word)
     else:
-        value = load_u8(values + column // 4 * 64 + lane * 4 + column % 4)
+        value = load_u8(values + column % HALF_GROUP // 4 * 64 + word) >> column // HALF_GROUP * 4 & NIBBLE
+    high_bits = values + HALF_GROUP // 4 * 64
+    if BITS[weight_format] == 5:
+        value |= (load_u8(high_bits + word) >> column // 4 & 1) << 4
+    elif BITS[weight_format] == 6:
+        value |= (load_u8(high_bits + column // HALF_GROUP * 64 + word) >> column % HALF_GROUP // 4 * 2 & 3) << 4
     number = float32(value - ZERO_POINTS[weight_format])
     if SCALE_BYTES[weight_format] == 0:
         scales = table + argument(row, PADDED_ROWS) // ROW_BLOCK * num_groups * group_bytes

@@ -81,9 +81,10 @@ class NativeFunction:
 
     def _compile(self) -> Any:
         options = {"boundscheck": False, "error_model": "numpy"}
-        folder = cache_folder()
+        has_file = Path(self.function.__code__.co_filename).is_file()  # Numba stamps what it keeps with the file's time
+        folder = cache_folder() if has_file else None
         if folder is None:
-            logger.warning("No writable cache folder: %s is compiled again in every process", self.name)
+            logger.warning("No cache folder or no source file: %s is compiled again in every process", self.name)
             return numba.cfunc(self.signature, **options)(self.function)
         before = numba.config.CACHE_DIR
         numba.config.CACHE_DIR = str(folder)

@@ -9,8 +9,8 @@ record of panel p and group g starts at byte (p * G + g) * 40 * P:
 | 32 P .. 36 P | float32 scale of each token: largest magnitude / 127 |
 | 36 P .. 40 P | float32 scale * (sum of the 32 values) of each token |
 
-Values are round(x / scale), half to even; a group of zeros has scale 0. Columns beyond K and tokens beyond T (the last
-panel is whole) have values, scales and sums that are finite; columns beyond K are 0.
+Values are round(x / scale), half to even; a group of zeros has scale 0. Columns beyond K are 0. Tokens beyond T (the
+last panel is whole) may hold anything: nothing of a token reaches another one.
 """
 
 from __future__ import annotations

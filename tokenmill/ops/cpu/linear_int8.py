@@ -7,12 +7,12 @@ the same in both.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Final
 
 from tokenmill.errors import InvalidParameterError
-from tokenmill.ops.cpu.cpu_features import DotProduct, best_dot_product
+from tokenmill.ops.cpu.cpu_features import DotProduct, best_dot_product, supported_dot_products
 from tokenmill.ops.cpu.intrinsics import argument, chunk_range, device_panel_width
 from tokenmill.ops.cpu.jit import NativeFunction, device
 from tokenmill.ops.cpu.layout import COLUMN_NUM_TOKENS, FIRST_ARGUMENT, GROUP_BYTES
@@ -58,6 +58,47 @@ SCRATCH_BYTES: Final = TOKEN_BLOCK * MAX_BLOCKS * BLOCK_TOTALS
 """Scratch memory of one thread; ops may share it."""
 
 
+@dataclass(frozen=True, slots=True)
+class LinearVariant:
+    """One of several ways to compute the same bits; which is the fastest depends on the machine and the shape.
+
+    Args:
+        way: how to compute dot products.
+        tile_tokens, tile_blocks: tokens and row blocks whose sums stay in registers, with several tokens.
+        fetches: whether the row blocks that come next are fetched meanwhile, with several tokens.
+    """
+
+    way: DotProduct
+    tile_tokens: int
+    tile_blocks: int
+    fetches: bool = True
+
+    @property
+    def name(self) -> str:
+        """In timing caches."""
+        fetching = "fetch" if self.fetches else "plain"
+        return f"{self.way.name.lower()} {self.tile_tokens}x{self.tile_blocks} {fetching}"
+
+
+def usual_variant(way: DotProduct) -> LinearVariant:
+    """What is used where nothing was measured."""
+    return LinearVariant(way, *TILES[way])
+
+
+def linear_variants(*, one_token: bool) -> tuple[LinearVariant, ...]:
+    """The variants that may be the fastest on this CPU, the usual one first."""
+    best, *others = supported_dot_products()
+    usual = usual_variant(best)
+    variants = [usual]
+    if not one_token:
+        variants.append(replace(usual, fetches=False))
+    if not one_token and best is DotProduct.AVX512_VNNI:
+        variants.append(replace(usual, tile_tokens=16, tile_blocks=1))
+    # Half as wide instructions may let the cores run faster; what has no instruction for it never wins.
+    variants += [usual_variant(way) for way in others if way is DotProduct.AVX_VNNI]
+    return tuple(variants)
+
+
 @device
 def zero_totals(totals: int, num_bytes: int) -> None:
     """Clear memory, a multiple of 64 bytes."""
@@ -65,8 +106,9 @@ def zero_totals(totals: int, num_bytes: int) -> None:
         store(totals + offset, broadcast(float32(0.0)))
 
 
-def _one_token_kernel(encoding: int, way: int) -> NativeFunction:
+def _one_token_kernel(encoding: int, variant: LinearVariant) -> NativeFunction:
     group_bytes = ENCODINGS[encoding].group_bytes
+    way = int(variant.way)
 
     def linear_one_token(thread: int, num_threads: int, row: int) -> None:
         num_groups = argument(row, NUM_GROUPS)
@@ -89,9 +131,11 @@ def _one_token_kernel(encoding: int, way: int) -> NativeFunction:
     return NativeFunction(linear_one_token)
 
 
-def _many_tokens_kernel(encoding: int, way: int) -> NativeFunction:
+def _many_tokens_kernel(encoding: int, variant: LinearVariant) -> NativeFunction:
     group_bytes = ENCODINGS[encoding].group_bytes
-    wide, tile_blocks = TILES[DotProduct(way)]
+    way, wide, tile_blocks = int(variant.way), variant.tile_tokens, variant.tile_blocks
+    wide_8 = min(wide, 8)
+    blocks_ahead = 2 if variant.fetches else 0
 
     def linear_many_tokens(thread: int, num_threads: int, row: int) -> None:
         num_tokens, num_groups = argument(row, COLUMN_NUM_TOKENS), argument(row, NUM_GROUPS)
@@ -105,7 +149,7 @@ def _many_tokens_kernel(encoding: int, way: int) -> NativeFunction:
         tile_tokens = min(width, wide)
         num_chunks = argument(row, NUM_BLOCKS) // chunk_blocks
         block_bytes = num_groups * group_bytes
-        ahead = 2 * block_bytes
+        ahead = blocks_ahead * block_bytes
         num_token_blocks = (num_tokens + TOKEN_BLOCK - 1) // TOKEN_BLOCK
         first, end = chunk_range(thread, num_threads, num_chunks * num_token_blocks)
         for item in range(first, end):
@@ -133,7 +177,7 @@ def _many_tokens_kernel(encoding: int, way: int) -> NativeFunction:
                                 )
                             elif width == 8:
                                 panel_block(
-                                    encoding, way, 8, wide, tile_blocks, v, block_bytes, ahead, x, length, z, stride
+                                    encoding, way, 8, wide_8, tile_blocks, v, block_bytes, ahead, x, length, z, stride
                                 )
                             else:
                                 panel_block(
@@ -148,20 +192,23 @@ def _many_tokens_kernel(encoding: int, way: int) -> NativeFunction:
 
 
 @cache
-def linear_kernel(weight_format: str, *, one_token: bool, way: DotProduct | None = None) -> NativeFunction:
+def linear_kernel(
+    weight_format: str, *, one_token: bool, way: DotProduct | None = None, variant: LinearVariant | None = None
+) -> NativeFunction:
     """The kernel for packed weights of a format; compiled at first use of its address.
 
     Args:
         weight_format: one of `packing.FORMATS`.
         one_token: for steps in which the op has exactly one token; else for 2 and more.
         way: how to compute dot products; default: the best that this CPU has.
+        variant: how to do everything; default: what is usual for `way`.
 
     Raises:
         UnsupportedFeatureError: no kernel reads the format.
     """
     encoding = ENCODINGS.index(encoding_of(weight_format))
     make = _one_token_kernel if one_token else _many_tokens_kernel
-    return make(encoding, int(best_dot_product() if way is None else way))
+    return make(encoding, variant or usual_variant(best_dot_product() if way is None else way))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,25 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Final, Literal, TypeAlias
 
-import llvmlite.binding
 from llvmlite import ir
 
 from tokenmill.ops.cpu import simd
+from tokenmill.ops.cpu.cpu_features import host_features
+from tokenmill.ops.cpu.scalars import emit_prefetch
 from tokenmill.ops.cpu.simd import F32, F32X16, I32, I64, call, constant, load_vector, splat
 
 ElementKind: TypeAlias = Literal["float32", "bfloat16_pair", "mixed_pair"]
 
 ELEMENT_BYTES: Final = 4
-
-
-@cache
-def host_features() -> frozenset[str]:
-    """Instruction sets of this processor that LLVM knows of."""
-    features = llvmlite.binding.get_host_cpu_features()
-    return frozenset(name for name, has in features.items() if has)
 
 
 def has_wide_registers() -> bool:
@@ -113,8 +106,13 @@ def tile_loop(
     b: Matrix,
     count: ir.Value,
     start: Sequence[Sequence[ir.Value]],
+    ahead: Sequence[ir.Value] = (),
 ) -> list[list[ir.Value]]:
-    """Add `count` >= 1 products to the accumulators `start` [rows][vectors]; returns them. Opens new basic blocks."""
+    """Add `count` >= 1 products to the accumulators `start` [rows][vectors]; returns them. Opens new basic blocks.
+
+    Args:
+        ahead: addresses of vectors of a later B; what lies there is brought nearer meanwhile.
+    """
     before = builder.block
     body, after = builder.append_basic_block("tile"), builder.append_basic_block("tile.end")
     builder.branch(body)
@@ -127,6 +125,8 @@ def tile_loop(
             phi.add_incoming(value, before)
     offset_a, offset_b = builder.mul(index, a.k_stride), builder.mul(index, b.k_stride)
     vectors = [_load_elements(builder, kind, builder.add(address, offset_b)) for address in b.addresses]
+    for address in ahead:
+        emit_prefetch(builder, builder.add(address, offset_b))
     results = []
     for address, row in zip(a.addresses, totals, strict=True):
         value = _load_element(builder, kind, builder.add(address, offset_a))

@@ -1,0 +1,64 @@
+"""`KernelChoices`: which variant of a kernel an engine uses on this machine, by the times that its build measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from tokenmill.ops.cpu.linear_int8 import LinearVariant, LinearWeight, linear_variants
+from tokenmill.ops.cpu.machine import machine_key
+from tokenmill.program.package import TIMING_CACHE_NAME, EnginePackage
+from tokenmill.program.timing_cache import TimingCache, linear_key
+
+MARGIN: Final = 1.02
+"""What the usual variant may be slower by before another takes its place: measurements are not exact."""
+
+
+class KernelChoices:
+    """The fastest variants that are known; the usual ones where nothing was measured on this machine.
+
+    Args:
+        cache: measured times.
+        machine: key of this machine.
+        profiles: the numbers of tokens that were measured.
+    """
+
+    def __init__(self, cache: TimingCache | None = None, machine: str = "", profiles: Sequence[int] = ()) -> None:
+        self._cache = cache or TimingCache()
+        self._machine = machine
+        self._profiles = profiles
+
+    @staticmethod
+    def of(package: EnginePackage, num_threads: int) -> KernelChoices:
+        """What the build of an engine measured, if it was on this machine.
+
+        Raises:
+            EngineFileError: the engine's timing cache is damaged.
+        """
+        content = package.files.get(TIMING_CACHE_NAME)
+        if content is None:
+            return KernelChoices()
+        text = content.read_bytes() if isinstance(content, Path) else content
+        cache = TimingCache.decode(text, TIMING_CACHE_NAME)
+        return KernelChoices(cache, machine_key(num_threads), package.config.build_config.get("profiles", ()))
+
+    def linear(self, weight: LinearWeight, *, one_token: bool) -> LinearVariant | None:
+        """The variant for products of one token with `weight`, or the best over all larger numbers that were measured;
+        None if nothing was."""
+        found = [
+            self._cache.known(
+                self._machine, linear_key(weight.format, weight.num_rows, weight.num_columns, weight.gated, num_tokens)
+            )
+            for num_tokens in self._profiles
+            if (num_tokens == 1) == one_token
+        ]
+        rows = [times for times in found if times]
+        variants = {variant.name: variant for variant in linear_variants(one_token=one_token)}
+        names = [name for name in variants if rows and all(name in times for times in rows)]
+        if not names:
+            return None
+        # Relative to the fastest, so that every number of tokens counts the same.
+        scores = {name: sum(times[name] / min(times.values()) for times in rows) for name in names}
+        usual, best = names[0], min(names, key=lambda name: scores[name])
+        return variants[usual if scores[usual] <= MARGIN * scores[best] else best]
