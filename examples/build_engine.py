@@ -1,4 +1,4 @@
-"""Compile a model to an engine, keep it, and generate from the directory: neither checkpoint nor model code is needed."""
+"""Compile a model to an engine, keep it, and generate from the directory: no checkpoint and no model code is needed."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
