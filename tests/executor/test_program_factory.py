@@ -18,7 +18,7 @@ from tokenmill.config import CapacitySchedulerPolicy
 from tokenmill.errors import InvalidParameterError, PromptTooLongError, UnsupportedFeatureError
 from tokenmill.program.package import EnginePackage
 
-pytestmark = pytest.mark.spec("D5", "H3")
+pytestmark = pytest.mark.spec("D1", "H3")
 
 LENGTHS = (1, 2, 7, 31, 32, 33, 64, 100, 150, 3, 17)
 PROMPTS = [[(7 * index + 13 * length) % 300 for index in range(length)] for length in LENGTHS]

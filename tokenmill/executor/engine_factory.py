@@ -28,6 +28,7 @@ from tokenmill.program.package import EnginePackage
 from tokenmill.runtime.memory_planner import MeasuredMemory, MemoryRequest, plan_memory
 from tokenmill.runtime.memory_probe import measure_activations
 from tokenmill.runtime.model_loader import (
+    has_fp8_weights,
     load_model,
     resolve_cache_dtype,
     resolve_device,
@@ -65,7 +66,7 @@ def build_engine(
     max_num_tokens = resolve_max_num_tokens(args, device)
     checkpoint = open_checkpoint(Path(args.model), config_only=args.load_format == "dummy")
     config = ModelConfig.from_hf(checkpoint.hf_config)
-    choice = choose_backend(args, device, config)
+    choice = choose_backend(args, device, config, has_fp8_weights=has_fp8_weights(checkpoint))
     if choice.name == "engine":
         target = EngineTarget(device.type, args.max_batch_size, max_num_tokens, resolve_max_seq_len(args, config))
         package = open_engine(args, target, on_progress)
@@ -96,6 +97,7 @@ def _build_torch_engine(
         max_num_tokens=max_num_tokens,
         max_seq_len=max_seq_len,
         is_cpu=device.type == "cpu",
+        linear_bytes=1 if args.quantization == "fp8" or has_fp8_weights(checkpoint) else None,
     )
     memory = plan_memory(config, request, args.kv_cache_config, free_memory(device) // num_sharing)
     description = EngineDescription(

@@ -105,6 +105,23 @@ def norm_token(row: int, token: int) -> None:
 
 
 @device
+def norm_one(row: int, token: int) -> None:
+    """The norm of a token that is a panel, quantized."""
+    columns, num_groups = argument(row, COLUMNS), argument(row, OUTPUT_GROUPS)
+    source, weight = add_residual(row, token), argument(row, WEIGHT)
+    factor = broadcast(norm_factor(source, columns, float_argument(row, EPSILON)))
+    for group in range(num_groups):
+        place, rest = 4 * GROUP_SIZE * group, columns - GROUP_SIZE * group
+        low_count, high_count = min(LANES, rest), max(0, min(LANES, rest - LANES))
+        low = multiply(load_first(source + place, low_count), factor)
+        low = multiply(low, load_first(weight + place, low_count))
+        place += 4 * LANES
+        high = multiply(load_first(source + place, high_count), factor)
+        high = multiply(high, load_first(weight + place, high_count))
+        store_group(group_address(argument(row, OUTPUT), num_groups, 1, token, group), 1, 0, low, high)
+
+
+@device
 def norm_panel(row: int, panel: int, width: int, tile: int, factors: int) -> None:
     """The norm of a panel's tokens, quantized. A thread has whole panels: their tokens share cache lines."""
     columns, num_groups = argument(row, COLUMNS), argument(row, OUTPUT_GROUPS)
@@ -127,10 +144,7 @@ def norm_panel(row: int, panel: int, width: int, tile: int, factors: int) -> Non
             number = min(GROUP_SIZE, columns - column)
             write_normalized(row, source, factor, column, number, tile + token * TILE_STRIDE)
         record = group_address(argument(row, OUTPUT), num_groups, width, first_token, group)
-        if width == 1:
-            store_group(record, width, 0, load(tile), load(tile + TILE_STRIDE // 2))
-        else:
-            store_panel_group(record, width, tile)
+        store_panel_group(record, width, tile)
 
 
 @kernel
@@ -146,7 +160,10 @@ def rms_norm(thread: int, num_threads: int, row: int) -> None:
     tile, factors = tile_memory(), tile_memory()
     first, end = chunk_range(thread, num_threads, (num_tokens + width - 1) // width)
     for panel in range(first, end):
-        norm_panel(row, panel, width, tile, factors)
+        if width == 1:
+            norm_one(row, panel)
+        else:
+            norm_panel(row, panel, width, tile, factors)
 
 
 def rms_norm_arguments(
