@@ -146,7 +146,7 @@ WRONG: dict[str, tuple[Callable[[Program], Program], str]] = {
         lambda p: dataclasses.replace(p, buffers=(*p.buffers, Buffer("logits", "rows", 1))), "two buffers are called"
     ),
     "empty buffer": (lambda p: change_buffer(p, f"{NORM}.y", columns=0), "is empty"),
-    "offset outside": (lambda p: change_buffer(p, f"{NORM}.y", offset=1 << 20), "starts at byte 1048576"),
+    "offset outside": (lambda p: change_buffer(p, f"{NORM}.y", offset=1 << 20), "ends at byte 1048704"),
     "negative offset": (lambda p: change_buffer(p, f"{NORM}.y", offset=-64), "starts at byte -64"),
     "no offset": (lambda p: change_buffer(p, f"{NORM}.y", offset=None), "starts at byte None"),
     "negative arena": (lambda p: dataclasses.replace(p, arena_bytes=-1), "arena_bytes is -1"),
@@ -182,6 +182,18 @@ def test_a_norm_may_give_int8_and_nothing_but_a_linear_may_read_it(program: Prog
     check_program(quantized)
     with pytest.raises(EngineFileError, match="only the x of a linear"):
         check_program(change_buffer(program, "model.norm.y", dtype="int8_group32"))
+
+
+def test_buffers_must_fit_the_arena_at_the_largest_step(program: Program) -> None:
+    check_program(program, max_tokens=128, max_rows=4)
+    with pytest.raises(EngineFileError, match="of an arena of 1048576"):
+        check_program(program, max_tokens=1 << 16, max_rows=4)
+    last = max(program.buffers, key=lambda buffer: buffer.offset or 0)
+    assert last.offset is not None
+    tight = dataclasses.replace(program, arena_bytes=last.offset + 64 * 1024)
+    check_program(tight, max_tokens=128)
+    with pytest.raises(EngineFileError, match="ends at byte"):
+        check_program(tight, max_tokens=512)
 
 
 def test_memory_need_not_be_planned(program: Program) -> None:

@@ -33,7 +33,8 @@ from tokenmill.attention.triton_common import (
     to_cached,
     triton_type,
 )
-from tokenmill.ops.triton.launch import can_overlap, is_interpreted
+from tokenmill.attention.triton_decode_float8 import attend_part_in_pairs
+from tokenmill.ops.triton.launch import can_overlap
 
 MAX_SPLITS = 64
 """Parts of a row's context at most, where the number is free: more cost more to combine than they gain."""
@@ -148,34 +149,8 @@ def _attend_part(
 
 
 @triton.jit
-def _unpack_float8(pairs: tl.tensor, is_interpreted: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """float16 of the low bytes and of the high bytes of int16 `pairs`, which are two float8_e4m3fn each."""
-    if is_interpreted:
-        even = (pairs & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
-        odd = ((pairs >> 8) & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
-    else:
-        even, odd = tl.inline_asm_elementwise(
-            """{
-                .reg .b32 sorted;
-                .reg .b16 even, odd;
-                prmt.b32 sorted, $2, $2, 0x3120;
-                mov.b32 {even, odd}, sorted;
-                cvt.rn.f16x2.e4m3x2 $0, even;
-                cvt.rn.f16x2.e4m3x2 $1, odd;
-            }""",
-            "=r,=r,r",
-            [pairs],
-            dtype=(tl.float16, tl.float16),
-            is_pure=True,
-            pack=2,
-        )
-    return even, odd
-
-
-@triton.jit
-def _attend_part_in_pairs(
-    query_even: tl.tensor,  # [block_m, block_d / 2] even dimensions
-    query_odd: tl.tensor,
+def _attend_cached(
+    query: tl.tensor,  # [block_m, block_d]
     cache: PagedCache,
     table: tl.tensor,  # pointer
     kv_head: tl.tensor,
@@ -187,39 +162,25 @@ def _attend_part_in_pairs(
     head_dim: tl.constexpr,
     tokens_per_block: tl.constexpr,
     cap: tl.constexpr,
+    operands: tl.constexpr,
     block_m: tl.constexpr,
     block_n: tl.constexpr,
-    is_interpreted: tl.constexpr,
+    block_d: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """As `_attend_part`, of a float8 cache, two neighbouring dimensions at a time.
-
-    The matrix units want pairs of tokens side by side, and the instruction that transposes tiles of shared memory moves
-    16 bits: numbers of 8 bits would be fetched one by one. So the cache is read as 16-bit integers, transposed like
-    them, and taken apart in registers into even and odd dimensions, which are multiplied separately.
-    """
-    half: tl.constexpr = head_dim // 2
-    offsets = tl.arange(0, block_n)
-    maximum = tl.full([block_m], float("-inf"), tl.float32)
-    total = tl.zeros([block_m], tl.float32)
-    values_even = tl.zeros([block_m, half], tl.float32)
-    values_odd = tl.zeros([block_m, half], tl.float32)
-    keys = cache.key_data.to(tl.pointer_type(tl.int16), bitcast=True)
-    values = cache.value_data.to(tl.pointer_type(tl.int16), bitcast=True)
-    blocks = load_blocks(table, start, first_visible, tl.maximum(end, 1), tokens_per_block, block_n)
-    for tile in range(start, end, block_n):
-        positions = tile + offsets
-        inside = (positions >= first_visible) & (positions < end)
-        rows = cache_slots(blocks, positions, tokens_per_block) * (num_kv_heads * half) + kv_head * half
-        blocks = load_blocks(table, tile + block_n, first_visible, end, tokens_per_block, block_n)
-        key_even, key_odd = _unpack_float8(load_tile(keys, rows, inside, half, half, True), is_interpreted)
-        products = tl.dot(query_even, tl.trans(key_even), input_precision="ieee")
-        products = tl.dot(query_odd, tl.trans(key_odd), products, input_precision="ieee")
-        weights, decay, maximum, total = softmax_step(products, inside[None, :], maximum, total, factor, cap, True)
-        weights = weights.to(tl.float16)
-        value_even, value_odd = _unpack_float8(load_tile(values, rows, inside, half, half, True), is_interpreted)
-        values_even = tl.dot(weights, value_even, values_even * decay[:, None], input_precision="ieee")
-        values_odd = tl.dot(weights, value_odd, values_odd * decay[:, None], input_precision="ieee")
-    return tl.join(values_even, values_odd).reshape(block_m, head_dim), maximum, total
+    """`_attend_part`, in the way that suits the cache's type."""
+    is_float8: tl.constexpr = cache.key_data.dtype.element_ty == tl.float8e4nv  # type: ignore[attr-defined]
+    if is_float8 and operands == tl.float16 and head_dim == block_d:
+        query_even, query_odd = tl.split(query.reshape(block_m, block_d // 2, 2))
+        values, maximum, total = attend_part_in_pairs(
+            query_even, query_odd, cache, table, kv_head, first_visible, start, end, factor, num_kv_heads, head_dim,
+            tokens_per_block, cap, block_m, block_n,
+        )  # fmt: skip
+    else:
+        values, maximum, total = _attend_part(
+            query, cache, table, kv_head, first_visible, start, end, factor, num_kv_heads, head_dim, tokens_per_block,
+            cap, operands, block_m, block_n, block_d,
+        )  # fmt: skip
+    return values, maximum, total
 
 
 @triton.jit
@@ -282,8 +243,6 @@ def _decode_kernel(
     block_n: tl.constexpr,
     block_d: tl.constexpr,
     dependent_launch: tl.constexpr,
-    in_pairs: tl.constexpr,
-    is_interpreted: tl.constexpr,
 ) -> None:
     """Grid: key/value heads, splits, rows."""
     if dependent_launch:
@@ -292,27 +251,18 @@ def _decode_kernel(
     lanes, dims = tl.arange(0, block_m), tl.arange(0, block_d)
     heads, is_head, is_dim = kv_head * group + lanes, lanes < group, dims < head_dim
     kv_len = tl.load(kv_lens + row)  # all that does not depend on it is loaded before it is looked at
-    first_visible, first, end = _visible_range(kv_len, window, block_n)
-    tokens = _tokens_per_split(end - first, num_splits, fixed, block_n)
-    start = first + split * tokens
-    part_end = tl.minimum(start + tokens, end)
-    table = block_tables + row * table_stride
     rows = row * query.token_stride + heads * query.head_stride
     q = load_tile(query.data, rows, is_head, head_dim, block_d, True).to(operands)
     own_key = _load_own(key, row, kv_head, head_dim, block_d)
     own_value = _load_own(value, row, kv_head, head_dim, block_d)
+    first_visible, first, end = _visible_range(kv_len, window, block_n)
+    tokens = _tokens_per_split(end - first, num_splits, fixed, block_n)
+    start = first + split * tokens
     if (start < end) | (split == 0):
-        if in_pairs:
-            q_even, q_odd = tl.split(q.reshape(block_m, block_d // 2, 2))
-            values, maximum, total = _attend_part_in_pairs(
-                q_even, q_odd, cache, table, kv_head, first_visible, start, part_end, score.factor, num_kv_heads,
-                head_dim, tokens_per_block, cap, block_m, block_n, is_interpreted,
-            )  # fmt: skip
-        else:
-            values, maximum, total = _attend_part(
-                q, cache, table, kv_head, first_visible, start, part_end, score.factor, num_kv_heads, head_dim,
-                tokens_per_block, cap, operands, block_m, block_n, block_d,
-            )  # fmt: skip
+        values, maximum, total = _attend_cached(
+            q, cache, block_tables + row * table_stride, kv_head, first_visible, start, tl.minimum(start + tokens, end),
+            score.factor, num_kv_heads, head_dim, tokens_per_block, cap, operands, block_m, block_n, block_d,
+        )  # fmt: skip
         if split == 0:
             cached_key = to_cached(own_key, score.key_scale, cache.key_data)
             cached_value = to_cached(own_value, score.value_scale, cache.value_data)
@@ -448,8 +398,7 @@ def _launch_decode(
     tiles: DecodeTiles,
     cut: dict[str, int],
 ) -> None:
-    group, head_dim = spec.num_heads // spec.num_kv_heads, query.shape[2]
-    operands = operand_type(query.dtype, cache[0].dtype)
+    group = spec.num_heads // spec.num_kv_heads
     _decode_kernel[(spec.num_kv_heads, num_splits, query.shape[0])](
         strided(query),
         strided(key),
@@ -467,10 +416,8 @@ def _launch_decode(
         group=group,
         tokens_per_block=cache[0].shape[1],
         cap=soft_cap_base2(spec),
-        operands=triton_type(operands),
+        operands=triton_type(operand_type(query.dtype, cache[0].dtype)),
         block_m=max(16, triton.next_power_of_2(group)),
-        in_pairs=operands == torch.float16 and cache[0].itemsize == 1 and cut["block_d"] == head_dim,
-        is_interpreted=is_interpreted(),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         **cut,

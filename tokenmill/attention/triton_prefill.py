@@ -70,8 +70,8 @@ def prefill_tiles(
     """
     if operand_itemsize == 4:  # no matrix units: larger tiles only spill
         return PrefillTiles(16, 16, 4, 2)
-    if rows_needed <= 64:
-        return PrefillTiles(max(16, triton.next_power_of_2(rows_needed)), 64 if head_dim <= 128 else 32, 4, 3)
+    if rows_needed <= 64:  # one size for all of them: each is compiled when it is first needed
+        return PrefillTiles(64, 64 if head_dim <= 128 else 32, 4, 3)
     if head_dim > 128:
         return PrefillTiles(128, 64, 8, 2)
     if has_history and cache_itemsize == 1:
@@ -368,20 +368,17 @@ def prefill_attention(
     """Attend causally over history and this step's tokens of some neighbouring rows. Writes no cache.
 
     Args:
-        spec: the layer.
         query: [T, H, D], tokens of these rows only, any strides but 1 along D.
         key, value: [T, G, D], likewise; as a later step will read them but for the scales (see `write_kv_triton`).
         cache: two tensors [N, B, G, D] with the rows' history.
         metadata: its `query_start`, `kv_lens`, `block_tables` are read.
-        result: of the T tokens, written.
         rows: which rows of the step.
         has_history: whether any of them may have cached tokens from before.
         max_query_len: of these rows; chooses the tiles, so an upper bound will do.
         tiles: for tuning.
     """
     num_tokens, num_heads, head_dim = query.shape
-    block_tables = metadata.block_tables[rows]
-    num_rows = block_tables.shape[0]
+    block_tables, num_rows = metadata.block_tables[rows], len(metadata.query_lens[rows])
     group = num_heads // spec.num_kv_heads
     operands = operand_type(query.dtype, cache[0].dtype)
     tiles = tiles or prefill_tiles(head_dim, max_query_len * group, operands.itemsize, cache[0].itemsize, has_history)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from tokenmill.errors import EngineFileError, did_you_mean
+from tokenmill.program.buffer_sizes import buffer_nbytes
 from tokenmill.program.formats import WEIGHT_FORMATS
 from tokenmill.program.operation_sizes import COLUMN_RULES, SizesOfOperation
 from tokenmill.program.program import (
@@ -36,18 +37,19 @@ _ENCODED: Final = (("linear", "weight"), ("embedding", "table"))
 _REMEDY: Final = "Build the engine again with `tokenmill build`."
 
 
-def check_program(program: Program, source: str = "program") -> None:
+def check_program(program: Program, source: str = "program", *, max_tokens: int = 1, max_rows: int = 1) -> None:
     """Check everything that an executor relies on.
 
     Args:
         program: what to check.
         source: what errors call it, such as the file's name.
+        max_tokens, max_rows: of the largest step, for which the buffers must lie in the arena.
 
     Raises:
         EngineFileError: the first thing that is wrong, with the operation's or buffer's name.
     """
     try:
-        _Checker(program).check()
+        _Checker(program, max_tokens, max_rows).check()
     except _Wrong as wrong:
         raise EngineFileError(f"{source}: {wrong}.", field="engine", remedy=_REMEDY) from None
 
@@ -59,6 +61,8 @@ class _Wrong(Exception):
 @dataclass(slots=True)
 class _Checker:
     program: Program
+    max_tokens: int
+    max_rows: int
     buffers: dict[str, Buffer] = field(default_factory=dict)
     weights: dict[str, Weight] = field(default_factory=dict)
     written: set[str] = field(default_factory=set)
@@ -112,8 +116,11 @@ class _Checker:
         for buffer in self.program.buffers:
             if arena == 0 and buffer.offset is None:
                 continue  # memory is not planned yet
-            if buffer.offset is None or not 0 <= buffer.offset < arena:
-                raise _Wrong(f"the buffer '{buffer.name}' starts at byte {buffer.offset} of an arena of {arena}")
+            if buffer.offset is None or buffer.offset < 0:
+                raise _Wrong(f"the buffer '{buffer.name}' starts at byte {buffer.offset}")
+            end = buffer.offset + buffer_nbytes(buffer, self.max_tokens, self.max_rows)
+            if end > arena:
+                raise _Wrong(f"the buffer '{buffer.name}' ends at byte {end} of an arena of {arena}")
 
     # ---- operations ------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ before `collect`, so the host can prepare the next step meanwhile.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -17,10 +18,12 @@ from tokenmill.engine.plan import BatchPlan, BlockCopy, Row
 from tokenmill.layers.forward_batch import ForwardBatch
 from tokenmill.ops.kv_cache import copy_blocks
 from tokenmill.ops.upload import upload
+from tokenmill.runtime.phases import phase
 from tokenmill.runtime.slot_runner import LaunchedStep, SlotRunner
 from tokenmill.runtime.slot_state import SlotState
 from tokenmill.runtime.step_graphs import StepGraphs, StepResult, StepSize
 from tokenmill.runtime.step_inputs import StepInputs, inputs_of_rows
+from tokenmill.runtime.warm_up import run_together
 from tokenmill.sampling.sampled_tokens import TokenReadback
 from tokenmill.sampling.slot_params import SlotSamplingParams
 
@@ -66,9 +69,27 @@ class ModelRunner(SlotRunner):
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Get ready for steps of any number of rows; once, before the first plan."""
+        """Compile and capture, so that no request waits for it; once, before the first plan.
+
+        The steps are those of the scratch slot, whose tokens and cache block are nobody's.
+        """
+        if self._slots.device.type != "cuda":
+            return
+        decode_steps = [] if self._graphs is None else self._graphs.first_runs()
+        prompt_steps = [partial(self._run_prompts, rows) for rows in self._prompts()]
+        run_together([*prompt_steps, *decode_steps], self._slots.device)
         if self._graphs is not None:
-            self._graphs.warm_up()
+            self._graphs.capture_decode_steps()
+
+    def _prompts(self) -> list[list[Row]]:
+        """Prompts between which kernels differ: long and short, with and without history."""
+        slot, longest = self._slots.scratch_slot, self._slots.max_seq_len
+        spans = [(0, 8), (0, 128), (128, 8), (128, 128), (256, 1)]
+        return [[Row(slot, start, num_tokens, True)] for start, num_tokens in spans if start + num_tokens <= longest]
+
+    def _run_prompts(self, rows: list[Row]) -> None:
+        inputs = inputs_of_rows(rows, self._slots)
+        self._sampler.most_likely(self._model.compute_logits(self._forward(inputs)[inputs.last_token_index]))
 
     @torch.inference_mode()
     def launch(self, plan: BatchPlan) -> LaunchedStep:
@@ -97,7 +118,8 @@ class ModelRunner(SlotRunner):
         copy_blocks(self._caches, source, destination)
 
     def _forward(self, inputs: StepInputs) -> torch.Tensor:  # [T, hidden]
-        return self._model(ForwardBatch(inputs.input_ids, inputs.positions, inputs.attention, self._caches))
+        with phase("model"):
+            return self._model(ForwardBatch(inputs.input_ids, inputs.positions, inputs.attention, self._caches))
 
     def _sample(
         self, rows: Sequence[Row], sampled_rows: tuple[int, ...], inputs: StepInputs, hidden: torch.Tensor
@@ -116,7 +138,8 @@ class ModelRunner(SlotRunner):
         """A step of a size that is captured."""
         rows = plan.rows
         sampled_rows = tuple(index for index, row in enumerate(rows) if row.sample)
-        result = graphs.run(rows, size)
+        with phase("launch a graph"):
+            result = graphs.run(rows, size)
         if not sampled_rows:
             return LaunchedStep(plan, (), None, {})
         if result.sampled is not None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +30,9 @@ SMALLEST_KV_BOUND = 1024
 
 MANY_ROWS = 64
 """From so many decode rows on there is one graph for all contexts: they fill the device without being split."""
+
+COMPILED_ROWS = (1, 2, 4, 16, 32, 64, 128, 256)
+"""Numbers of decode rows from which on other kernels are used, or other blocks, or arguments of other divisors."""
 
 PROMPT_TOKENS = (16, 32, 64, 128, 192, 256, 384, 512)
 """Tokens of captured steps with prompts; longer steps keep the device busy without graphs."""
@@ -100,16 +104,28 @@ class StepGraphs:
         """The size under which a step with these rows runs; None if it is not one to capture."""
         return step_size(rows, self._max_batch_size, self._state.max_seq_len, greedy=greedy)
 
-    def warm_up(self) -> None:
+    def first_runs(self) -> list[Callable[[], object]]:
+        """Decode steps between which kernels differ, to be run once. Their rows are padding: nothing is changed."""
+        sizes = self._decode_sizes()
+        return [partial(self.run, (), size) for size in sizes if size.num_rows in COMPILED_ROWS or size == sizes[0]]
+
+    def capture_decode_steps(self) -> None:
         """Capture greedy decode steps of all numbers of rows, of short contexts where that makes a difference.
 
-        Largest first, so that the others find room in its memory. Their rows are padding: nothing is changed.
+        Largest first, so that the others find room in its memory.
         """
-        buckets = {batch_bucket(num_rows, self._max_batch_size) for num_rows in range(1, self._max_batch_size + 1)}
-        for num_rows in sorted(buckets, reverse=True):
-            size = StepSize(num_rows, 0, kv_bucket(1, self._state.max_seq_len, num_rows), greedy=True)
-            for _ in range(2):
+        for size in self._decode_sizes():
+            while self._captured.get(size) is None:
                 self.run((), size)
+
+    def _decode_sizes(self) -> list[StepSize]:
+        """Largest first."""
+        buckets = {batch_bucket(num_rows, self._max_batch_size) for num_rows in range(1, self._max_batch_size + 1)}
+        max_seq_len = self._state.max_seq_len
+        return [
+            StepSize(num_rows, 0, kv_bucket(1, max_seq_len, num_rows), greedy=True)
+            for num_rows in sorted(buckets, reverse=True)
+        ]
 
     def run(self, rows: Sequence[Row], size: StepSize) -> StepResult:
         """Run the step of these rows."""

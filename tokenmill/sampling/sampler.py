@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tokenmill.ops.argmax import argmax
 from tokenmill.sampling import steps
 from tokenmill.sampling.exact import rows_per_slice, rows_where
 from tokenmill.sampling.logprobs import token_logprobs
@@ -79,7 +80,7 @@ class Sampler:
 
     def most_likely(self, logits: torch.Tensor) -> SampledTokens:
         """The most likely token of each row of `logits` [R, V]; of equal ones the first. Fit for a CUDA graph."""
-        row_max, token_ids = logits.max(dim=-1)  # NaN if any is NaN
+        row_max, token_ids = argmax(logits)  # NaN if any is NaN
         invalid = ~row_max.isfinite()
         return SampledTokens(token_ids.masked_fill(invalid, 0), invalid)
 

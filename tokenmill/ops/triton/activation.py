@@ -12,6 +12,9 @@ from tokenmill.ops.triton.launch import as_rows, can_overlap, warps_for
 
 BLOCK_SIZE = 1024
 """Columns of a program that need not see its whole row."""
+FP8_MAX_WARPS = 16
+FP8_MAX_REGISTERS = 64
+"""So that two programs that hold whole rows of 14,336 share a multiprocessor: one loads while the other stores."""
 
 
 @triton.jit
@@ -129,7 +132,8 @@ def _gated_fp8(gate_up: torch.Tensor, *, is_silu: bool) -> tuple[torch.Tensor, t
             is_silu=is_silu,
             block_size=block_size,
             overlaps=can_overlap(gate_up.device),
-            num_warps=warps_for(block_size),
+            num_warps=min(warps_for(block_size), FP8_MAX_WARPS),
+            maxnreg=FP8_MAX_REGISTERS,
             launch_pdl=can_overlap(gate_up.device),
         )
     return values, scales
