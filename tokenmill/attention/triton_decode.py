@@ -111,21 +111,6 @@ def _tokens_per_split(
 
 
 @triton.jit
-def _part_of_split(
-    first: tl.tensor,
-    end: tl.tensor,
-    split: tl.tensor,
-    num_splits: tl.tensor,
-    fixed: tl.constexpr,
-    block_n: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:
-    """The first position of a part, and its end."""
-    tokens = _tokens_per_split(end - first, num_splits, fixed, block_n)
-    start = first + split * tokens
-    return start, tl.minimum(start + tokens, end)
-
-
-@triton.jit
 def _attend_part(
     query: tl.tensor,  # [block_m, block_d]
     cache: PagedCache,
@@ -220,38 +205,6 @@ def _attend_own(
 
 
 @triton.jit
-def _wait(
-    cache: PagedCache,
-    table: tl.tensor,  # pointer
-    kv_head: tl.tensor,
-    first_visible: tl.tensor,
-    start: tl.tensor,
-    end: tl.tensor,
-    num_kv_heads: tl.constexpr,
-    head_dim: tl.constexpr,
-    tokens_per_block: tl.constexpr,
-    block_n: tl.constexpr,
-) -> None:
-    """Wait for the kernels before, which give query, key and value; ask for the first tile of the cache meanwhile.
-
-    What earlier steps wrote is there already. Of positions without a block, block 0 is asked for.
-    """
-    positions = start + tl.arange(0, block_n)
-    blocks = load_blocks(table, start, first_visible, tl.maximum(end, 1), tokens_per_block, block_n)
-    rows = cache_slots(blocks, positions, tokens_per_block) * (num_kv_heads * head_dim) + kv_head * head_dim
-    for data in tl.static_range(2):
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-            "=r,l",
-            [(cache.key_data if data == 0 else cache.value_data) + rows],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
 def _load_own(
     heads: StridedHeads, row: tl.tensor, kv_head: tl.tensor, head_dim: tl.constexpr, block_d: tl.constexpr
 ) -> tl.tensor:
@@ -289,26 +242,26 @@ def _decode_kernel(
     block_m: tl.constexpr,
     block_n: tl.constexpr,
     block_d: tl.constexpr,
-    overlaps: tl.constexpr,
+    dependent_launch: tl.constexpr,
 ) -> None:
     """Grid: key/value heads, splits, rows."""
-    if overlaps:
+    if dependent_launch:
         tl.extra.cuda.gdc_launch_dependents()  # the combining kernel waits on the device, not in the queue
     kv_head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    lanes, dims, is_dim = tl.arange(0, block_m), tl.arange(0, block_d), tl.arange(0, block_d) < head_dim
-    heads, is_head, table = kv_head * group + lanes, lanes < group, block_tables + row * table_stride
-    first_visible, first, end = _visible_range(tl.load(kv_lens + row), window, block_n)
-    start, part_end = _part_of_split(first, end, split, num_splits, fixed, block_n)
-    if overlaps:
-        _wait(cache, table, kv_head, first_visible, start, end, num_kv_heads, head_dim, tokens_per_block, block_n)
+    lanes, dims = tl.arange(0, block_m), tl.arange(0, block_d)
+    heads, is_head, is_dim = kv_head * group + lanes, lanes < group, dims < head_dim
+    kv_len = tl.load(kv_lens + row)  # all that does not depend on it is loaded before it is looked at
     rows = row * query.token_stride + heads * query.head_stride
     q = load_tile(query.data, rows, is_head, head_dim, block_d, True).to(operands)
     own_key = _load_own(key, row, kv_head, head_dim, block_d)
     own_value = _load_own(value, row, kv_head, head_dim, block_d)
+    first_visible, first, end = _visible_range(kv_len, window, block_n)
+    tokens = _tokens_per_split(end - first, num_splits, fixed, block_n)
+    start = first + split * tokens
     if (start < end) | (split == 0):
         values, maximum, total = _attend_cached(
-            q, cache, table, kv_head, first_visible, start, part_end, score.factor, num_kv_heads, head_dim,
-            tokens_per_block, cap, operands, block_m, block_n, block_d,
+            q, cache, block_tables + row * table_stride, kv_head, first_visible, start, tl.minimum(start + tokens, end),
+            score.factor, num_kv_heads, head_dim, tokens_per_block, cap, operands, block_m, block_n, block_d,
         )  # fmt: skip
         if split == 0:
             cached_key = to_cached(own_key, score.key_scale, cache.key_data)
@@ -318,8 +271,8 @@ def _decode_kernel(
             tl.store(cache.value_data + slot + dims, cached_value, mask=is_dim)
             values, maximum, total = _attend_own(q, cached_key, cached_value, values, maximum, total, score.factor, cap)
         places = row * (num_kv_heads * group) + heads
-        parts = places * num_splits + split
         if partial is not None:
+            parts = places * num_splits + split
             tl.store(partial.softmax + parts * 2, maximum, mask=is_head)
             tl.store(partial.softmax + parts * 2 + 1, total, mask=is_head)
             tl.store(partial.sums + parts[:, None] * head_dim + dims, values, mask=is_head[:, None] & is_dim)
@@ -341,15 +294,13 @@ def _combine_kernel(
     block_n: tl.constexpr,
     chunk: tl.constexpr,
     block_d: tl.constexpr,
-    overlaps: tl.constexpr,
+    dependent_launch: tl.constexpr,
 ) -> None:
     """Grid: heads, rows. The parts that had work are known from the row's length; the others hold anything."""
-    if overlaps:
-        tl.extra.cuda.gdc_launch_dependents()
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     _, first, end = _visible_range(tl.load(kv_lens + row), window, block_n)
     used = tl.maximum(tl.cdiv(end - first, _tokens_per_split(end - first, num_splits, fixed, block_n)), 1)
-    if overlaps:
+    if dependent_launch:
         tl.extra.cuda.gdc_wait()
     base = (row * num_heads + head) * num_splits
     dims = tl.arange(0, block_d)
@@ -416,8 +367,7 @@ def decode_attention(
         "fixed": fixed_split_tokens,
         "block_n": tiles.block_n,
         "block_d": max(16, triton.next_power_of_2(head_dim)),
-        # Not with a full device: programs that wait for the kernel before take the place of its last ones.
-        "overlaps": num_splits > 1 and can_overlap(query.device),
+        "dependent_launch": num_splits > 1 and can_overlap(query.device),
     }
     _launch_decode(spec, query, key, value, cache, metadata, result, partial, num_splits, tiles, cut)
     if num_splits > 1:
@@ -430,7 +380,7 @@ def decode_attention(
             num_heads=num_heads,
             chunk=16 if fixed_split_tokens else min(triton.next_power_of_2(num_splits), 64),  # fixes the order of sums
             num_warps=4,
-            launch_pdl=cut["overlaps"],
+            launch_pdl=cut["dependent_launch"],
             **cut,
         )
 
@@ -470,6 +420,5 @@ def _launch_decode(
         block_m=max(16, triton.next_power_of_2(group)),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
-        launch_pdl=cut["overlaps"],
         **cut,
     )
