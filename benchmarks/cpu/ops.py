@@ -11,6 +11,7 @@ its products, take at the rates that the same run measures.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 import time
@@ -87,6 +88,12 @@ def matrix(tensor: torch.Tensor, column: int = 0) -> tuple[int, int]:
     return tensor.data_ptr() + column * tensor.element_size(), tensor.stride(0) * tensor.element_size()
 
 
+def random_cache(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Keys or values of a layer, in huge pages."""
+    memory = torch.from_numpy(huge_page_memory(math.prod(shape) * dtype.itemsize))
+    return memory.view(dtype).view(shape).copy_(torch.rand(shape))
+
+
 class Step:
     """Buffers, caches and rows of a step, and its cases."""
 
@@ -96,7 +103,7 @@ class Step:
         self.cache_dtype = cache_dtype
         blocks_per_row = -(-self.kv_len // TOKENS_PER_BLOCK)
         shapes = cache_shapes(self.num_rows * blocks_per_row, TOKENS_PER_BLOCK, KV_HEADS, HEAD_DIM, cache_dtype)
-        self.caches = [tuple(torch.rand(shape).to(cache_dtype) for shape in shapes) for _ in range(LAYERS)]
+        self.caches = [tuple(random_cache(shape, cache_dtype) for shape in shapes) for _ in range(LAYERS)]
         self.starts = torch.arange(self.num_rows + 1, dtype=torch.int32) * self.query_len
         self.kv_lens = torch.full((self.num_rows,), self.kv_len, dtype=torch.int32)
         self.tables = torch.randperm(self.num_rows * blocks_per_row).int().view(self.num_rows, -1)

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from tests.checkpoints.gguf_files import tiny_model, write_model
-from tests.models.test_logits import COMPILED_CASES
+from tests.models.test_logits import CASES
+from tests.support.changed_checkpoints import EXPECTED, ROWS, changed_checkpoint
 from tests.support.paged_cache import PagedSequences
 from tests.support.tiny_checkpoint import write_tiny_model
 from tests.support.tiny_models import random_tokens, relative_error, tiny_hf_model
@@ -35,8 +36,6 @@ from tokenmill.tokenization import load_tokenizer
 
 pytestmark = pytest.mark.spec("D1")
 
-ROWS = {"device": "cuda", "capture": "dispatch", "kv_cache_dtype": "float32"}
-"""Engines whose weights are plain rows, which torch computes with anywhere."""
 BLOCKS_OF_32 = ("Q4_0", "Q4_1", "Q5_0", "Q8_0")
 
 
@@ -85,9 +84,9 @@ def hf_logits(model: Any, token_ids: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.spec("D2")
-@pytest.mark.parametrize("case", COMPILED_CASES)
+@pytest.mark.parametrize("case", CASES)
 def test_an_engine_computes_what_transformers_does(case: str, tmp_path: Path) -> None:
-    model_type, changes = COMPILED_CASES[case]
+    model_type, changes = CASES[case]
     hf_model = tiny_hf_model(model_type, **changes)
     hf_model.save_pretrained(tmp_path)
     engine = build(tmp_path, dtype="float32", **ROWS)
@@ -279,6 +278,15 @@ def test_the_tokenizer_of_a_gguf_file_comes_along(tmp_path: Path) -> None:
     assert sum(file.stat().st_size for file in (tmp_path / "engine").rglob("*") if file.is_file()) < 10 << 20
 
 
+@pytest.mark.spec("D5")
+def test_the_picture_is_in_the_engine_unless_it_is_not_wanted(model_dir: Path, engine: Engine, tmp_path: Path) -> None:
+    page = (engine.save(tmp_path / "engine") / "graph.html").read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>")
+    for text in ("model.layers.1.mlp.down_proj", "rope_write_cache", "merge_qkv", "Memory of a step"):
+        assert text in page, text
+    assert "graph.html" not in build(model_dir, picture=False, **ROWS).files
+
+
 def test_a_model_without_tokenizer_is_built(tmp_path: Path) -> None:
     tiny_hf_model("llama").save_pretrained(tmp_path)
     built = build(tmp_path, **ROWS)
@@ -411,85 +419,3 @@ def test_checkpoints_that_do_not_fit_are_refused_by_tensor(model_dir: Path, tmp_
     path = changed_checkpoint(model_dir, tmp_path, damage)
     with pytest.raises(CheckpointError, match=EXPECTED[damage]):
         build(path, **ROWS)
-
-
-EXPECTED = {
-    "missing": r"1 tensor missing: model.layers.0.self_attn.k_proj.weight \[16, 32\]",
-    "unexpected": r"1 tensor unexpected: model.layers.0.surprise.weight \[3\]",
-    "shape": r"model.layers.0.self_attn.k_proj.weight is \[15, 32\], expected \[16, 32\]",
-}
-
-
-def changed_checkpoint(model_dir: Path, folder: Path, damage: str) -> Path:
-    """A copy of the tiny model with one tensor missing, too many or of another shape."""
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(model_dir / "model.safetensors")
-    name = "model.layers.0.self_attn.k_proj.weight"
-    if damage == "missing":
-        del tensors[name]
-    elif damage == "unexpected":
-        tensors["model.layers.0.surprise.weight"] = torch.zeros(3)
-    elif damage == "shape":
-        tensors[name] = tensors[name][:-1].contiguous()
-    else:
-        generator = torch.Generator().manual_seed(7)
-        tensors = {key: value + torch.randn(value.shape, generator=generator) * 0.1 for key, value in tensors.items()}
-    for file in model_dir.iterdir():
-        if file.suffix == ".json":
-            (folder / file.name).write_bytes(file.read_bytes())
-    save_file(tensors, folder / "model.safetensors")
-    return folder
-
-
-# ---- refit -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.spec("D6")
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
-@pytest.mark.parametrize("stripped", [False, True])
-def test_a_refitted_engine_is_the_engine_of_the_other_checkpoint(
-    model_dir: Path, tmp_path: Path, device: str, stripped: bool
-) -> None:
-    options = {**ROWS, "device": device, "quantization": "int8", "opt_level": 1}
-    other = changed_checkpoint(model_dir, tmp_path, "values")
-    engine = build(model_dir, strip_weights=stripped, **options)
-    if stripped:
-        engine = Engine.load(engine.save(tmp_path / "engine"))
-    refitted = engine.refit(other)
-    refitted.check_runnable()
-    expected = build(other, **options)
-    assert refitted.program == expected.program
-    assert refitted.weights.keys() == expected.weights.keys()
-    for name, content in expected.weights.items():
-        assert np.array_equal(refitted.weights[name][: content.nbytes], content), name
-
-
-@pytest.mark.spec("D6")
-def test_a_stripped_engine_and_its_checkpoint_are_the_engine(model_dir: Path, engine: Engine) -> None:
-    stripped = engine.strip()
-    assert stripped.weight_nbytes < 1000 < engine.weight_nbytes
-    again = stripped.refit(model_dir)
-    for name, content in engine.weights.items():
-        assert np.array_equal(again.weights[name], content), name
-
-
-@pytest.mark.spec("D6")
-@pytest.mark.parametrize("damage", ["missing", "unexpected", "shape"])
-def test_a_refit_that_does_not_fit_is_refused_by_tensor(
-    model_dir: Path, engine: Engine, tmp_path: Path, damage: str
-) -> None:
-    with pytest.raises(CheckpointError, match=EXPECTED[damage]):
-        engine.refit(changed_checkpoint(model_dir, tmp_path, damage))
-
-
-@pytest.mark.spec("D6")
-def test_a_gguf_engine_takes_a_checkpoint_of_another_type(tmp_path: Path) -> None:
-    """Weights keep the engine's formats: float values are encoded in them."""
-    model = tiny_model("llama")
-    write_model(tmp_path / "model.gguf", model, "Q8_0")
-    engine = build(tmp_path / "model.gguf", **ROWS)
-    model.save_pretrained(tmp_path / "model")
-    refitted = engine.refit(tmp_path / "model")
-    for name, content in engine.weights.items():
-        assert np.array_equal(refitted.weights[name], content), name

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from tests.support.programs import ARCHITECTURES, captured, tiny_model
 from tokenmill.builder.graph import assign_formats
 from tokenmill.builder.lowering import lower
-from tokenmill.builder.memory_plan import ALIGNMENT, IN_PLACE, buffer_nbytes, memory_report, plan_memory
+from tokenmill.builder.memory_plan import IN_PLACE, memory_report, plan_memory
 from tokenmill.builder.passes import PASSES, Target, run_passes
+from tokenmill.program.buffer_sizes import ALIGNMENT, buffer_nbytes
 from tokenmill.program.program import Buffer, Operand, Operation, Program
 
 PASS_NAMES = [one.name for one in PASSES]

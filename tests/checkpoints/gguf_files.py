@@ -16,6 +16,7 @@ _HF_TYPE = {
     "llama": gguf.MODEL_ARCH.LLAMA,
     "qwen2": gguf.MODEL_ARCH.QWEN2,
     "qwen3": gguf.MODEL_ARCH.QWEN3,
+    "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE,
     "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
 }
 _SHAPES: dict[str, Any] = {
@@ -77,7 +78,7 @@ def write_model(path: Path, model: Any, kind: str = "F32", **metadata: Any) -> N
     for key, value in metadata.items():
         getattr(writer, key)(value)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
+    for name, tensor in _unmerged(model.state_dict()).items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         array = tensor.numpy()
@@ -89,8 +90,20 @@ def write_model(path: Path, model: Any, kind: str = "F32", **metadata: Any) -> N
             array = array + 1
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert gguf_name is not None, name
-        add_tensor(writer, gguf_name, array, kind if array.ndim == 2 else "F32")
+        add_tensor(writer, gguf_name, array, "F32" if array.ndim == 1 else kind)
     finish(writer)
+
+
+def _unmerged(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """With a stack of all experts for each projection, as published models are converted."""
+    tensors = {}
+    for name, tensor in state_dict.items():
+        if name.endswith("experts.gate_up_proj"):
+            prefix = name.removesuffix("gate_up_proj")
+            tensors[f"{prefix}gate_proj.weight"], tensors[f"{prefix}up_proj.weight"] = tensor.chunk(2, dim=1)
+        else:
+            tensors[f"{name}.weight" if name.endswith("experts.down_proj") else name] = tensor
+    return tensors
 
 
 def add_tensor(writer: gguf.GGUFWriter, name: str, array: np.ndarray, kind: str) -> None:

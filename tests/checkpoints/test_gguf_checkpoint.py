@@ -213,7 +213,7 @@ def test_same_value_for_every_layer_counts_as_one(tmp_path: Path) -> None:
 
 def test_unknown_architecture_lists_the_known(tmp_path: Path) -> None:
     finish(_minimal_llama(tmp_path / "model.gguf", "gptneox"))
-    with pytest.raises(CheckpointError, match=r"'gptneox'.*llama, qwen2, qwen3, gemma3"):
+    with pytest.raises(CheckpointError, match=r"'gptneox'.*llama, qwen2, qwen3, qwen3moe, gemma3"):
         open_checkpoint(tmp_path / "model.gguf")
 
 

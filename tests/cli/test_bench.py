@@ -56,6 +56,19 @@ def test_throughput_report_is_consistent(program: Program, tiny_model: Path, tmp
     assert "bench throughput" in report["command"]
 
 
+def test_a_profile_beside_the_report(program: Program, tiny_model: Path, tmp_path: Path) -> None:
+    arguments = ("bench", "throughput", str(tiny_model), "--isl", "4", "--osl", "3", "--num-requests", "2", *ENGINE)
+    done = program(*arguments, "--profile", "t.json")
+    assert done.returncode == 0, done.stderr
+    assert "2 of 2" in done.stdout and "Share" in done.stdout
+    assert "ui.perfetto.dev" in done.stderr
+    timeline = json.loads((tmp_path / "t.json").read_text("utf-8"))
+    assert {event["cat"] for event in timeline["traceEvents"] if "cat" in event} >= {"step", "cpu_op"}
+    done = program(*arguments, "--profile", "nowhere/t.json")
+    assert done.returncode == 2
+    assert "nowhere" in done.stderr
+
+
 def test_latency_is_one_request_after_the_other(program: Program, tiny_model: Path, tmp_path: Path) -> None:
     done = program(
         "bench", "latency", str(tiny_model), "--isl", "8", "--osl", "5", "--num-iterations", "4",

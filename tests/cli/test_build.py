@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -137,3 +138,39 @@ def test_a_damaged_engine_is_named(program: Program, tiny_model: Path, tmp_path:
     done = program("refit", "engine", "--weights", str(tiny_model))
     assert done.returncode == 2
     assert "rank0/program.json has" in done.stderr
+
+
+# ---- inspect ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.spec("D5")
+def test_inspect_lists_the_operations_of_an_engine(program: Program, tiny_model: Path, tmp_path: Path) -> None:
+    built = program("build", str(tiny_model), "-o", "engine", "--quantization", "int8", "--max-seq-len", "64", *FAST)
+    assert built.returncode == 0, built.stderr
+    engine = Engine.load(tmp_path / "engine")
+    done = program("inspect", "engine", "--json", "--step-tokens", "16", "--context", "20")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert [one["name"] for one in report["operations"]] == [one.name for one in engine.program.operations]
+    assert report["limits"]["max_seq_len"] == 64
+    assert report["step"]["num_tokens"] == 16
+    by_name = {one["name"]: one for one in report["operations"]}
+    qkv = by_name["model.layers.0.self_attn.qkv_proj"]
+    assert qkv["flops"] == 2 * 16 * 64 * 32
+    assert qkv["weight_bytes"] == 64 * 34  # a row of 32 is one group: a scale of 2 bytes and 32 values
+    assert qkv["formats"] == "int8_group32"
+
+    table = program("inspect", "engine")
+    assert table.returncode == 0, table.stderr
+    for text in ("llama", "layers.*.mlp.gate_up_proj", "lm_head", "Total", "int8_group32"):
+        assert text in table.stdout, text
+    every = program("inspect", "engine", "--every-layer")
+    assert len(every.stdout.splitlines()) > len(table.stdout.splitlines())
+
+
+def test_inspect_names_the_file_that_is_damaged(program: Program, tiny_model: Path, tmp_path: Path) -> None:
+    assert program("build", str(tiny_model), "-o", "engine", *FAST).returncode == 0
+    (tmp_path / "engine/rank0/weights.safetensors").unlink()
+    done = program("inspect", "engine")
+    assert done.returncode == 2
+    assert "weights.safetensors is missing" in done.stderr

@@ -11,9 +11,11 @@ import pytest
 from tests.support.tiny_checkpoint import write_tiny_model
 from tokenmill.config import LlmArgs
 from tokenmill.executor import engine_source
-from tokenmill.executor.engine_source import EngineSizes, open_engine
+from tokenmill.executor.engine_source import EngineTarget, open_engine
 
-SIZES = EngineSizes(max_batch_size=4, max_num_tokens=64, max_seq_len=128)
+pytestmark = pytest.mark.spec("D1")
+
+TARGET = EngineTarget("cpu", max_batch_size=4, max_num_tokens=64, max_seq_len=128)
 
 
 @pytest.fixture
@@ -46,20 +48,20 @@ def engines(tmp_path: Path) -> list[Path]:
 
 
 def test_the_second_start_reads_what_the_first_one_built(model_dir: Path, tmp_path: Path, builds: list[Path]) -> None:
-    first = open_engine(arguments(model_dir), SIZES)
-    second = open_engine(arguments(model_dir), SIZES)
+    first = open_engine(arguments(model_dir), TARGET)
+    second = open_engine(arguments(model_dir), TARGET)
     assert len(builds) == len(engines(tmp_path)) == 1
     assert second.program == first.program
     assert {name: bytes(content) for name, content in second.weights.items()}.keys() == first.weights.keys()
 
 
 def test_other_sizes_need_no_other_engine(model_dir: Path, builds: list[Path]) -> None:
-    open_engine(arguments(model_dir), SIZES)
-    larger = open_engine(arguments(model_dir), SIZES._replace(max_num_tokens=256, max_batch_size=16))
-    direct = engine_source.resized(larger, SIZES._replace(max_num_tokens=256, max_batch_size=16))
+    open_engine(arguments(model_dir), TARGET)
+    larger = open_engine(arguments(model_dir), TARGET._replace(max_num_tokens=256, max_batch_size=16))
+    direct = engine_source.resized(larger, TARGET._replace(max_num_tokens=256, max_batch_size=16))
     assert len(builds) == 1
     assert (larger.config.limits.max_num_tokens, larger.config.limits.max_batch_size) == (256, 16)
-    assert larger.program.arena_bytes > open_engine(arguments(model_dir), SIZES).program.arena_bytes
+    assert larger.program.arena_bytes > open_engine(arguments(model_dir), TARGET).program.arena_bytes
     assert direct is larger
 
 
@@ -67,22 +69,22 @@ def test_other_sizes_need_no_other_engine(model_dir: Path, builds: list[Path]) -
 def test_another_model_or_format_is_another_engine(
     model_dir: Path, tmp_path: Path, builds: list[Path], change: str
 ) -> None:
-    open_engine(arguments(model_dir), SIZES)
+    open_engine(arguments(model_dir), TARGET)
     options: dict[str, Any] = {"quantization": {"quantization": "int8"}, "dtype": {"dtype": "bfloat16"}}
     if change == "file":
         os.utime(model_dir / "model.safetensors", ns=(1, 1))
-    open_engine(arguments(model_dir, **options.get(change, {})), SIZES)
+    open_engine(arguments(model_dir, **options.get(change, {})), TARGET)
     assert len(builds) == len(engines(tmp_path)) == 2
 
 
 def test_a_damaged_engine_is_built_again(model_dir: Path, tmp_path: Path, builds: list[Path]) -> None:
-    open_engine(arguments(model_dir), SIZES)
+    open_engine(arguments(model_dir), TARGET)
     (engine,) = engines(tmp_path)
     weights = engine / "rank0" / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    open_engine(arguments(model_dir), SIZES)
+    open_engine(arguments(model_dir), TARGET)
     assert len(builds) == 2
-    open_engine(arguments(model_dir), SIZES)
+    open_engine(arguments(model_dir), TARGET)
     assert len(builds) == 2
 
 
@@ -91,15 +93,15 @@ def test_the_engine_used_longest_ago_makes_room(
 ) -> None:
     options: tuple[dict[str, Any], ...] = ({}, {"quantization": "int8"}, {"quantization": "q8_0"})
     for age, option in zip((30, 20), options, strict=False):
-        open_engine(arguments(model_dir, **option), SIZES)
+        open_engine(arguments(model_dir, **option), TARGET)
         newest = max(engines(tmp_path), key=lambda one: one.stat().st_mtime)
         os.utime(newest, (newest.stat().st_mtime - age, newest.stat().st_mtime - age))
     size = sum(sum(file.stat().st_size for file in one.rglob("*") if file.is_file()) for one in engines(tmp_path))
-    open_engine(arguments(model_dir), SIZES)  # the first one is used again
+    open_engine(arguments(model_dir), TARGET)  # the first one is used again
     monkeypatch.setattr(engine_source, "CACHE_BYTES", size + 1000)
-    open_engine(arguments(model_dir, **options[2]), SIZES)
+    open_engine(arguments(model_dir, **options[2]), TARGET)
     assert len(builds) == 3
-    open_engine(arguments(model_dir), SIZES)
+    open_engine(arguments(model_dir), TARGET)
     assert len(builds) == 3, "the engine that was used again is still there"
     assert len(engines(tmp_path)) == 2
 
@@ -110,5 +112,5 @@ def test_without_a_cache_folder_engines_are_built(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TOKENMILL_CACHE", str(tmp_path / "file"))
     for _ in range(2):
-        open_engine(arguments(model_dir), SIZES).check_runnable()
+        open_engine(arguments(model_dir), TARGET).check_runnable()
     assert len(builds) == 2

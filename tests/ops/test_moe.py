@@ -48,6 +48,7 @@ def test_routing(normalize: bool) -> None:
     torch.testing.assert_close(routing.weights.double(), expected, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.spec("E2")
 @pytest.mark.parametrize("num_tokens", [0, 1, 3, 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("prepared", [False, True])

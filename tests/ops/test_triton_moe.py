@@ -102,6 +102,7 @@ def test_pairs(num_tokens: int, kind: WeightKind, device: str) -> None:
     )
 
 
+@pytest.mark.spec("E2")
 @pytest.mark.parametrize(("num_tokens", "hidden"), [(5, 40), (20, 160)])
 def test_tiles(num_tokens: int, hidden: int, device: str) -> None:
     weights = random_experts(4, hidden, 128, BF16, "plain", device)

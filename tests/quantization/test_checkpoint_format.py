@@ -18,6 +18,7 @@ def test_no_quantization() -> None:
     assert read_format({}, {}) is None
 
 
+@pytest.mark.spec("E5")
 def test_blocks() -> None:
     found = read(FORMATS["block"])
     assert found is not None

@@ -45,6 +45,7 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return kind, load(written.folder), build_model(written.hf_config, written.exact)
 
 
+@pytest.mark.spec("E5")
 def test_single_tokens_see_the_dequantized_weights(models: tuple[str, CausalLM, CausalLM]) -> None:
     _, model, exact = models
     sequences, exact_sequences = sequences_for(model), sequences_for(exact)

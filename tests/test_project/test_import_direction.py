@@ -18,7 +18,7 @@ PUBLIC = ("builder", "executor", "inspection", "llm", "llmapi", "telemetry", "to
 ALLOWED: dict[str, tuple[str, ...]] = {
     # the public API and what uses it
     "": ("builder", "executor", "inspection", "llm", "llmapi"),
-    "cli": (*PUBLIC, "bench", "server", ""),
+    "cli": (*PUBLIC, "bench", "program", "server", ""),
     "server": (*PUBLIC, ""),
     "bench": (*PUBLIC, ""),
     "__main__": ("cli",),
@@ -100,7 +100,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "sampling",
     ),
     "engine.plan": (),  # what crosses the Runner seam
-    "builder": ("attention.base", "checkpoints", "layers", "models", "ops", "program"),
+    "builder": ("attention.base", "checkpoints", "layers", "models", "ops", "ops.platform", "program", "quantization"),
     "program": (),  # what crosses from the builder to the executors of programs
     "program.reference": ("attention", "attention.base", "ops", "program"),  # what each operation means
     "engine.request": (),  # what a caller asks for
@@ -147,6 +147,7 @@ LATE_OWN_IMPORTS: dict[str, str] = {
     "tokenmill.executor.worker": "torch loads while a thread loads the tokenizer",
     "tokenmill.executor.__main__": "a process loads what its kind needs; postprocessing needs no engine",
     "tokenmill.ops": "the Triton kernels load triton, which only tensors on a GPU need",
+    "tokenmill.runtime.program_loading": "the CPU's kernels load numba, which an engine on a GPU does not need",
     "tokenmill.checkpoints.base": "`open_checkpoint` picks among readers that are derived from this module's",
     "tokenmill.tokenization.chat_template": "the environment derives from jinja2's, which completions never need",
 }

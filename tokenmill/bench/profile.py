@@ -19,6 +19,7 @@ import torch
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+from torch._C._autograd import DeviceType
 from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity
 
@@ -150,9 +151,9 @@ def run_profile(
 def _kernel_times(events: Iterable[Any], *, on_gpu: bool) -> tuple[KernelTime, ...]:
     found = []
     for event in events:
-        is_kernel = event.device_type != torch.autograd.DeviceType.CPU
-        if is_kernel != on_gpu or event.is_user_annotation:
-            continue
+        is_kernel = event.device_type != DeviceType.CPU
+        if is_kernel != on_gpu or (on_gpu and event.is_user_annotation):
+            continue  # on a CPU the runner's phases count for what they do besides calling operations
         microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         if microseconds > 0:
             found.append((event.key, event.count, microseconds / 1e6, int(event.flops or 0)))
@@ -183,12 +184,10 @@ def _step_events(steps: Sequence[StepStats], to_timeline: float) -> list[dict[st
         for track, name in enumerate(("even", "odd"))
     ]
     for step in steps:
-        parts = [
-            f"{step.num_prefills} prefill" if step.num_prefills else "",
-            f"{step.num_decodes} decode" if step.num_decodes else "",
-        ]
+        counts = {"prefill": step.num_prefills, "decode": step.num_decodes}
         events.append({
-            **shared, "ph": "X", "cat": "step", "tid": step.step % 2, "name": " + ".join(part for part in parts if part),
+            **shared, "ph": "X", "cat": "step", "tid": step.step % 2,
+            "name": " + ".join(f"{count} {kind}" for kind, count in counts.items() if count),
             "ts": (step.end_time - step.duration + to_timeline) * 1e6, "dur": step.duration * 1e6,
             "args": {
                 "step": step.step, "prompt tokens": step.num_prompt_tokens, "tokens": step.num_generated_tokens,

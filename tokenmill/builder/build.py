@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal
 
 import torch
 
@@ -33,12 +33,12 @@ from tokenmill.builder.weight_source import WeightSource
 from tokenmill.checkpoints.base import Checkpoint, open_checkpoint
 from tokenmill.checkpoints.resolve import resolve_model
 from tokenmill.env import read_environment
-from tokenmill.errors import InvalidParameterError, did_you_mean
+from tokenmill.errors import InvalidParameterError, UnsupportedFeatureError, did_you_mean
 from tokenmill.models.config import ModelConfig
 from tokenmill.ops.cpu.packing import FORMATS as INTEGER_KERNEL_FORMATS
 from tokenmill.program.checks import check_program
 from tokenmill.program.engine_config import EngineConfig, LimitsRecord, ModelRecord, TargetRecord
-from tokenmill.program.package import PICTURE_NAME, TIMING_CACHE_NAME
+from tokenmill.program.package import PICTURE_NAME, TIMING_CACHE_NAME, FileContent
 from tokenmill.program.program import Program
 from tokenmill.program.timing_cache import TimingCache
 from tokenmill.version import __version__
@@ -90,7 +90,10 @@ def build(
         else:
             weights = pack_weights(_constants_only(program), source, constants)
     engine = builder.engine(checkpoint, settings, program, choice, weights)
-    return engine if timings is None else engine.with_files({TIMING_CACHE_NAME: timings.encode()})
+    files: dict[str, FileContent] = {} if timings is None else {TIMING_CACHE_NAME: timings.encode()}
+    if config.picture and builder.passes:
+        files[PICTURE_NAME] = builder.picture(engine).encode()
+    return engine.with_files(files)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +106,6 @@ class _Settings:
     limits: LimitsRecord
 
 
-class _Network(NamedTuple):
-    """The graph as captured and as lowered, and what lies between, for the picture."""
-
-    before: Graph
-    after: Graph
-    reports: list[PassReport]
-
-
 @dataclass(slots=True)
 class _Builder:
     """One build: its arguments, and what is said about it."""
@@ -121,7 +116,7 @@ class _Builder:
     seconds: dict[str, float] = field(default_factory=dict)
     num_nodes: dict[str, int] = field(default_factory=dict)
     tuned: dict[str, int] = field(default_factory=dict)
-    network: _Network | None = None
+    passes: list[PassReport] = field(default_factory=list)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -146,14 +141,12 @@ class _Builder:
             choice = choose_formats(graph, source, self.config.quantization, settings.dtype)
             graph = assign_formats(graph, choice.formats)
             self.num_nodes["captured"] = len(graph.nodes)
-        captured = graph
         with self.phase("passes"):
             graph, reports = run_passes(graph, disabled=disabled_passes(self.config), target=_target(settings))
             self.num_nodes["after_passes"] = len(graph.nodes)
             if on_passes is not None:
                 on_passes(reports)
-        if self.config.capture == "export":  # nobody looks at engines in memory
-            self.network = _Network(captured, graph, reports)
+        self.passes = reports
         with self.phase("lower"):
             program = self._lowered(graph, settings)
         return program, dict(graph.constants), choice
@@ -163,7 +156,7 @@ class _Builder:
         program = choose_layouts(lower(graph), settings.device)
         keep = _debug_outputs(self.config.debug_outputs, program).values()
         program = plan_memory(program, max_tokens=limits.max_num_tokens, max_rows=limits.max_num_rows, keep=keep)
-        check_program(program)
+        check_program(program, max_tokens=limits.max_num_tokens, max_rows=limits.max_num_rows)
         return program
 
     def timings(self, program: Program, settings: _Settings) -> TimingCache | None:
@@ -173,6 +166,17 @@ class _Builder:
         report = tune_program(self.config, program, settings.limits, lambda done, of: self.tell("tune", done, of))
         self.tuned = {"measured": report.num_measured, "reused": report.num_reused}
         return report.cache if report.cache.times else None
+
+    def picture(self, engine: Engine) -> str:
+        """The network before and after the passes as a page."""
+        limits, report = engine.config.limits, engine.config.report
+        weights = [f"{nbytes / 1e6:.1f} MB {name}" for name, nbytes in report["weight_bytes"].items()]
+        facts = {
+            "Weights": ", ".join(weights),
+            "Memory of a step": f"{report['arena_bytes'] / 1e6:.2f} MB for {limits.max_num_tokens} tokens, "
+            f"{report['arena_sum_bytes'] / 1e6:.0f} MB if every value had its own",
+        }
+        return graph_html(Path(self.model).name, self.passes[0].before, self.passes[-1].after, self.passes, facts=facts)
 
     def engine(
         self,
@@ -223,26 +227,19 @@ class _Builder:
             report=report.to_dict(),
         )
         path = None if tokenizer is None else Path(checkpoint.path)
-        files = {**files, **self._picture(report, limits)}
         return Engine(config=config, program=program, weights=weights, files=files, tokenizer_path=path)
-
-    def _picture(self, report: BuildReport, limits: LimitsRecord) -> dict[str, bytes]:
-        """The file with the picture of the network, if one is made."""
-        if self.network is None:
-            return {}
-        megabytes = {name: f"{nbytes / 1e6:.1f} MB {name}" for name, nbytes in report.weight_bytes.items()}
-        facts = {
-            "Weights": ", ".join(megabytes.values()),
-            "Memory of a step": f"{report.arena_bytes / 1e6:.2f} MB for {limits.max_num_tokens} tokens, "
-            f"{report.arena_sum_bytes / 1e6:.0f} MB if every value had its own",
-        }
-        return {PICTURE_NAME: graph_html(Path(self.model).name, *self.network, facts=facts).encode()}
 
 
 def _settings(config: BuildConfig, checkpoint: Checkpoint, model: ModelConfig) -> _Settings:
     device: Literal["cpu", "cuda"] = "cpu"
     if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()):
         device = "cuda"
+    if device == "cpu" and model.moe is not None:
+        raise UnsupportedFeatureError(
+            f"Models with experts ({model.model_type}) cannot be compiled for a CPU, whose kernels have none.",
+            field="device",
+            remedy="Run the model with backend='torch', or build for device='cuda'.",
+        )
     is_bfloat16 = checkpoint.format != "gguf" and model.dtype == "bfloat16"
     dtype = config.dtype if config.dtype != "auto" else "bfloat16" if is_bfloat16 else "float32"
     cache = config.kv_cache_dtype

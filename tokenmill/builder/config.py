@@ -51,6 +51,8 @@ class BuildConfig(StrictModel):
     """Leave out the weights that the checkpoint holds: a small engine, to be refitted before it runs."""
     debug_outputs: tuple[str, ...] = ()
     """Operations whose results are kept after a step, by name (`tokenmill inspect ENGINE` lists them)."""
+    picture: bool = True
+    """Draw the network before and after the passes into `graph.html` of the engine."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """What the engine runs on; auto: a GPU if there is one."""
     timing_cache: Path | None = None

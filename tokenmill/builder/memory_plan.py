@@ -11,13 +11,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
+from tokenmill.program.buffer_sizes import buffer_nbytes
 from tokenmill.program.program import Buffer, Operand, Operation, Program
-
-ALIGNMENT: Final = 64
-"""Bytes; a cache line."""
-
-ROW_MULTIPLE: Final = 16
-"""Rows of `int8_group32` buffers are counted up to a multiple of it: packed layouts work on so many at a time."""
 
 IN_PLACE: Final[Mapping[str, tuple[str, str]]] = {
     "add_bias": ("x", "y"),
@@ -63,19 +58,6 @@ class _Block:
 
     def overlaps(self, other: _Block) -> bool:
         return self.first <= other.last and other.first <= self.last
-
-
-def buffer_nbytes(buffer: Buffer, max_tokens: int, max_rows: int) -> int:
-    """Bytes of a buffer at the largest step, aligned."""
-    sizes: Mapping[str | int, int] = {"tokens": max_tokens, "rows": max_rows}
-    num_rows = sizes[buffer.rows] if isinstance(buffer.rows, str) else buffer.rows
-    if buffer.dtype == "int8_group32":
-        num_groups = -(-buffer.columns // 32)
-        row_nbytes = num_groups * (32 + 8)
-        num_rows = _round_up(num_rows, ROW_MULTIPLE)
-    else:
-        row_nbytes = buffer.columns * (2 if buffer.dtype == "bfloat16" else 4)
-    return _round_up(num_rows * row_nbytes, ALIGNMENT)
 
 
 def plan_memory(program: Program, *, max_tokens: int, max_rows: int, keep: Collection[str] = ()) -> Program:
@@ -160,7 +142,3 @@ def _placed(blocks: list[_Block]) -> list[_Block]:
 
 def _operands(operation: Operation) -> Iterable[Operand]:
     return (*operation.inputs.values(), *operation.outputs.values())
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple

@@ -40,6 +40,10 @@ _LAYER_NAMES: Final = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.gate_proj",  # a stack of all experts, as are the next two
+    "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
 }
 # Gemma has a norm on both sides of each half of a layer, so `ffn_norm` means another one than elsewhere.
 _GEMMA_LAYER_NAMES: Final = {

@@ -19,6 +19,7 @@ _ARCHITECTURES: Final = {
     "llama": ("llama", "LlamaForCausalLM"),
     "qwen2": ("qwen2", "Qwen2ForCausalLM"),
     "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+    "qwen3moe": ("qwen3_moe", "Qwen3MoeForCausalLM"),
     "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
 }
 _GEMMA3_PATTERN: Final = 6  # every sixth layer sees the whole context
@@ -68,6 +69,8 @@ def hf_config_from_gguf(file: GgufFile) -> dict[str, Any]:
     if config["num_hidden_layers"] > len(file.tensors):
         raise keys.invalid(f"it claims {config['num_hidden_layers']} layers with {len(file.tensors)} tensors")
     _refuse_unsupported(keys, config)
+    if model_type == "qwen3_moe":
+        config.update(_experts(keys))
     if model_type == "llama":
         config["mlp_bias"] = "blk.0.ffn_gate.bias" in file.tensors
     config.update(_gemma3(keys, config) if model_type == "gemma3_text" else {"hidden_act": "silu"})
@@ -138,7 +141,7 @@ def _refuse_unsupported(keys: _Keys, config: dict[str, Any]) -> None:
     head_dim: int = config["head_dim"]
     if head_dim < 2 or head_dim % 2:
         raise keys.invalid(f"its attention heads have the odd size {head_dim}")
-    if keys.get("expert_count") not in (None, 0):
+    if config["model_type"] != "qwen3_moe" and keys.get("expert_count") not in (None, 0):
         raise keys.invalid("it is a mixture of experts, which is not supported")
     if keys.integer("rope.dimension_count", head_dim) != head_dim:
         raise keys.invalid("its rotary embedding covers only a part of each head, which is not supported")
@@ -146,6 +149,16 @@ def _refuse_unsupported(keys: _Keys, config: dict[str, Any]) -> None:
         raise keys.invalid("its value heads differ in size from its key heads, which is not supported")
     if config["num_attention_heads"] % config["num_key_value_heads"]:
         raise keys.invalid("its number of attention heads is not a multiple of its key and value heads")
+
+
+def _experts(keys: _Keys) -> dict[str, Any]:
+    """Every layer has experts, whose shares sum up to 1."""
+    return {
+        "num_experts": keys.integer("expert_count"),
+        "num_experts_per_tok": keys.integer("expert_used_count"),
+        "moe_intermediate_size": keys.integer("expert_feed_forward_length"),
+        "norm_topk_prob": True,
+    }
 
 
 def _rope_scaling(keys: _Keys) -> dict[str, Any] | None:

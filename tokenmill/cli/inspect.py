@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,10 +12,14 @@ from rich.text import Text
 
 from tokenmill.cli.command import command, examples
 from tokenmill.cli.console import print_warning, progress, readable_size, stdout_console
+from tokenmill.cli.inspect_engine import print_engine
 from tokenmill.cli.options import ModelOptions
+from tokenmill.program.engine_config import is_engine
 
 if TYPE_CHECKING:
     from tokenmill.inspection import ModelReport
+
+_ENGINE_PANEL = "Built engines"
 
 _EPILOG = examples(
     ("The demo model on this machine", "tokenmill inspect smollm2:135m"),
@@ -22,6 +27,7 @@ _EPILOG = examples(
         "Would 32 conversations of 4,096 tokens fit?",
         "tokenmill inspect Qwen/Qwen3-0.6B --max-batch-size 32 --max-seq-len 4096 --kv-cache-tokens 131072",
     ),
+    ("The operations of a built engine", "tokenmill inspect engines/smollm2 --step-tokens 16"),
     ("For a program", "tokenmill inspect path/to/model.gguf --json"),
 )
 
@@ -35,12 +41,28 @@ def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The model to look at.")],
     *,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    step_tokens: Annotated[
+        int,
+        typer.Option(metavar="N", min=1, help="Tokens of the step that costs are for.", rich_help_panel=_ENGINE_PANEL),
+    ] = 1,
+    context: Annotated[
+        int,
+        typer.Option(metavar="N", min=1, help="Cached tokens at the end of it.", rich_help_panel=_ENGINE_PANEL),
+    ] = 512,
+    every_layer: Annotated[
+        bool,
+        typer.Option("--every-layer", help="A line for each operation of each layer.", rich_help_panel=_ENGINE_PANEL),
+    ] = False,
     model_options: ModelOptions,
 ) -> None:
     """Say what a model is and how much memory it takes. No weight is loaded.
 
-    The memory plan is the one that the engine makes at start, for the free memory of this machine.
+    The memory plan is the one that the engine makes at start, for the free memory of this machine. Of an engine that
+    tokenmill build wrote, the operations are listed, with the bytes that each moves and what it computes in a step.
     """
+    if is_engine(Path(model)):
+        print_engine(Path(model), num_tokens=step_tokens, context_len=context, every_layer=every_layer, as_json=as_json)
+        return
     arguments = model_options.llm_arguments(model)
     with progress("Starting"):
         from tokenmill.inspection import inspect_model

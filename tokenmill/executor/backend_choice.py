@@ -22,8 +22,14 @@ class BackendChoice(NamedTuple):
     reason: str | None = None
 
 
-def choose_backend(args: LlmArgs, device: torch.device, model: ModelConfig) -> BackendChoice:
+def choose_backend(
+    args: LlmArgs, device: torch.device, model: ModelConfig, *, has_fp8_weights: bool = False
+) -> BackendChoice:
     """Resolve `args.backend`: `auto` is the compiled engine on a CPU, where it can run the model, and torch on a GPU.
+
+    Args:
+        args, device, model: what is to run, and where.
+        has_fp8_weights: whether the checkpoint's weights are float8 with scales.
 
     Raises:
         UnsupportedFeatureError: the caller asked for a backend that cannot do what else was asked for.
@@ -36,7 +42,7 @@ def choose_backend(args: LlmArgs, device: torch.device, model: ModelConfig) -> B
                 remedy="Use backend='engine', or quantization='fp8'.",
             )
         return BackendChoice("torch")
-    reason = _reason_against_engine(args, device, model)
+    reason = "weights of float8 cannot be compiled" if has_fp8_weights else _reason_against_engine(args, device, model)
     if args.backend == "engine" or args.quantization in ENGINE_QUANTIZATIONS:
         if reason is not None:
             raise UnsupportedFeatureError(
@@ -55,7 +61,7 @@ def _reason_against_engine(args: LlmArgs, device: torch.device, model: ModelConf
         (args.quantization == "fp8", "quantization='fp8' is of the torch backend"),
         (args.dtype == "float16", "engines have no float16"),
         (args.kv_cache_config.dtype not in ("auto", "float32", "bfloat16"), "its cache is float32 or bfloat16"),
-        (model.moe is not None, "models with experts cannot be compiled"),
+        (model.moe is not None and device.type == "cpu", "its kernels for a CPU have no experts"),
         (args.attn_backend != "auto", f"attn_backend='{args.attn_backend}' is of the torch backend"),
     ):
         if problem:

@@ -16,7 +16,7 @@ from tokenmill.engine.core import EngineCore
 from tokenmill.errors import UnsupportedFeatureError
 from tokenmill.executor.backend_choice import choose_backend
 from tokenmill.executor.description import EngineDescription
-from tokenmill.executor.engine_source import EngineSizes, open_engine
+from tokenmill.executor.engine_source import EngineTarget, open_engine
 from tokenmill.executor.program_factory import build_program_engine
 from tokenmill.executor.scheduling import make_core
 from tokenmill.kv_cache.tensors import allocate_caches
@@ -28,6 +28,7 @@ from tokenmill.program.package import EnginePackage
 from tokenmill.runtime.memory_planner import MeasuredMemory, MemoryRequest, plan_memory
 from tokenmill.runtime.memory_probe import measure_activations
 from tokenmill.runtime.model_loader import (
+    has_fp8_weights,
     load_model,
     resolve_cache_dtype,
     resolve_device,
@@ -65,10 +66,10 @@ def build_engine(
     max_num_tokens = resolve_max_num_tokens(args, device)
     checkpoint = open_checkpoint(Path(args.model), config_only=args.load_format == "dummy")
     config = ModelConfig.from_hf(checkpoint.hf_config)
-    choice = choose_backend(args, device, config)
+    choice = choose_backend(args, device, config, has_fp8_weights=has_fp8_weights(checkpoint))
     if choice.name == "engine":
-        sizes = EngineSizes(args.max_batch_size, max_num_tokens, resolve_max_seq_len(args, config))
-        package = open_engine(args, sizes, on_progress)
+        target = EngineTarget(device.type, args.max_batch_size, max_num_tokens, resolve_max_seq_len(args, config))
+        package = open_engine(args, target, on_progress)
         return build_program_engine(args, package, num_sharing=num_sharing)
     if choice.reason is not None:
         logger.warning("The model runs on the torch backend: %s", choice.reason)
@@ -96,6 +97,7 @@ def _build_torch_engine(
         max_num_tokens=max_num_tokens,
         max_seq_len=max_seq_len,
         is_cpu=device.type == "cpu",
+        linear_bytes=1 if args.quantization == "fp8" or has_fp8_weights(checkpoint) else None,
     )
     memory = plan_memory(config, request, args.kv_cache_config, free_memory(device) // num_sharing)
     description = EngineDescription(

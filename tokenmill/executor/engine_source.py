@@ -44,22 +44,23 @@ _SIZES: Final = ("max_batch_size", "max_num_tokens", "max_input_len", "max_seq_l
 _MODEL_FILES: Final = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.gguf")
 
 
-class EngineSizes(NamedTuple):
-    """The largest sizes of steps."""
+class EngineTarget(NamedTuple):
+    """What an engine is for: a device (`cpu` or `cuda`), and the largest sizes of steps."""
 
+    device: str
     max_batch_size: int
     max_num_tokens: int
     max_seq_len: int
 
 
 def open_engine(
-    args: LlmArgs, sizes: EngineSizes, on_progress: Callable[[str, int, int], None] | None = None
+    args: LlmArgs, target: EngineTarget, on_progress: Callable[[str, int, int], None] | None = None
 ) -> EnginePackage:
     """The engine for `args`.
 
     Args:
         args: `args.model` is a local path.
-        sizes: that it shall serve.
+        target: device and sizes that it shall serve.
         on_progress: told about a build.
 
     Raises:
@@ -68,11 +69,11 @@ def open_engine(
     path = Path(args.model)
     if is_engine(path):
         return EnginePackage.load(path)
-    config = build_config(args, sizes)
+    config = build_config(args, target)
     folder = _cache_folder() / _key(path, config)
     cached = _load(folder)
     if cached is not None:
-        return resized(cached, sizes)
+        return resized(cached, target)
     package: EnginePackage = build(path, config, on_progress=on_progress)
     _store(package, folder)
     return package
@@ -89,37 +90,40 @@ def saved_engine(args: LlmArgs, description: EngineDescription, path: Path) -> P
     Raises:
         InvalidParameterError: something else is there, or nothing can be written there.
     """
-    sizes = EngineSizes(description.max_batch_size, description.max_num_tokens, description.max_seq_len)
-    return open_engine(args, sizes).save(path)
+    device = description.device.partition(":")[0]
+    target = EngineTarget(device, description.max_batch_size, description.max_num_tokens, description.max_seq_len)
+    return open_engine(args, target).save(path)
 
 
-def build_config(args: LlmArgs, sizes: EngineSizes) -> BuildConfig:
+def build_config(args: LlmArgs, target: EngineTarget) -> BuildConfig:
     """How a model is built for `args`. A `dtype` that the caller named is the type of all weights; with `auto` the
     weights of the checkpoint stay in their formats."""
     quantization: Any = args.quantization or ("auto" if args.dtype == "auto" else "none")
     cache = args.kv_cache_config.dtype
     dtype: Any = args.dtype
+    device: Any = target.device
     return BuildConfig(
-        max_batch_size=sizes.max_batch_size,
-        max_num_tokens=max(sizes.max_num_tokens, sizes.max_batch_size),
-        max_seq_len=sizes.max_seq_len,
+        max_batch_size=target.max_batch_size,
+        max_num_tokens=max(target.max_num_tokens, target.max_batch_size),
+        max_seq_len=target.max_seq_len,
         dtype=dtype,
         quantization=quantization,
         kv_cache_dtype=cache if cache in ("float32", "bfloat16") else "auto",
-        device="cpu" if not args.device.startswith("cuda") else "cuda",
+        device=device,
         capture="dispatch",
+        picture=False,
         opt_level=1,  # kernels are measured by `tokenmill build`, not at every start
         num_threads=args.num_threads,
     )
 
 
-def resized(package: EnginePackage, sizes: EngineSizes) -> EnginePackage:
+def resized(package: EnginePackage, target: EngineTarget) -> EnginePackage:
     """The same engine for steps of other sizes: its memory is planned again."""
     limits = LimitsRecord(
-        max_batch_size=sizes.max_batch_size,
-        max_num_tokens=max(sizes.max_num_tokens, sizes.max_batch_size),
-        max_input_len=sizes.max_seq_len - 1,
-        max_seq_len=sizes.max_seq_len,
+        max_batch_size=target.max_batch_size,
+        max_num_tokens=max(target.max_num_tokens, target.max_batch_size),
+        max_input_len=target.max_seq_len - 1,
+        max_seq_len=target.max_seq_len,
         max_beam_width=package.config.limits.max_beam_width,
     )
     if limits == package.config.limits:

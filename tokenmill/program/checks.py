@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from tokenmill.errors import EngineFileError, did_you_mean
+from tokenmill.program.buffer_sizes import buffer_nbytes
 from tokenmill.program.formats import WEIGHT_FORMATS
 from tokenmill.program.operation_sizes import COLUMN_RULES, SizesOfOperation
 from tokenmill.program.program import (
@@ -29,25 +30,34 @@ _INPUTS: Final[Mapping[str, str]] = {"token_ids": "tokens", "positions": "tokens
 _ACTIVATIONS: Final = ("silu", "gelu_pytorch_tanh")
 _TRANSFORMS: Final = ("none", "add_one")
 _MAY_WRITE_INT8: Final = ("rms_norm", "add_rms_norm", "quantize", "linear", "gated_activation")
-_INTEGER_ATTRIBUTES: Final = ("head_dim", "layer", "num_heads", "num_kv_heads", "sliding_window")
-_ENCODED: Final = (("linear", "weight"), ("embedding", "table"))
+_INTEGER_ATTRIBUTES: Final = (
+    "head_dim",
+    "layer",
+    "num_experts",
+    "num_heads",
+    "num_kv_heads",
+    "sliding_window",
+    "top_k",
+)
+_ENCODED: Final = (("linear", "weight"), ("embedding", "table"), ("experts", "gate_up"), ("experts", "down"))
 """The weights that may be in any format; all others are plain float32."""
 
 _REMEDY: Final = "Build the engine again with `tokenmill build`."
 
 
-def check_program(program: Program, source: str = "program") -> None:
+def check_program(program: Program, source: str = "program", *, max_tokens: int = 1, max_rows: int = 1) -> None:
     """Check everything that an executor relies on.
 
     Args:
         program: what to check.
         source: what errors call it, such as the file's name.
+        max_tokens, max_rows: of the largest step, for which the buffers must lie in the arena.
 
     Raises:
         EngineFileError: the first thing that is wrong, with the operation's or buffer's name.
     """
     try:
-        _Checker(program).check()
+        _Checker(program, max_tokens, max_rows).check()
     except _Wrong as wrong:
         raise EngineFileError(f"{source}: {wrong}.", field="engine", remedy=_REMEDY) from None
 
@@ -59,6 +69,8 @@ class _Wrong(Exception):
 @dataclass(slots=True)
 class _Checker:
     program: Program
+    max_tokens: int
+    max_rows: int
     buffers: dict[str, Buffer] = field(default_factory=dict)
     weights: dict[str, Weight] = field(default_factory=dict)
     written: set[str] = field(default_factory=set)
@@ -112,8 +124,11 @@ class _Checker:
         for buffer in self.program.buffers:
             if arena == 0 and buffer.offset is None:
                 continue  # memory is not planned yet
-            if buffer.offset is None or not 0 <= buffer.offset < arena:
-                raise _Wrong(f"the buffer '{buffer.name}' starts at byte {buffer.offset} of an arena of {arena}")
+            if buffer.offset is None or buffer.offset < 0:
+                raise _Wrong(f"the buffer '{buffer.name}' starts at byte {buffer.offset}")
+            end = buffer.offset + buffer_nbytes(buffer, self.max_tokens, self.max_rows)
+            if end > arena:
+                raise _Wrong(f"the buffer '{buffer.name}' ends at byte {end} of an arena of {arena}")
 
     # ---- operations ------------------------------------------------------------------------------------------
 
@@ -224,6 +239,9 @@ def _check_attribute(name: str, value: AttributeValue) -> None:
     if name == "activation":
         if value not in _ACTIVATIONS:
             raise _Wrong(f"its activation is {value!r}; known are {' and '.join(_ACTIVATIONS)}")
+    elif name == "normalize":
+        if not isinstance(value, bool):
+            raise _Wrong(f"its normalize is {value!r} instead of true or false")
     elif name in _INTEGER_ATTRIBUTES:
         optional = name == "sliding_window" and value is None
         minimum = 0 if name == "layer" else 1

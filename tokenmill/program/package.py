@@ -176,7 +176,10 @@ class EnginePackage:
         for name, content in contents.items():
             _check_file(files.title(name), content, config.files[name], verify)
         program = decode_program(bytes(contents[PROGRAM_NAME]), files.title(PROGRAM_NAME))
-        check_program(program, files.title(PROGRAM_NAME))
+        limits = config.limits
+        check_program(
+            program, files.title(PROGRAM_NAME), max_tokens=limits.max_num_tokens, max_rows=limits.max_num_rows
+        )
         weights = read_weight_file(contents[WEIGHTS_NAME], files.title(WEIGHTS_NAME))
         _check_weights(program, weights, config.stripped, files.title(WEIGHTS_NAME))
         others = {name: files.content(name) for name in config.files if name not in (PROGRAM_NAME, WEIGHTS_NAME)}

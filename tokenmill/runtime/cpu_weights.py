@@ -10,10 +10,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from tokenmill.errors import UnsupportedFeatureError
+from tokenmill.errors import EngineFileError, UnsupportedFeatureError
 from tokenmill.ops.cpu.linear_float import pack_float_weight
 from tokenmill.ops.cpu.linear_int8 import LinearWeight
-from tokenmill.ops.cpu.packing import ENCODINGS, PackedWeight, pack_blocks, pack_floats
+from tokenmill.ops.cpu.packing import ENCODINGS, PackedWeight, pack_blocks, pack_floats, packed_bytes
 from tokenmill.program.formats import WEIGHT_FORMATS, rows_nbytes
 from tokenmill.program.program import Weight
 from tokenmill.runtime.cpu_memory import ProgramMemory
@@ -79,7 +79,14 @@ class CpuWeights:
     def _packed(self, weight: Weight, gated: bool) -> Bytes:
         content = self._content(weight.name)
         if weight.layout == (PACKED_GATED if gated else PACKED):
-            return content
+            size = packed_bytes(weight.format, *weight.shape, gated=gated)
+            if content.nbytes < size:  # kernels would read what lies behind it
+                raise EngineFileError(
+                    f"The packed weight '{weight.name}' has {content.nbytes} bytes instead of {size}.",
+                    field="engine",
+                    remedy="Build the engine again with `tokenmill build`.",
+                )
+            return content[:size]
         self._check_rows(weight)
         num_rows, num_columns = weight.shape
         rows = content[: rows_nbytes(weight.format, weight.shape)].reshape(num_rows, -1)

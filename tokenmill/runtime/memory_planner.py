@@ -61,6 +61,7 @@ class MemoryRequest:
         max_num_tokens: tokens of the largest step.
         max_seq_len: tokens of the longest sequence.
         is_cpu: whether the device's memory is the machine's.
+        linear_bytes: bytes of one parameter of the linear layers and experts, if they are quantized.
     """
 
     weight_bytes: int
@@ -69,6 +70,7 @@ class MemoryRequest:
     max_num_tokens: int
     max_seq_len: int
     is_cpu: bool
+    linear_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,7 @@ def plan_memory(
     """
     block = kv_cache_config.tokens_per_block
     kv_bytes_per_token = model.kv_bytes_per_token(request.cache_bytes)
-    weights = model.num_parameters() * request.weight_bytes
+    weights = _weight_bytes(model, request)
     if request.is_cpu and model.tie_word_embeddings:  # the head's matrix is packed; the embedding keeps plain rows
         weights += model.vocab_size * model.hidden_size * request.weight_bytes
     slots = request.max_batch_size * (request.max_seq_len * 8 + -(-request.max_seq_len // block) * 4)
@@ -123,6 +125,13 @@ def plan_memory(
             remedy="Lower kv_cache_config.max_tokens, max_num_tokens or max_batch_size, or use a smaller model.",
         )
     return plan
+
+
+def _weight_bytes(model: ModelConfig, request: MemoryRequest) -> int:
+    """Of the whole model; embedding and output head are not quantized."""
+    embeddings = (1 if model.tie_word_embeddings else 2) * model.vocab_size * model.hidden_size
+    linear_bytes = request.weight_bytes if request.linear_bytes is None else request.linear_bytes
+    return embeddings * request.weight_bytes + (model.num_parameters() - embeddings) * linear_bytes
 
 
 def _num_cache_blocks(

@@ -99,6 +99,15 @@ def resolve_max_seq_len(args: LlmArgs, config: ModelConfig) -> int:
     return args.max_seq_len
 
 
+def has_fp8_weights(checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint's weights are float8 with scales.
+
+    Raises:
+        UnsupportedFeatureError: they are quantized in a way that cannot be read.
+    """
+    return read_format(checkpoint.hf_config, {}) is not None
+
+
 def load_model(
     args: LlmArgs,
     config: ModelConfig,

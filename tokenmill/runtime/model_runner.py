@@ -18,6 +18,7 @@ from tokenmill.engine.plan import BatchPlan, BlockCopy, Row
 from tokenmill.layers.forward_batch import ForwardBatch
 from tokenmill.ops.kv_cache import copy_blocks
 from tokenmill.ops.upload import upload
+from tokenmill.runtime.phases import phase
 from tokenmill.runtime.slot_runner import LaunchedStep, SlotRunner
 from tokenmill.runtime.slot_state import SlotState
 from tokenmill.runtime.step_graphs import StepGraphs, StepResult, StepSize
@@ -117,7 +118,8 @@ class ModelRunner(SlotRunner):
         copy_blocks(self._caches, source, destination)
 
     def _forward(self, inputs: StepInputs) -> torch.Tensor:  # [T, hidden]
-        return self._model(ForwardBatch(inputs.input_ids, inputs.positions, inputs.attention, self._caches))
+        with phase("model"):
+            return self._model(ForwardBatch(inputs.input_ids, inputs.positions, inputs.attention, self._caches))
 
     def _sample(
         self, rows: Sequence[Row], sampled_rows: tuple[int, ...], inputs: StepInputs, hidden: torch.Tensor
@@ -136,7 +138,8 @@ class ModelRunner(SlotRunner):
         """A step of a size that is captured."""
         rows = plan.rows
         sampled_rows = tuple(index for index, row in enumerate(rows) if row.sample)
-        result = graphs.run(rows, size)
+        with phase("launch a graph"):
+            result = graphs.run(rows, size)
         if not sampled_rows:
             return LaunchedStep(plan, (), None, {})
         if result.sampled is not None:

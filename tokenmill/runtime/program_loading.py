@@ -14,7 +14,6 @@ from tokenmill.ops.platform import num_usable_cores
 from tokenmill.program.engine_config import MIN_LOGIT_ROWS
 from tokenmill.program.package import EnginePackage
 from tokenmill.program.program import Program
-from tokenmill.runtime.cpu_program import CpuExecutor
 from tokenmill.runtime.program_executor import ProgramExecutor, TorchExecutor
 from tokenmill.runtime.program_parts import layer_caches
 from tokenmill.runtime.step_arrays import StepArrays
@@ -93,6 +92,8 @@ def load_executor(
         EngineFileError: the engine's weights were stripped.
         UnsupportedFeatureError: it needs kernels that this machine has not.
     """
+    from tokenmill.runtime.cpu_program import CpuExecutor
+
     package.check_runnable()
     return CpuExecutor(package, limits.arrays(), limits.num_blocks, cache_dtype, num_threads or num_usable_cores())
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from tokenmill.engine.plan import BatchPlan, BlockCopy, Row
+from tokenmill.runtime.phases import phase
 from tokenmill.runtime.program_executor import ProgramExecutor, Values
 from tokenmill.runtime.slot_runner import LaunchedStep, SlotRunner
 from tokenmill.runtime.slot_state import SlotState
@@ -54,7 +55,8 @@ class ProgramRunner(SlotRunner):
         with torch.inference_mode():
             self._apply_changes(plan)
         self._executor.arrays.fill(rows, self._token_ids, self._block_tables)
-        logits = self._executor.run()
+        with phase("program"):
+            logits = self._executor.run()
         sampled_rows = tuple(index for index, row in enumerate(rows) if row.sample)
         chosen = rows if len(sampled_rows) == len(rows) else tuple(rows[index] for index in sampled_rows)
         if not any(row.prompt_logprobs for row in rows) and self._sampling.is_plain_greedy([r.slot for r in chosen]):

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from tokenmill.engine.plan import BatchPlan, BlockCopy, NewSlot, Row, RowOutput, StepOutput
+from tokenmill.runtime.phases import phase
 from tokenmill.runtime.slot_state import SlotState
 from tokenmill.sampling.logprobs import LogprobTensors, prompt_logprobs, to_token_logprobs
 from tokenmill.sampling.sampled_tokens import SampledRow, TokenReadback
@@ -82,7 +83,8 @@ class SlotRunner(ABC):
         }
         for index, entries in of_prompts.items():
             outputs[index] = RowOutput(prompt_logprobs=entries)
-        sampled = pending.readback.wait() if pending.readback is not None else []
+        with phase("wait for tokens"):
+            sampled = pending.readback.wait() if pending.readback is not None else []
         if pending.reads_all:
             sampled = [sampled[index] for index in pending.sampled_rows]
         for index, (token_id, logprobs) in zip(pending.sampled_rows, sampled, strict=True):
@@ -102,6 +104,10 @@ class SlotRunner(ABC):
 
     def _apply_changes(self, plan: BatchPlan) -> None:
         """Everything that a plan does before its rows are computed."""
+        with phase("apply changes"):
+            self._change(plan)
+
+    def _change(self, plan: BatchPlan) -> None:
         if plan.block_copies:
             self._copy_blocks(plan.block_copies)
         if plan.new_slots:
@@ -120,14 +126,15 @@ class SlotRunner(ABC):
             slots, positions: [R] int64, where each token goes.
             rows: that sample.
         """
-        sampled = self._sampler.sample(
-            logits,
-            slots,
-            [row.slot for row in rows],
-            positions,
-            self._slots.token_ids,
-            max_position=max(row.start + row.num_tokens for row in rows),
-        )
+        with phase("sample"):
+            sampled = self._sampler.sample(
+                logits,
+                slots,
+                [row.slot for row in rows],
+                positions,
+                self._slots.token_ids,
+                max_position=max(row.start + row.num_tokens for row in rows),
+            )
         self._slots.token_ids[slots, positions] = sampled.token_ids
         return TokenReadback(sampled)
 

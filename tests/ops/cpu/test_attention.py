@@ -79,6 +79,7 @@ def check_steps(
         torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.spec("E1")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim"), [(9, 3, 64), (4, 1, 256), (5, 5, 8), (12, 2, 80), (7, 1, 24)]

@@ -22,7 +22,7 @@ Rules:
 - Scratch memory is given in the row: an address and the bytes per thread.
 - Denormals are zero in every thread.
 
-Where what is: `threads.py` has `OpList` and `ThreadPool`; `packing.py` the layout of packed weights; `activations.py` and
+Where what is: `threads.py` has `OpList` and `ThreadPool`; `packing.py` the layout of weights; `activations.py` and
 `layout.py` that of quantized activations; `linear_int8.py` and `linear_blocks.py` the int8 products; `linear_float.py`
 those of float32 and bfloat16 weights. `elementwise.py` has small examples of kernels. Each module has a function that
 checks and lays out the arguments of a row, such as `linear_arguments`.

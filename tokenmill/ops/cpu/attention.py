@@ -27,7 +27,7 @@ from tokenmill.ops.cpu.attention_arguments import (
     query_len,
     scratch_bytes,
 )
-from tokenmill.ops.cpu.attention_decode import combine_row, decode_split, list_split, num_splits
+from tokenmill.ops.cpu.attention_decode import combine_row, decode_split, list_split, num_splits, prefetch_split
 from tokenmill.ops.cpu.attention_prefill import prefill_tile
 from tokenmill.ops.cpu.attention_tiles import GROUP, QUERY_TILE, VECTOR_BYTES
 from tokenmill.ops.cpu.cache_layout import CacheLocation, kv_len
@@ -143,7 +143,9 @@ def attention(thread: int, num_threads: int, row: int) -> None:
                     prefill_tile(row, scratch, sequence, kv_head, item)
                     continue
                 groups = list_split(row, ahead, sequence, kv_head, item)
-                if waiting >= 0:
+                if waiting < 0:
+                    prefetch_split(row, ahead)
+                else:
                     decode_split(row, scratch, waiting, waiting_head, waiting_groups, waiting_slot, table, ahead)
                 waiting, waiting_head, waiting_groups = sequence, kv_head, groups
                 waiting_slot = slot + item if splits > 1 else -1

@@ -34,7 +34,9 @@ from tokenmill.ops.cpu.attention_arguments import (
     round16,
 )
 from tokenmill.ops.cpu.attention_tiles import (
+    ENTRY_COUNT,
     ENTRY_POSITION,
+    ENTRY_VALUES,
     GROUP,
     GROUP_ENTRY,
     ROWS_PER_TILE,
@@ -46,7 +48,7 @@ from tokenmill.ops.cpu.attention_tiles import (
 from tokenmill.ops.cpu.cache_layout import kv_len, query_start
 from tokenmill.ops.cpu.intrinsics import argument, float_argument
 from tokenmill.ops.cpu.jit import device
-from tokenmill.ops.cpu.scalars import load_i64, store_i64
+from tokenmill.ops.cpu.scalars import load_i64, prefetch, store_i64
 from tokenmill.ops.cpu.simd import (
     add,
     broadcast,
@@ -110,6 +112,23 @@ def list_split(row: int, table: int, sequence: int, kv_head: int, split: int) ->
             value = load_i64(table + (num_groups - 1) * GROUP_ENTRY + offset)
             store_i64(table + index * GROUP_ENTRY + offset, value)
     return num_groups
+
+
+@device
+def prefetch_split(row: int, table: int) -> None:
+    """Ask for all keys, then all values of a split."""
+    elements = argument(row, HEAD_DIM) >> argument(row, IS_PAIRS)
+    key_stride = round16(argument(row, TOKENS_PER_BLOCK)) * 4
+    value_stride = round16(argument(row, HEAD_DIM)) * 4
+    for index in range(DECODE_GROUPS):
+        keys = load_i64(table + index * GROUP_ENTRY)
+        for element in range(elements):
+            prefetch(keys + element * key_stride)
+    for index in range(DECODE_GROUPS):
+        entry = table + index * GROUP_ENTRY
+        values = load_i64(entry + ENTRY_VALUES)
+        for place in range(values, values + load_i64(entry + ENTRY_COUNT) * value_stride, VECTOR_BYTES):
+            prefetch(place)
 
 
 @device

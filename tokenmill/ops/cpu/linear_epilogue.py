@@ -9,7 +9,8 @@ from tokenmill.ops.cpu.intrinsics import argument, device_panel_width
 from tokenmill.ops.cpu.jit import device
 from tokenmill.ops.cpu.layout import COLUMN_NUM_TOKENS, FIRST_ARGUMENT, GROUP_SIZE
 from tokenmill.ops.cpu.packing import ROW_BLOCK
-from tokenmill.ops.cpu.simd import add, load, load_first, multiply, store_first
+from tokenmill.ops.cpu.panels import TILE_STRIDE, clear_tile, store_panel_group, tile_memory
+from tokenmill.ops.cpu.simd import add, load, load_first, multiply, store, store_first
 from tokenmill.ops.cpu.vector_math import gelu_tanh, silu
 
 # Columns of the op row.
@@ -83,19 +84,36 @@ def gated_value(row: int, totals: int, block: int, pair: int):  # type: ignore[n
 
 @device
 def finish_gated(row: int, totals: int, first_token: int, num_tokens: int, chunk: int) -> None:
-    """Finish and store 32 columns of some tokens, from sums [num_tokens, 4, 16] of gate, up, gate, up."""
+    """Finish and store 32 columns of some tokens, from sums [num_tokens, 4, 16] of gate, up, gate, up.
+
+    Panels that lie among these tokens are quantized as a whole, of others a token at a time; the result is the same.
+    """
     num_columns, num_groups = argument(row, NUM_COLUMNS), argument(row, OUTPUT_GROUPS)
     output, output_stride = argument(row, OUTPUT), argument(row, OUTPUT_STRIDE)
-    width = device_panel_width(argument(row, COLUMN_NUM_TOKENS))
-    for token in range(first_token, first_token + num_tokens):
+    last = argument(row, COLUMN_NUM_TOKENS)
+    width = device_panel_width(last)
+    tile = tile_memory()
+    if num_groups != 0 and width > 1:
+        clear_tile(tile)
+    end = first_token + num_tokens
+    for token in range(first_token, end):
         low = gated_value(row, totals, 2 * chunk, 0)
         high = gated_value(row, totals, 2 * chunk + 1, 1)
         totals += 4 * BLOCK_TOTALS
-        if num_groups != 0:
-            store_group(group_address(output, num_groups, width, token, chunk), width, token % width, low, high)
+        if num_groups == 0:
+            place = output + token * output_stride + chunk * GROUP_SIZE * 4
+            rest = num_columns - chunk * GROUP_SIZE
+            store_first(place, low, min(rest, ROW_BLOCK))
+            if rest > ROW_BLOCK:
+                store_first(place + BLOCK_TOTALS, high, min(rest - ROW_BLOCK, ROW_BLOCK))
             continue
-        place = output + token * output_stride + chunk * GROUP_SIZE * 4
-        rest = num_columns - chunk * GROUP_SIZE
-        store_first(place, low, min(rest, ROW_BLOCK))
-        if rest > ROW_BLOCK:
-            store_first(place + BLOCK_TOTALS, high, min(rest - ROW_BLOCK, ROW_BLOCK))
+        record = group_address(output, num_groups, width, token, chunk)
+        lane = token % width
+        panel_end = min(token - lane + width, last)
+        if width == 1 or token - lane < first_token or panel_end > end:
+            store_group(record, width, lane, low, high)
+            continue
+        store(tile + lane * TILE_STRIDE, low)
+        store(tile + lane * TILE_STRIDE + TILE_STRIDE // 2, high)
+        if token == panel_end - 1:
+            store_panel_group(record, width, tile)

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from tokenmill.ops.cpu.simd import F32, I8, I16, I32, I64, float32, int64, none, operation
+from tokenmill.ops.cpu.simd import F32, I8, I16, I32, I64, declare, float32, int64, none, operation
+
+
+def emit_prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
+    """Start to bring the cache line at an address to the second-level cache."""
+    pointer = builder.inttoptr(address, I8.as_pointer())
+    function = declare(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer.type, I32, I32, I32])
+    builder.call(function, [pointer, I32(0), I32(2), I32(1)])
 
 
 @operation(int64, int64)
@@ -53,6 +60,12 @@ def load_i8(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
 def load_f16(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
     """The float16 at an address."""
     return builder.fpext(builder.load(builder.inttoptr(address, ir.HalfType().as_pointer()), align=1), F32)
+
+
+@operation(none, int64)
+def prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
+    """Start to bring the cache line at an address to the second-level cache."""
+    emit_prefetch(builder, address)
 
 
 @operation(float32, int64)

@@ -15,7 +15,8 @@ from llvmlite import ir
 
 from tokenmill.ops.cpu import simd
 from tokenmill.ops.cpu.cpu_features import host_features
-from tokenmill.ops.cpu.simd import F32, F32X16, I8, I32, I64, call, constant, declare, load_vector, splat
+from tokenmill.ops.cpu.scalars import emit_prefetch
+from tokenmill.ops.cpu.simd import F32, F32X16, I32, I64, call, constant, load_vector, splat
 
 ElementKind: TypeAlias = Literal["float32", "bfloat16_pair", "mixed_pair"]
 
@@ -138,13 +139,6 @@ def tile_loop(
     builder.cbranch(builder.icmp_signed("<", following, count), body, after)
     builder.position_at_end(after)
     return results
-
-
-def emit_prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
-    """Start to bring the cache line at an address to the second-level cache."""
-    pointer = builder.inttoptr(address, I8.as_pointer())
-    function = declare(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer.type, I32, I32, I32])
-    builder.call(function, [pointer, I32(0), I32(2), I32(1)])
 
 
 def zeros(rows: int, vectors: int) -> list[list[ir.Value]]:

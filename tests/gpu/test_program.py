@@ -1,0 +1,59 @@
+"""Built engines on a GPU: the tokens of the CPU, with CUDA graphs and without, under every way of scheduling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.gpu.test_engine import PROMPTS, WAYS, make_llm, tokens_of
+from tests.support.tiny_checkpoint import write_tiny_model
+from tokenmill import LLM, SamplingParams
+from tokenmill.builder.build import build
+
+pytestmark = [pytest.mark.gpu, pytest.mark.spec("C1")]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _exact_float32() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.fixture(scope="module")
+def expected(model_dir: Path) -> list[list[int]]:
+    with make_llm(model_dir, device="cpu", backend="torch") as llm:
+        return tokens_of(llm)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_greedy_tokens_are_those_of_the_torch_backend(model_dir: Path, expected: list[list[int]], way: str) -> None:
+    with make_llm(model_dir, backend="engine", **WAYS[way]) as llm:
+        assert llm.description.backend == "engine"
+        assert llm.description.device.startswith("cuda")
+        assert tokens_of(llm) == expected
+        if way == "preempted":
+            assert llm.stats().num_preemptions > 0
+        assert tokens_of(llm) == expected  # a second time: on used slots, blocks and graphs
+        llm.check_integrity()
+
+
+def test_an_engine_directory_and_quantized_weights(model_dir: Path, expected: list[list[int]], tmp_path: Path) -> None:
+    folder = build(model_dir, device="cuda", dtype="float32", max_seq_len=512).save(tmp_path / "engine")
+    with LLM(folder) as llm:
+        assert tokens_of(llm) == expected
+    params = SamplingParams(max_tokens=1, logprobs=0)
+    with make_llm(model_dir, backend="engine") as exact, make_llm(model_dir, quantization="q8_0", dtype="auto") as llm:
+        pairs: Any = zip(exact.generate(PROMPTS, params), llm.generate(PROMPTS, params), strict=True)
+        differences = [abs(a.outputs[0].cumulative_logprob - b.outputs[0].cumulative_logprob) for a, b in pairs]
+    assert max(differences) < 0.3
