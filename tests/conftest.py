@@ -1,8 +1,29 @@
-"""Rules for the whole test suite: tests marked `gpu` are skipped where there is no GPU."""
+"""Rules for the whole test suite: tests marked `gpu` are skipped where there is no GPU, and no test leaves an engine
+in the user's cache folder."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+
+from tokenmill.env import read_environment
+
+SHARED_CACHES = ("models", "native", "captures")
+"""Folders of the cache that tests use as they are: what lies there is the same for everybody."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache folder for this run, with the downloads and compiled kernels of the real one."""
+    real = read_environment().cache_dir
+    own = tmp_path_factory.mktemp("cache")
+    for name in SHARED_CACHES:
+        (real / name).mkdir(parents=True, exist_ok=True)
+        (own / name).symlink_to(real / name, target_is_directory=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TOKENMILL_CACHE", str(own))
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

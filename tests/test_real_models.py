@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.support.prompts import PROMPTS
 from tests.support.tiny_models import CPU, all_logits, relative_error, sequences_for
 from tokenmill import LLM, KvCacheConfig, SamplingParams, SchedulerConfig
 from tokenmill.attention.select import select_backend
+from tokenmill.builder.build import build
 from tokenmill.checkpoints.base import open_checkpoint
 from tokenmill.checkpoints.loading import load_weights
 from tokenmill.checkpoints.resolve import resolve_model
@@ -22,6 +24,8 @@ from tokenmill.errors import ModelNotFoundError
 from tokenmill.layers.context import LayerContext
 from tokenmill.layers.weights import finalize_weights, weight_targets
 from tokenmill.models import ModelConfig, load_model_class
+from tokenmill.runtime.session import Session
+from tokenmill.tokenization import load_tokenizer
 
 pytestmark = pytest.mark.real_model
 
@@ -136,3 +140,60 @@ def test_logits_of_real_weights_are_those_of_transformers(alias: str) -> None:
     logits = all_logits(model, sequences_for(model), [("row", token_list)])
     assert relative_error(logits, reference) < 1e-4
     assert logits.argmax(-1).tolist() == reference.argmax(-1).tolist()
+
+
+@pytest.mark.spec("D1")
+def test_torch_and_engine_give_the_same_tokens(demo: LLM, expected: list[list[int]]) -> None:
+    assert demo.description.backend == "engine"
+    with demo_llm(backend="torch", device="cpu") as llm:
+        assert llm.description.backend == "torch"
+        assert token_ids(llm.generate(list(PROMPTS), GREEDY, use_tqdm=False)) == expected
+
+
+def text_tokens(tokenizer: Any, count: int) -> list[int]:
+    """Tokens of real text: this project's own documents."""
+    docs = Path(__file__).parents[1] / "docs"
+    text = "\n".join((docs / name).read_text(encoding="utf-8") for name in ("architecture.md", "log.md", "errors.md"))
+    ids: list[int] = tokenizer.encode(text)
+    assert len(ids) >= count
+    return ids[:count]
+
+
+@pytest.mark.spec("D1", "E4")
+@pytest.mark.parametrize(
+    ("alias", "quantization"), [("smollm2:135m", "auto"), ("smollm2:135m", "int8"), ("gemma3:270m", "auto")]
+)
+def test_integer_products_are_near_float_math_on_the_same_values(alias: str, quantization: str) -> None:
+    """The file's own 4-bit values, and int8: logits of 1,000 positions of text against float math on these values."""
+    path = model_file(alias)
+    token_list = text_tokens(load_tokenizer(path), 1000)
+    logits = engine_logits(path, token_list, quantization=quantization), exact_logits(path, tuple(token_list))
+    found, exact = (one - one.mean(1, keepdim=True) for one in logits)  # the softmax sees no common offset
+    error = ((found - exact).norm() / exact.norm()).item()
+    agreement = (found.argmax(1) == exact.argmax(1)).float().mean().item()
+    assert error <= 0.1
+    assert agreement >= 0.93
+
+
+@cache
+def exact_logits(path: Path, token_list: tuple[int, ...]) -> torch.Tensor:
+    """The same in float32."""
+    return engine_logits(path, list(token_list), quantization="none", dtype="float32")
+
+
+def engine_logits(path: Path, token_list: list[int], **options: Any) -> torch.Tensor:
+    """[T, V] by a built engine, 250 positions after another."""
+    engine = build(path, device="cpu", capture="dispatch", opt_level=1, max_seq_len=1024, max_batch_size=256, **options)
+    session = Session(engine, num_blocks=40)
+    parts = []
+    for start in range(0, len(token_list), 250):
+        tokens = token_list[start : start + 250]
+        step = {
+            "token_ids": tokens,
+            "query_start": [0, len(tokens)],
+            "kv_lens": [start + len(tokens)],
+            "block_tables": [list(range(1, 33))],
+            "row_index": list(range(len(tokens))),
+        }
+        parts.append(torch.from_numpy(session.run(step)["logits"]))
+    return torch.cat(parts)

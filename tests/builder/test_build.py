@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.checkpoints.gguf_files import tiny_model, write_model
-from tests.models.test_logits import COMPILED_CASES
+from tests.models.test_logits import CASES
 from tests.support.changed_checkpoints import EXPECTED, ROWS, changed_checkpoint
 from tests.support.paged_cache import PagedSequences
 from tests.support.tiny_checkpoint import write_tiny_model
@@ -84,9 +84,9 @@ def hf_logits(model: Any, token_ids: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.spec("D2")
-@pytest.mark.parametrize("case", COMPILED_CASES)
+@pytest.mark.parametrize("case", CASES)
 def test_an_engine_computes_what_transformers_does(case: str, tmp_path: Path) -> None:
-    model_type, changes = COMPILED_CASES[case]
+    model_type, changes = CASES[case]
     hf_model = tiny_hf_model(model_type, **changes)
     hf_model.save_pretrained(tmp_path)
     engine = build(tmp_path, dtype="float32", **ROWS)

@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.programs import ARCHITECTURES, captured, tiny_model
+from tests.support.programs import ARCHITECTURES, captured, tensors_of, tiny_model
 from tests.support.tiny_models import TINY_SIZES, tiny_hf_config
 from tokenmill.builder.capture import capture, parameters_of
 from tokenmill.builder.importer import Parameter, import_recording
-from tokenmill.builder.recording import META, Call, CapturedAttention, RecordedTensor, Recording, export, record
+from tokenmill.builder.recording import Call, RecordedTensor, Recording, capture_context, export, record
 from tokenmill.errors import UnsupportedFeatureError
-from tokenmill.layers.context import LayerContext
 from tokenmill.layers.forward_batch import ForwardBatch
 from tokenmill.layers.rope import inverse_frequencies
 from tokenmill.layers.rope_config import RopeConfig
@@ -37,8 +36,7 @@ def test_export_and_dispatch_give_the_same_graph(name: str) -> None:
 def meta_model(hf_model: Any) -> CausalLM:
     """tokenmill's model of the same configuration, without values."""
     config = ModelConfig.from_hf(hf_model.config.to_dict())
-    context = LayerContext(dtype=torch.float32, device=META, backend=CapturedAttention())
-    return load_model_class(config.model_type)(config, context)
+    return load_model_class(config.model_type)(config, capture_context(torch.float32))
 
 
 class LooksAtTheNumberOfTokens(LlamaForCausalLM):
@@ -110,9 +108,11 @@ def test_every_tensor_of_the_checkpoint_is_a_weight_of_its_own(name: str) -> Non
     hf_model = tiny_model(name)
     graph = captured(hf_model)
     parts = [part for weight in graph.weights.values() for part in weight.parts]
-    tensors = dict(hf_model.named_parameters())  # tied ones once
+    tensors = tensors_of(hf_model)
     assert {part.name: part.num_rows for part in parts} == {one: tensor.shape[0] for one, tensor in tensors.items()}
-    assert all(len(weight.parts) == 1 for weight in graph.weights.values() if weight.name not in graph.constants)
+    stacks = {name for node in graph.nodes_of_kind("experts") for name in node.weights.values()}
+    several = {weight.name for weight in graph.weights.values() if len(weight.parts) > 1}
+    assert several == stacks
 
 
 def test_rows_of_values_are_symbols() -> None:

@@ -205,7 +205,8 @@ def test_what_was_measured_elsewhere_or_for_another_shape_is_not_used(names: lis
     assert KernelChoices().linear(WEIGHT, one_token=False) is None
 
 
-def test_an_engine_brings_its_times_along(tuned: Engine, tmp_path: Path) -> None:
+def test_an_engine_brings_its_times_along(tuned: Engine, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     if "timing.cache" not in tuned.files:
         pytest.skip("This CPU has one variant only.")
     loaded = Engine.load(tuned.save(tmp_path / "engine"))
@@ -213,3 +214,4 @@ def test_an_engine_brings_its_times_along(tuned: Engine, tmp_path: Path) -> None
     for engine in (tuned, loaded):
         assert KernelChoices.of(engine, 1).linear(weight, one_token=False) is not None
         assert KernelChoices.of(engine, 7).linear(weight, one_token=False) is None
+    assert [record.message.count("7 threads") for record in caplog.records if "measured on" in record.message] == [1, 1]

@@ -13,6 +13,8 @@ from tokenmill.config import LlmArgs
 from tokenmill.executor import engine_source
 from tokenmill.executor.engine_source import EngineTarget, open_engine
 
+pytestmark = pytest.mark.spec("D1")
+
 TARGET = EngineTarget("cpu", max_batch_size=4, max_num_tokens=64, max_seq_len=128)
 
 

@@ -12,12 +12,13 @@ from tests.support.single_thread import single_thread
 from tests.support.tiny_checkpoint import write_tiny_model
 from tests.support.tiny_programs import tiny_package
 from tokenmill import LLM, KvCacheConfig, SamplingParams, SchedulerConfig
+from tokenmill.builder.build import build
 from tokenmill.checkpoints.base import open_checkpoint
 from tokenmill.config import CapacitySchedulerPolicy
-from tokenmill.errors import InvalidParameterError, UnsupportedFeatureError
+from tokenmill.errors import InvalidParameterError, PromptTooLongError, UnsupportedFeatureError
 from tokenmill.program.package import EnginePackage
 
-pytestmark = pytest.mark.spec("D5", "H3")
+pytestmark = pytest.mark.spec("D1", "H3")
 
 LENGTHS = (1, 2, 7, 31, 32, 33, 64, 100, 150, 3, 17)
 PROMPTS = [[(7 * index + 13 * length) % 300 for index in range(length)] for length in LENGTHS]
@@ -168,3 +169,12 @@ def test_quantizing_changes_the_logits_a_little(model_dir: Path, torch_llm: LLM)
     ]
     assert len(differences) >= len(PROMPTS) - 2
     assert 0.0 < max(differences) < 0.5
+
+
+def test_prompts_longer_than_the_engine_was_built_for_are_refused(model_dir: Path, tmp_path: Path) -> None:
+    engine = build(model_dir, max_input_len=5, max_seq_len=64, max_batch_size=2, capture="dispatch", opt_level=1)
+    params = SamplingParams(max_tokens=3, ignore_eos=True)
+    with LLM(engine.save(tmp_path / "engine")) as llm:
+        assert len(llm.generate([1, 2, 3, 4, 5], params).outputs[0].token_ids) == 3
+        with pytest.raises(PromptTooLongError, match="built for 5 at most"):
+            llm.generate([1, 2, 3, 4, 5, 6], params)

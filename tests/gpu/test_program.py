@@ -14,7 +14,7 @@ from tests.support.tiny_checkpoint import write_tiny_model
 from tokenmill import LLM, SamplingParams
 from tokenmill.builder.build import build
 
-pytestmark = [pytest.mark.gpu, pytest.mark.spec("D5")]
+pytestmark = [pytest.mark.gpu, pytest.mark.spec("C1")]
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import json
+import random
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from tests.support.tiny_checkpoint import write_tiny_model
 from tests.support.tiny_packages import tiny_package
 from tokenmill.errors import EngineFileError
 from tokenmill.program.checks import check_program
+from tokenmill.program.encoding import decode_program, encode_program
 from tokenmill.program.operation_sizes import COLUMN_RULES
 from tokenmill.program.program import OPERATIONS, Buffer, Operand, Operation, Program, Weight, WeightPart
 
@@ -229,3 +232,36 @@ def test_gated_linear_and_fused_norm_of_heads() -> None:
         check_program(change_operation(program, "w", attributes={"layer": 0, "head_dim": 4}))
     with pytest.raises(EngineFileError, match="cannot be halved"):
         check_program(change_weight(program, "head", shape=(7, 8)))
+
+
+VALUES = (
+    *(None, 0, 1, -1, 2, 7, 1 << 40, -(1 << 70), 1.5, "", "x", "tokens", "rows", "int32", "float32", "int8_group32"),
+    *("q4_k", "linear", "add", True, [], {}, [1], {"a": 1}, "packed", "model.norm.weight", "logits"),
+)
+
+
+def test_random_changes_are_refused_or_another_right_program(program: Program) -> None:
+    """With a right checksum, too, nothing in program.json ends in another error than the one that names the file."""
+    plain, rng = json.loads(encode_program(program)), random.Random(0)
+    places = list(entries(plain))
+    num_refused = 0
+    for _ in range(300):
+        container, key = rng.choice(places)
+        before = container[key]
+        container[key] = rng.choice(VALUES)
+        try:
+            check_program(decode_program(json.dumps(plain).encode(), "x"), "x", max_tokens=64, max_rows=16)
+        except EngineFileError as error:
+            assert str(error).startswith("x")
+            num_refused += 1
+        finally:
+            container[key] = before
+    assert num_refused > 250
+
+
+def entries(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every place in a JSON value: a list or object, and the index or key."""
+    for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
+        yield value, key
+        if isinstance(entry, dict | list):
+            yield from entries(entry)

@@ -56,6 +56,17 @@ def test_attention(step: StepSize, window: int | None, pairs: int, cached: int) 
     assert cost.activation_bytes == step.num_tokens * 96 * 4 * 2 + cached * 2 * 16 * 2 * step.cache_nbytes
 
 
+def test_experts_are_read_if_a_token_chose_them() -> None:
+    weights = {"gate_up": Weight("g", (8 * 2 * 24, 32)), "down": Weight("d", (8 * 32, 24))}
+    attributes = {"num_experts": 8, "top_k": 2, "normalize": True, "activation": "silu"}
+    inputs = {"x": tokens(32), "router_logits": tokens(8)}
+    nbytes = 8 * 3 * 24 * 32 * 4
+    for step, share in ((DECODE, 2 / 8), (PREFILL, 1 - (6 / 8) ** 40)):
+        cost = operation_cost("experts", inputs, {"y": tokens(32)}, weights, attributes, step)
+        assert cost.weight_bytes == pytest.approx(share * nbytes, abs=1)
+        assert cost.flops == 2 * step.num_tokens * 2 * 3 * 24 * 32
+
+
 def test_writes_to_the_cache_count_what_is_written() -> None:
     cost = operation_cost("write_cache", {"key": tokens(32), "value": tokens(32)}, {}, {}, {"layer": 0}, BATCH)
     assert cost == Cost(0, 8 * 64 * 4 + 8 * 64 * 2, 0)
@@ -92,7 +103,7 @@ def test_layers_are_added_up() -> None:
 
 def test_every_kind_has_a_cost() -> None:
     """Of operations that compute, the number of floating-point operations is not forgotten."""
-    moves = {"embedding", "copy", "select_rows", "write_cache", "linear", "attention"}
+    moves = {"embedding", "copy", "select_rows", "write_cache", "linear", "attention", "experts"}
     for kind in OPERATIONS.keys() - moves:
         roles = {role.removesuffix("?"): tokens(32) for role in OPERATIONS[kind].inputs}
         cost = operation_cost(kind, roles, {"y": tokens(32)}, {}, {}, DECODE)

@@ -282,6 +282,26 @@ def test_a_flipped_byte_in_a_buffer_is_found(package: EnginePackage) -> None:
         EnginePackage.from_buffer(bytes(buffer))
 
 
+def test_random_damage_is_refused_or_harmless(package: EnginePackage) -> None:
+    """Fillers of the archive may change; nothing else that is wrong may go unnoticed, or end in another error."""
+    buffer, rng = package.to_buffer(), np.random.default_rng(0)
+    num_refused = 0
+    for _ in range(200):
+        damaged = bytearray(buffer)
+        for _ in range(rng.integers(1, 4)):
+            in_header = rng.random() < 0.5
+            position = (
+                rng.integers(len(buffer) // 512) * 512 + rng.integers(512) if in_header else rng.integers(len(buffer))
+            )
+            damaged[position] = rng.integers(256)
+        length = rng.integers(len(damaged)) if rng.random() < 0.2 else len(damaged)
+        try:
+            assert EnginePackage.from_buffer(bytes(damaged[:length])).program == package.program
+        except EngineFileError:
+            num_refused += 1
+    assert num_refused > 150
+
+
 def test_archives_with_links_are_refused() -> None:
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as archive:

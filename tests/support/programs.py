@@ -8,12 +8,15 @@ from typing import Any, Literal
 import torch
 
 from tests.support.paged_cache import PagedSequences
-from tests.support.tiny_models import tiny_hf_model
+from tests.support.tiny_models import tiny_hf_model, unstacked
 from tokenmill.builder.capture import capture
 from tokenmill.builder.graph import Graph
 from tokenmill.builder.lowering import lower
 from tokenmill.builder.memory_plan import plan_memory
 from tokenmill.builder.passes import run_passes
+from tokenmill.builder.recording import capture_context
+from tokenmill.layers.weights import weight_targets
+from tokenmill.models import load_model_class
 from tokenmill.models.config import ModelConfig
 from tokenmill.program.checks import check_program
 from tokenmill.program.program import Program
@@ -28,6 +31,11 @@ ARCHITECTURES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "llama_yarn": ("llama", {"rope_parameters": {**YARN_ROPE, "mscale": 1.0, "mscale_all_dim": 0.7}}),
     "mistral": ("mistral", SLIDING),
     "qwen2": ("qwen2", {**SLIDING, "use_sliding_window": True, "max_window_layers": 1}),
+    "mixtral": ("mixtral", SLIDING),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"decoder_sparse_step": 2, "num_hidden_layers": 4, "mlp_only_layers": [3], "norm_topk_prob": True},
+    ),
     "qwen3": ("qwen3", {"tie_word_embeddings": True, "attention_bias": True}),
     "gemma3": (
         "gemma3_text",
@@ -59,8 +67,17 @@ def compiled(graph: Graph, disabled: Collection[str] = (), *, max_tokens: int = 
     return plan_memory(program, max_tokens=max_tokens, max_rows=max_tokens)
 
 
-def program_weights(program: Program, graph: Graph, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Every weight in float32, from the tensors of a checkpoint."""
+def tensors_of(hf_model: Any) -> dict[str, torch.Tensor]:
+    """The weights of the transformers model under tokenmill's names, tied ones once."""
+    config = ModelConfig.from_hf(hf_model.config.to_dict())
+    model = load_model_class(config.model_type)(config, capture_context(torch.float32))
+    tensors = unstacked(model, hf_model.state_dict())
+    return {name: tensor for name, tensor in tensors.items() if name in weight_targets(model)}
+
+
+def program_weights(program: Program, graph: Graph, hf_model: Any) -> dict[str, torch.Tensor]:
+    """Every weight in float32, from the transformers model."""
+    state_dict = tensors_of(hf_model)
     found = {}
     for weight in program.weights:
         if weight.name in graph.constants:

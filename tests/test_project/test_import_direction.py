@@ -100,7 +100,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "sampling",
     ),
     "engine.plan": (),  # what crosses the Runner seam
-    "builder": ("attention.base", "checkpoints", "layers", "models", "ops", "ops.platform", "program"),
+    "builder": ("attention.base", "checkpoints", "layers", "models", "ops", "ops.platform", "program", "quantization"),
     "program": (),  # what crosses from the builder to the executors of programs
     "program.reference": ("attention", "attention.base", "ops", "program"),  # what each operation means
     "engine.request": (),  # what a caller asks for

@@ -6,6 +6,7 @@ The model is built on the meta device, one of its steps is recorded (`recording.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -14,9 +15,8 @@ import torch
 from tokenmill.builder.capture_proofs import CaptureProofs
 from tokenmill.builder.graph import Graph, diff
 from tokenmill.builder.importer import Parameter, import_recording
-from tokenmill.builder.recording import META, CapturedAttention, export, record
+from tokenmill.builder.recording import capture_context, export, record
 from tokenmill.errors import UnsupportedFeatureError
-from tokenmill.layers.context import LayerContext
 from tokenmill.layers.weights import weight_targets
 from tokenmill.models import load_model_class
 from tokenmill.models.base import CausalLM
@@ -43,14 +43,7 @@ def capture(
     Raises:
         UnsupportedFeatureError: the model does something that programs cannot do.
     """
-    if config.moe is not None:
-        raise UnsupportedFeatureError(
-            f"Models with experts ({config.model_type}) cannot be compiled.",
-            field="model",
-            remedy="Run the model with backend='torch'.",
-        )
-    context = LayerContext(dtype=dtype, device=META, backend=CapturedAttention())
-    model = load_model_class(config.model_type)(config, context).eval()
+    model = load_model_class(config.model_type)(config, capture_context(dtype)).eval()
     parameters = parameters_of(model)
     graph = import_recording(record(model), parameters)
     graph.check()
@@ -84,6 +77,7 @@ def parameters_of(model: CausalLM) -> dict[str, Parameter]:
     found = {}
     for name, parameter in model.named_parameters():
         placed = sorted(parts[parameter.untyped_storage()._cdata], key=lambda one: one[0])
-        assert sum(part.num_rows for _, part in placed) == parameter.shape[0], f"{name} is not filled"
+        num_rows = parameter.shape[0] if parameter.dim() == 1 else math.prod(parameter.shape[:-1])
+        assert sum(part.num_rows for _, part in placed) == num_rows, f"{name} is not filled"
         found[name] = Parameter(tuple(parameter.shape), tuple(part for _, part in placed))
     return found

@@ -58,7 +58,9 @@ def choose_formats(
         dtype: of weights that are not quantized.
     """
     wanted = "int8_group32" if quantization == "int8" else quantization
-    linear = _tensors_of(graph, (("linear", "weight"),))
+    linear = _tensors_of(graph, (("linear", "weight"), ("experts", "gate_up"), ("experts", "down")))
+    for name in _routers(graph):  # a router's few rows decide which experts answer: they stay as they are
+        del linear[name]
     tables = _tensors_of(graph, (("embedding", "table"),))
     notices = _Notices()
     formats: dict[str, str] = {}
@@ -73,6 +75,14 @@ def choose_formats(
             formats[name] = FALLBACK
             notices.add(f"of {num_columns} columns cannot be {wanted}: stored as {FALLBACK}")
     return FormatChoice(formats, notices.lines(), _summary(formats[name] for name in linear))
+
+
+def _routers(graph: Graph) -> list[str]:
+    """Names of the tensors that choose experts."""
+    producers = graph.producers()
+    nodes = [producers[node.inputs["router_logits"]] for node in graph.nodes_of_kind("experts")]
+    weights = [graph.weights[node.weights["weight"]] for node in nodes if node.kind == "linear"]
+    return [part.name for weight in weights for part in weight.parts]
 
 
 def _own_format(source: WeightSource, name: str, num_columns: int, dtype: str, notices: _Notices) -> str:

@@ -42,6 +42,15 @@ def import_recording(recording: Recording, parameters: Mapping[str, Parameter]) 
     return importer.graph(recording)
 
 
+@dataclass(frozen=True, slots=True)
+class _Routing:
+    """How the experts of each token are chosen."""
+
+    logits: Value
+    top_k: int
+    normalize: bool
+
+
 @dataclass(slots=True)
 class _Importer:
     recording: Recording
@@ -51,6 +60,7 @@ class _Importer:
     constants: dict[str, tuple[float, ...]] = field(default_factory=dict)
     values: dict[RecordedTensor, Value] = field(default_factory=dict)
     weight_names: dict[RecordedTensor, str] = field(default_factory=dict)
+    routings: dict[RecordedTensor, _Routing] = field(default_factory=dict)
     names: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -120,6 +130,14 @@ class _Importer:
             return name
         (part,) = self.parameters[name].parts
         return self.add_weight(part, self.parameters[name].shape)
+
+    def stacked_weight(self, tensor: RecordedTensor) -> str:
+        """The weight that is a parameter of several matrices, all their rows below each other."""
+        name = self.weight_names[tensor]
+        parameter = self.parameters[name]
+        num_rows = sum(part.num_rows for part in parameter.parts)
+        self.weights[name] = Weight(name, (num_rows, parameter.shape[-1]), parts=parameter.parts)
+        return name
 
     def add_weight(self, part: WeightPart, shape: Sequence[int]) -> str:
         """The weight that is one checkpoint tensor."""
@@ -306,6 +324,30 @@ def _gated_activation(importer: _Importer, call: Call) -> None:
     )
 
 
+def _route(importer: _Importer, call: Call) -> None:
+    """Nothing by itself: `experts` chooses them."""
+    logits, top_k, normalize = call.arguments
+    routing = _Routing(importer.value(logits, call), top_k, normalize)
+    importer.routings.update((output, routing) for output in call.outputs)
+
+
+def _experts(importer: _Importer, call: Call) -> None:
+    x, experts, _, gate_up, down, activation = call.arguments
+    routing = importer.routings[experts]
+    value = importer.value(x, call)
+    importer.values[call.outputs[0]] = importer.add_node(
+        "experts",
+        call.module,
+        {"x": value, "router_logits": routing.logits},
+        value.columns,
+        weights={"gate_up": importer.stacked_weight(gate_up), "down": importer.stacked_weight(down)},
+        num_experts=routing.logits.columns,
+        top_k=routing.top_k,
+        normalize=routing.normalize,
+        activation=activation,
+    )
+
+
 def _select_rows(importer: _Importer, call: Call) -> None:
     x, dim, row_index = call.arguments
     if dim != 0:
@@ -355,10 +397,12 @@ _HANDLERS: Mapping[str, Callable[[_Importer, Call], None]] = {
     "aten.slice.Tensor": _slice,
     "tokenmill.apply_rope.default": _rope,
     "tokenmill.attention.default": _attention,
+    "tokenmill.experts.default": _experts,
     "tokenmill.gated_activation.default": _gated_activation,
     "tokenmill.linear.default": _linear,
     "tokenmill.rms_norm.default": _rms_norm,
     "tokenmill.rotation.default": _rotation,
+    "tokenmill.route.default": _route,
     "tokenmill.soft_cap.default": _soft_cap,
 }
 """What each call becomes, by the operator's name."""

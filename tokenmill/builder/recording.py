@@ -20,9 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenmill.attention.base import AttentionMetadata, AttentionSpec, LayerCache
 from tokenmill.errors import UnsupportedFeatureError
+from tokenmill.layers.context import LayerContext
 from tokenmill.layers.forward_batch import ForwardBatch
+from tokenmill.layers.moe import Experts
 from tokenmill.models.base import CausalLM
+from tokenmill.ops.moe import Routing
 from tokenmill.program.program import Dim
+from tokenmill.quantization.base import ExpertParameter, ExpertSizes
+from tokenmill.quantization.unquantized import UnquantizedExperts
 
 NUM_TOKENS: Final = 1_000_003
 NUM_ROWS: Final = 500_009
@@ -116,6 +121,31 @@ class CapturedAttention:
         return output
 
 
+class CapturedExperts(UnquantizedExperts):
+    """The experts of a model that is captured: one opaque call with both parameters."""
+
+    def create_weights(
+        self, layer: nn.Module, sizes: ExpertSizes, dtype: torch.dtype, device: torch.device
+    ) -> Mapping[str, ExpertParameter]:
+        """As for experts that are computed."""
+        assert isinstance(layer, Experts)
+        self._layer = layer
+        return super().create_weights(layer, sizes, dtype, device)
+
+    def apply(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """[T, H] to [T, H]."""
+        gate_up, down = (self._layer.get_parameter(name) for name in ("gate_up_proj", "down_proj"))
+        output: torch.Tensor = torch.ops.tokenmill.experts(x, *routing, gate_up, down, self._layer.activation)
+        return output
+
+
+def capture_context(dtype: torch.dtype) -> LayerContext:
+    """How a model is built for capture: without values, and with calls that can be read."""
+    return LayerContext(
+        dtype=dtype, device=META, backend=CapturedAttention(), experts_method=lambda name: CapturedExperts()
+    )
+
+
 class Step(nn.Module):
     """A whole step of a model: token ids to logits of the wanted rows."""
 
@@ -157,7 +187,7 @@ def record(model: CausalLM) -> Recording:
     for name, tensor in (("token_ids", token_ids), ("positions", positions), ("row_index", row_index)):
         recording.inputs[recorder.tensor(tensor)] = name
     for name, parameter in model.named_parameters():
-        recording.parameters[recorder.tensor(parameter)] = name
+        recording.parameters[recorder.parameter(parameter)] = name
     for layer, cache in enumerate(caches):
         for which, tensor in enumerate(cache):
             recording.caches[recorder.tensor(tensor)] = (layer, which)
@@ -174,6 +204,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.recording = Recording()
         self._tensors: dict[int, tuple[torch.Tensor, RecordedTensor]] = {}  # by id; held, so that no id is used again
+        self._parameters: dict[int, RecordedTensor] = {}  # by memory: layers may hold a parameter's data
         self._modules: list[str] = [""]
 
     @classmethod
@@ -194,9 +225,18 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         known = self._tensors.get(id(tensor))
         if known is None:
             sizes: dict[int, Dim] = {NUM_TOKENS: "tokens", NUM_ROWS: "rows"}
-            known = tensor, RecordedTensor(tuple(sizes.get(size, size) for size in tensor.shape))
+            shape = tuple(sizes.get(size, size) for size in tensor.shape)
+            recorded = self._parameters.get(_storage(tensor))
+            if recorded is None or recorded.shape != shape:
+                recorded = RecordedTensor(shape)
+            known = tensor, recorded
             self._tensors[id(tensor)] = known
         return known[1]
+
+    def parameter(self, parameter: torch.Tensor) -> RecordedTensor:
+        """The same for a parameter of the model, which whoever shares its memory and shape stands for, too."""
+        recorded = self._parameters[_storage(parameter)] = self.tensor(parameter)
+        return recorded
 
     @contextmanager
     def module_names(self, model: nn.Module) -> Iterator[None]:

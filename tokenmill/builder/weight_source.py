@@ -15,6 +15,7 @@ import torch
 
 from tokenmill.builder.recording import META, CapturedAttention
 from tokenmill.checkpoints.base import Checkpoint, LazyTensor
+from tokenmill.checkpoints.loading import named_tensors
 from tokenmill.checkpoints.row_formats import BLOCK_TYPES, Rows, encode_rows
 from tokenmill.errors import CheckpointError
 from tokenmill.layers.context import LayerContext
@@ -45,8 +46,7 @@ class WeightSource:
         self.tensors: dict[str, LazyTensor] = {}
         model = _without_layers(config)
         self._ignored = model.ignored_weights
-        for tensor in checkpoint.tensors():
-            name = model.rename_weight(tensor.name)
+        for name, tensor in named_tensors(checkpoint, model.rename_weight, model.unstack_weight):
             if name in self.tensors:
                 raise CheckpointError(f"{checkpoint.path} holds the tensor '{tensor.name}' twice.", field="model")
             self.tensors[name] = tensor

@@ -72,7 +72,7 @@ def load_weights(
     """
     wanted: dict[str, LazyTensor] = {}
     unexpected: list[str] = []
-    for name, tensor in _named_tensors(checkpoint, rename, unstack):
+    for name, tensor in named_tensors(checkpoint, rename, unstack):
         if name in wanted:
             raise CheckpointError(f"{checkpoint.path} holds the tensor '{tensor.name}' twice.", field="model")
         if name in targets:
@@ -89,10 +89,10 @@ def load_weights(
             on_progress(name, done_bytes, total_bytes)
 
 
-def _named_tensors(
+def named_tensors(
     checkpoint: Checkpoint, rename: Callable[[str], str], unstack: Callable[[str], Sequence[str] | None]
 ) -> Iterator[tuple[str, LazyTensor]]:
-    """Every tensor under the model's name."""
+    """Every tensor of the checkpoint with the name that the model has for it; stacks are taken apart."""
     for tensor in checkpoint.tensors():
         name = rename(tensor.name)
         parts = unstack(name)

@@ -17,6 +17,7 @@ class SchedulerSettings:
         max_num_tokens: most tokens in one step. No more sequences than this run at the same time, so that a step always
             has room for a token of each.
         max_seq_len: longest prompt plus answer.
+        max_input_len: longest prompt; None: `max_seq_len` less one.
         enable_chunked_prefill: split prompts over steps.
         capacity_policy: when a waiting sequence is admitted.
         queue_policy: order of the waiting queue.
@@ -25,6 +26,7 @@ class SchedulerSettings:
     max_batch_size: int
     max_num_tokens: int
     max_seq_len: int
+    max_input_len: int | None = None
     enable_chunked_prefill: bool = True
     capacity_policy: CapacitySchedulerPolicy = CapacitySchedulerPolicy.GUARANTEED_NO_EVICT
     queue_policy: QueuePolicy = "fcfs"

@@ -39,6 +39,9 @@ class RequestLimits(Protocol):
     def max_seq_len(self) -> int: ...
 
     @property
+    def max_input_len(self) -> int | None: ...
+
+    @property
     def enable_chunked_prefill(self) -> bool: ...
 
 
@@ -54,7 +57,7 @@ def check_request(inputs: GenerationRequest, limits: RequestLimits, kv: CacheLim
     Raises:
         InvalidParameterError: the prompt is empty, the id is in use, the priority is not a number, the stop words are
             empty or too long, or it asks for too many sequences.
-        PromptTooLongError: the prompt leaves no room for an answer within `max_seq_len`.
+        PromptTooLongError: the prompt leaves no room for an answer within `max_seq_len`, or exceeds `max_input_len`.
         RequestTooLargeError: it can never fit a step or the cache, even alone.
     """
     num_prompt_tokens = len(inputs.prompt_token_ids)
@@ -71,6 +74,12 @@ def check_request(inputs: GenerationRequest, limits: RequestLimits, kv: CacheLim
             field="prompt",
             remedy=f"Shorten it to at most {limits.max_seq_len - 1} tokens (truncate_prompt_tokens) "
             "or raise max_seq_len if the model allows it.",
+        )
+    if limits.max_input_len is not None and num_prompt_tokens > limits.max_input_len:
+        raise PromptTooLongError(
+            f"The prompt has {num_prompt_tokens} tokens; the engine was built for {limits.max_input_len} at most.",
+            field="prompt",
+            remedy="Shorten it (truncate_prompt_tokens), or build the engine with a larger max_input_len.",
         )
     if num_prompt_tokens > limits.max_num_tokens and not limits.enable_chunked_prefill:
         raise RequestTooLargeError(

@@ -23,6 +23,7 @@ class EngineDescription:
         enable_chunked_prefill: whether a prompt may be longer than a step.
         memory: the plan that the cache was sized by.
         backend: `torch`, or `engine` for a compiled program.
+        max_input_len: longest prompt, where a built engine limits it; None: it leaves room for one token.
     """
 
     model: ModelConfig
@@ -36,6 +37,7 @@ class EngineDescription:
     enable_chunked_prefill: bool
     memory: MemoryPlan
     backend: str = "torch"
+    max_input_len: int | None = None
 
     @property
     def num_blocks(self) -> int:

@@ -87,6 +87,7 @@ def build_program_engine(
         enable_chunked_prefill=args.enable_chunked_prefill,
         memory=memory,
         backend="engine",
+        max_input_len=package.config.limits.max_input_len,
     )
     runner = _make_runner(args, package, description, cache_dtype, device)
     return make_core(args, description, runner, overlap=device.type == "cuda"), description

@@ -40,6 +40,7 @@ def _make_scheduler(args: LlmArgs, description: EngineDescription) -> Scheduler:
         max_batch_size=description.max_batch_size,
         max_num_tokens=description.max_num_tokens,
         max_seq_len=description.max_seq_len,
+        max_input_len=description.max_input_len,
         enable_chunked_prefill=args.enable_chunked_prefill,
         capacity_policy=args.scheduler_config.capacity_scheduler_policy,
         queue_policy=args.scheduler_config.waiting_queue_policy,

@@ -32,6 +32,14 @@ def _gated_activation(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
     return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
 
+def _route(logits: torch.Tensor, top_k: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (logits.shape[0], top_k)
+    return (
+        torch.empty(shape, dtype=torch.int32, device=logits.device),
+        torch.empty(shape, dtype=torch.float32, device=logits.device),
+    )
+
+
 for _schema, _implementation in (
     ("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _linear),
     ("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", _like_first),
@@ -39,6 +47,11 @@ for _schema, _implementation in (
     ("rotation(Tensor positions, float[] frequencies, float factor) -> (Tensor, Tensor)", _rotation),
     ("gated_activation(Tensor gate_up, str activation) -> Tensor", _gated_activation),
     ("soft_cap(Tensor x, float cap) -> Tensor", _like_first),
+    ("route(Tensor logits, int top_k, bool normalize) -> (Tensor, Tensor)", _route),
+    (
+        "experts(Tensor x, Tensor experts, Tensor shares, Tensor gate_up, Tensor down, str activation) -> Tensor",
+        _like_first,
+    ),
     (
         "attention(Tensor query, Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, float scale, "
         "int? sliding_window, float? soft_cap) -> Tensor",
@@ -83,3 +96,9 @@ def soft_cap(x: torch.Tensor, cap: float) -> torch.Tensor:
     """`ops.soft_cap.soft_cap`."""
     capped: torch.Tensor = torch.ops.tokenmill.soft_cap(x, cap)
     return capped
+
+
+def route(logits: torch.Tensor, top_k: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """`ops.moe.route`: experts and shares, [T, top_k] each."""
+    experts, shares = torch.ops.tokenmill.route(logits, top_k, normalize)
+    return experts, shares

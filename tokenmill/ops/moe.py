@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
+from tokenmill.ops import captured
 from tokenmill.ops.activation import gated_activation
 from tokenmill.ops.fp8 import FP8_DTYPE, QuantizedRows, per_token_quantize_fp8, per_token_quantize_reference
 from tokenmill.ops.linear import PackedWeight, StreamedWeight, linear, pack_linear_weight
@@ -124,6 +125,8 @@ def route(logits: torch.Tensor, top_k: int, *, normalize: bool) -> Routing:
     Returns:
         Experts by falling probability, and their probabilities; softmax over all experts, in float32.
     """
+    if logits.is_meta:
+        return Routing(*captured.route(logits, top_k, normalize))
     return ROUTE_IMPLEMENTATIONS[choose(logits.device, logits.dtype)](logits, top_k, normalize)
 
 

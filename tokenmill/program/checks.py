@@ -30,8 +30,16 @@ _INPUTS: Final[Mapping[str, str]] = {"token_ids": "tokens", "positions": "tokens
 _ACTIVATIONS: Final = ("silu", "gelu_pytorch_tanh")
 _TRANSFORMS: Final = ("none", "add_one")
 _MAY_WRITE_INT8: Final = ("rms_norm", "add_rms_norm", "quantize", "linear", "gated_activation")
-_INTEGER_ATTRIBUTES: Final = ("head_dim", "layer", "num_heads", "num_kv_heads", "sliding_window")
-_ENCODED: Final = (("linear", "weight"), ("embedding", "table"))
+_INTEGER_ATTRIBUTES: Final = (
+    "head_dim",
+    "layer",
+    "num_experts",
+    "num_heads",
+    "num_kv_heads",
+    "sliding_window",
+    "top_k",
+)
+_ENCODED: Final = (("linear", "weight"), ("embedding", "table"), ("experts", "gate_up"), ("experts", "down"))
 """The weights that may be in any format; all others are plain float32."""
 
 _REMEDY: Final = "Build the engine again with `tokenmill build`."
@@ -231,6 +239,9 @@ def _check_attribute(name: str, value: AttributeValue) -> None:
     if name == "activation":
         if value not in _ACTIVATIONS:
             raise _Wrong(f"its activation is {value!r}; known are {' and '.join(_ACTIVATIONS)}")
+    elif name == "normalize":
+        if not isinstance(value, bool):
+            raise _Wrong(f"its normalize is {value!r} instead of true or false")
     elif name in _INTEGER_ATTRIBUTES:
         optional = name == "sliding_window" and value is None
         minimum = 0 if name == "layer" else 1

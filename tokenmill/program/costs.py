@@ -107,6 +107,9 @@ def operation_cost(
     if kind == "linear":
         out_features, in_features = weights["weight"].shape
         flops = 2 * step.size(inputs["x"].rows) * out_features * in_features
+    elif kind == "experts":
+        cost = _experts_cost(weights, attributes, step.size(inputs["x"].rows))
+        weight_bytes, flops = cost.weight_bytes, cost.flops
     elif kind == "attention":
         pairs = _num_pairs(step, attributes.get("sliding_window"))
         num_heads, num_kv_heads, head_dim = (_integer(attributes, name) for name in _HEADS)
@@ -118,6 +121,15 @@ def operation_cost(
         num_columns = inputs["key"].columns + inputs["value"].columns
         activation_bytes += step.size(inputs["key"].rows) * num_columns * step.cache_nbytes
     return Cost(weight_bytes, activation_bytes, flops)
+
+
+def _experts_cost(weights: Mapping[str, Weight], attributes: Mapping[str, AttributeValue], num_tokens: int) -> Cost:
+    """Products of each token with its experts, which are read once if any token chose them, as if by chance."""
+    num_experts, top_k = _integer(attributes, "num_experts"), _integer(attributes, "top_k")
+    chosen = 1.0 - (1.0 - top_k / num_experts) ** num_tokens
+    num_values = sum(math.prod(weight.shape) for weight in weights.values()) // num_experts
+    weight_bytes = sum(rows_nbytes(weight.format, weight.shape) for weight in weights.values())
+    return Cost(weight_bytes=round(weight_bytes * chosen), flops=2 * num_tokens * top_k * num_values)
 
 
 _HEADS: Final = ("num_heads", "num_kv_heads", "head_dim")

@@ -143,6 +143,19 @@ def _attention(sizes: SizesOfOperation) -> Iterator[str]:
     yield from _equal(sizes, "query", "y")
 
 
+def _experts(sizes: SizesOfOperation) -> Iterator[str]:
+    yield from _equal(sizes, "x", "y")
+    num_experts, top_k = sizes.integer("num_experts"), sizes.integer("top_k")
+    yield from _columns(sizes, "router_logits", num_experts)
+    if top_k > num_experts:
+        yield f"it chooses {top_k} of {num_experts} experts"
+    yield from _matrix(sizes, "gate_up")
+    yield from _matrix(sizes, "down")
+    hidden, features = sizes.columns["x"], sizes.shapes["down"][1]
+    yield from _shape(sizes, "gate_up", (num_experts * 2 * features, hidden))
+    yield from _shape(sizes, "down", (num_experts * hidden, features))
+
+
 def _select_rows(sizes: SizesOfOperation) -> Iterator[str]:
     yield from _equal(sizes, "x", "y")
     yield from _columns(sizes, "row_index", 1)
@@ -161,6 +174,7 @@ COLUMN_RULES: Final[Mapping[str, Rule]] = MappingProxyType(
         "write_cache": _same_columns("key", "value"),
         "rope_write_cache": _rope_write_cache,
         "attention": _attention,
+        "experts": _experts,
         "activation": _same_columns("x", "y"),
         "gated_activation": _same_columns("gate", "up", "y"),
         "add": _same_columns("a", "b", "y"),

@@ -169,6 +169,15 @@ OPERATIONS: Final[Mapping[str, OperationKind]] = {
         ("layer", "num_heads", "num_kv_heads", "head_dim", "scale", "sliding_window?", "soft_cap?"),
         "causal attention over the layer's paged cache, which holds this step's keys and values already",
     ),
+    "experts": OperationKind(
+        ("x", "router_logits"),
+        ("y",),
+        ("gate_up", "down"),
+        ("num_experts", "top_k", "normalize", "activation"),
+        "y = sum of share_e * down_e (activation(gate_e x) * up_e x) over the top_k experts e of the largest shares in "
+        "softmax(router_logits), which are divided by their sum if normalize; gate_up is [num_experts * 2 I, H], gate "
+        "before up of each expert, down is [num_experts * H, I]",
+    ),
     "activation": OperationKind(("x",), ("y",), (), ("activation",), "y = silu(x) or gelu_pytorch_tanh(x)"),
     "gated_activation": OperationKind(
         ("gate", "up"), ("y",), (), ("activation",), "y = activation(gate) * up; y may be int8_group32"

@@ -237,6 +237,22 @@ def _gated_activation(state: _State) -> None:
     state.write("y", activate(name, state.input("gate")) * state.input("up"))
 
 
+def _experts(state: _State) -> None:
+    """One token and expert after the other."""
+    x, top_k = state.input("x"), state.integer("top_k")
+    num_experts, name = state.integer("num_experts"), str(state.operation.attributes["activation"])
+    gate_up, down = (state.weight(role).chunk(num_experts) for role in ("gate_up", "down"))
+    shares, experts = state.input("router_logits").softmax(dim=1).topk(top_k, dim=1)
+    if state.operation.attributes["normalize"]:
+        shares = shares / shares.sum(dim=1, keepdim=True)
+    result = torch.zeros_like(x)
+    for token in range(x.shape[0]):
+        for share, expert in zip(shares[token], experts[token].tolist(), strict=True):
+            gate, up = (gate_up[expert] @ x[token]).chunk(2)
+            result[token] += share * (down[expert] @ (activate(name, gate) * up))
+    state.write("y", result)
+
+
 def _activation(state: _State) -> None:
     state.write("y", activate(str(state.operation.attributes["activation"]), state.input("x")))
 
@@ -262,6 +278,7 @@ DEFINITIONS: Final[Mapping[str, Callable[[_State], None]]] = {
     "write_cache": _write_cache,
     "rope_write_cache": _rope_write_cache,
     "attention": _attention,
+    "experts": _experts,
     "activation": _activation,
     "gated_activation": _gated_activation,
     "add": lambda state: state.write("y", state.input("a") + state.input("b")),

@@ -96,6 +96,8 @@ class OpWriter:
         Raises:
             UnsupportedFeatureError: there is no kernel for it.
         """
+        if operation.kind not in _TRANSLATIONS:
+            raise _no_kernel(operation)
         return list(_TRANSLATIONS[operation.kind](self, operation, one))
 
     def place(self, operand: Operand) -> tuple[int, int]:

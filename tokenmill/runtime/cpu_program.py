@@ -29,6 +29,10 @@ from tokenmill.runtime.program_executor import Values
 from tokenmill.runtime.program_parts import ProgramParts, layer_caches, split_program
 from tokenmill.runtime.step_arrays import StepArrays
 
+NUM_SPINS: Final = 200_000
+"""Looks for a step before a worker thread sleeps: some milliseconds. To wake it takes up to one, and the host needs 0.3
+ms between two steps of one stream; with 20,000 looks SmolLM2-135M decoded at 290 tokens/s instead of 390."""
+
 _NUM_ROWS: Final = 0
 _QUERY_STARTS: Final = 1
 _KV_LENS: Final = 2
@@ -83,7 +87,7 @@ class CpuExecutor:
         self._step[_BLOCK_TABLES] = arrays.block_tables.ctypes.data
         self._step[_TABLE_STRIDE] = arrays.block_tables.strides[0]
         self._logits = memory.floats(package.program.output.name, arrays.max_num_rows)
-        self._pool = ThreadPool(num_threads)
+        self._pool = ThreadPool(num_threads, num_spins=NUM_SPINS)
         writer = OpWriter(
             memory,
             CpuWeights(package.program.weights, package.weights, memory),

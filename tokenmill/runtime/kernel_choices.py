@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -10,6 +11,8 @@ from tokenmill.ops.cpu.linear_int8 import LinearVariant, LinearWeight, linear_va
 from tokenmill.ops.cpu.machine import machine_key
 from tokenmill.program.package import TIMING_CACHE_NAME, EnginePackage
 from tokenmill.program.timing_cache import TimingCache, linear_key
+
+logger = logging.getLogger(__name__)
 
 MARGIN: Final = 1.02
 """What the usual variant may be slower by before another takes its place: measurements are not exact."""
@@ -40,8 +43,15 @@ class KernelChoices:
         if content is None:
             return KernelChoices()
         text = content.read_bytes() if isinstance(content, Path) else content
-        cache = TimingCache.decode(text, TIMING_CACHE_NAME)
-        return KernelChoices(cache, machine_key(num_threads), package.config.build_config.get("profiles", ()))
+        cache, machine = TimingCache.decode(text, TIMING_CACHE_NAME), machine_key(num_threads)
+        if cache.times and machine not in cache.times:
+            logger.info(
+                "The engine's kernels were measured on '%s', not on '%s': the usual ones are used. "
+                "`tokenmill build` measures them here.",
+                next(iter(cache.times)),
+                machine,
+            )
+        return KernelChoices(cache, machine, package.config.build_config.get("profiles", ()))
 
     def linear(self, weight: LinearWeight, *, one_token: bool) -> LinearVariant | None:
         """The variant for products of one token with `weight`, or the best over all larger numbers that were measured;

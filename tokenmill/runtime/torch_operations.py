@@ -17,6 +17,7 @@ from torch.nn import functional
 from tokenmill.attention.base import AttentionBackend, AttentionMetadata, AttentionSpec, LayerCache
 from tokenmill.ops.activation import gated_activation
 from tokenmill.ops.linear import PackedWeight, StreamedWeight, linear, pack_linear_weight
+from tokenmill.ops.moe import ExpertMatrix, ExpertWeights, route, run_experts
 from tokenmill.ops.rms_norm import add_rms_norm, rms_norm
 from tokenmill.ops.rope import apply_rope
 from tokenmill.program.program import AttributeValue, Buffer, BufferDtype, Operand, Operation
@@ -223,6 +224,27 @@ def _prepared_weight(weight: torch.Tensor) -> torch.Tensor | PackedWeight | Stre
     return pack_linear_weight(weight.contiguous())
 
 
+def _experts(operation: Operation, prepared: Preparation) -> Execute:
+    x, attributes = operation.inputs["x"], operation.attributes
+    read, logits = prepared.reader(x), prepared.reader(operation.inputs["router_logits"])
+    write, top_k = prepared.writer(operation.outputs["y"]), _integer(attributes["top_k"])
+    num_experts, name = _integer(attributes["num_experts"]), str(attributes["activation"])
+    gate_up, down = (
+        ExpertMatrix(weight.view(num_experts, -1, weight.shape[1]))
+        for weight in (
+            prepared.weights[operation.weights[role]].to(prepared.compute_dtype(x)) for role in ("gate_up", "down")
+        )
+    )
+    weights = ExpertWeights(gate_up, down, name).prepared()
+    normalize = bool(attributes["normalize"])
+
+    def execute(values: Values, step: TorchStep) -> None:
+        routing = route(logits(values), top_k, normalize=normalize)
+        write(values, run_experts(read(values), routing, weights))
+
+    return execute
+
+
 def _add_bias(operation: Operation, prepared: Preparation) -> Execute:
     read, write = prepared.reader(operation.inputs["x"]), prepared.writer(operation.outputs["y"])
     bias = prepared.weights[operation.weights["bias"]].to(prepared.compute_dtype(operation.inputs["x"]))
@@ -357,7 +379,8 @@ PREPARE: Mapping[str, Callable[[Operation, Preparation], Execute]] = MappingProx
     "add_rms_norm": _add_rms_norm,
     "quantize": _elementwise(lambda x: x, ("x",)),
     "linear": _linear,
-    "add_bias": _add_bias,
+    "experts": _experts,
+        "add_bias": _add_bias,
     "rope": _rope,
     "write_cache": _write_cache,
     "rope_write_cache": _rope_write_cache,

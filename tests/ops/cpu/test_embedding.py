@@ -76,9 +76,9 @@ def test_rows_of_int8_group32() -> None:
     generator = np.random.default_rng(0)
     integers = generator.integers(-127, 128, (ROWS, 2, 32), dtype=np.int8)
     integers[:, 1, 20:] = 0
-    scales = generator.random((ROWS, 2, 1)).astype(np.float32)
+    scales = generator.random((ROWS, 2, 1)).astype(np.float16)
     rows = np.concatenate([scales.view(np.uint8), integers.view(np.uint8)], axis=2).reshape(ROWS, -1)
-    values = (integers * scales).reshape(ROWS, -1)[:, :52]
+    values = (integers * scales.astype(np.float32)).reshape(ROWS, -1)[:, :52]
     check(np.ascontiguousarray(rows), "int8_group32", torch.from_numpy(values), packed=False)
 
 

@@ -60,8 +60,9 @@ def test_large_angles(name: str) -> None:
 
 def test_special_values() -> None:
     x = torch.tensor([-torch.inf, -1e30, -200.0, 0.0] * 4)
-    assert applied(vector_math.exp2_negative, x)[:4].tolist() == [0.0, 0.0, 0.0, 1.0]
+    assert applied(vector_math.exp2_negative, x)[:4].tolist() == [2.0**-125] * 3 + [1.0]
     assert applied(vector_math.tanh, torch.tensor([50.0, -50.0, 0.0, torch.nan] * 4))[:3].tolist() == [1.0, -1.0, 0.0]
+    assert applied(vector_math.exp2_negative, torch.full((16,), torch.nan)).isnan().all()
     assert applied(vector_math.exp, torch.full((16,), torch.nan)).isnan().all()
 
 

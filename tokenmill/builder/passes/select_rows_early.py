@@ -13,6 +13,7 @@ ROW_WISE = (
     "add_bias",
     "add_rms_norm",
     "concat",
+    "experts",
     "gated_activation",
     "linear",
     "multiply",

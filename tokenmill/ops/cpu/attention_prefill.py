@@ -57,7 +57,6 @@ from tokenmill.ops.cpu.jit import device
 from tokenmill.ops.cpu.scalars import load_i64, store_i32
 from tokenmill.ops.cpu.simd import (
     add,
-    bfloat16_pairs,
     broadcast,
     load,
     load_f32,
@@ -71,7 +70,14 @@ from tokenmill.ops.cpu.simd import (
     store_ints,
     subtract,
 )
-from tokenmill.ops.cpu.vector_math import LOG2_E, exp2_negative, keep_visible, soft_cap, transpose_16x16
+from tokenmill.ops.cpu.vector_math import (
+    LOG2_E,
+    exp2_negative,
+    keep_visible,
+    probability_pairs,
+    soft_cap,
+    transpose_16x16,
+)
 
 HALF_TILE: Final = QUERY_TILE // 2
 MINUS_INFINITY: Final = float("-inf")
@@ -194,7 +200,7 @@ def update_softmax(row: int, scratch: int, num_groups: int, last_position: int) 
                     low = exp2_negative(subtract(load(scores + 2 * pair * TILE_STRIDE), highest))
                     high = exp2_negative(subtract(load(scores + (2 * pair + 1) * TILE_STRIDE), highest))
                     total = add(total, add(low, high))
-                    store_ints(scores + pair * TILE_STRIDE, bfloat16_pairs(low, high))
+                    store_ints(scores + pair * TILE_STRIDE, probability_pairs(low, high))
             else:
                 for key in range(num_keys):
                     value = exp2_negative(subtract(load(scores + key * TILE_STRIDE), highest))

@@ -65,8 +65,8 @@ def row_value(weight_format: int, place: int, group: int, column: int) -> float:
     if weight_format == INT8_CHANNEL:
         return load_f32(place) * float32(load_i8(place + 4 + group * GROUP_SIZE + column))
     if weight_format == INT8_GROUP32:
-        block = place + group * 36
-        return load_f32(block) * float32(load_i8(block + 4 + column))
+        block = place + group * 34
+        return load_f16(block) * float32(load_i8(block + 2 + column))
     if weight_format == Q8_0:
         block = place + group * 34
         return load_f16(block) * float32(load_i8(block + 2 + column))
@@ -167,7 +167,7 @@ def row_bytes(weight_format: int, columns: int) -> int:
     if weight_format == INT8_CHANNEL:
         return 4 + columns
     if weight_format == INT8_GROUP32:
-        return 36 * num_groups
+        return 34 * num_groups
     if weight_format == Q4_0:
         return 18 * num_groups
     if weight_format == Q4_1:

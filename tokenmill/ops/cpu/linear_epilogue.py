@@ -86,11 +86,12 @@ def gated_value(row: int, totals: int, block: int, pair: int):  # type: ignore[n
 def finish_gated(row: int, totals: int, first_token: int, num_tokens: int, chunk: int) -> None:
     """Finish and store 32 columns of some tokens, from sums [num_tokens, 4, 16] of gate, up, gate, up.
 
-    `first_token` is the first one of a panel.
+    Panels that lie among these tokens are quantized as a whole, of others a token at a time; the result is the same.
     """
     num_columns, num_groups = argument(row, NUM_COLUMNS), argument(row, OUTPUT_GROUPS)
     output, output_stride = argument(row, OUTPUT), argument(row, OUTPUT_STRIDE)
-    width = device_panel_width(argument(row, COLUMN_NUM_TOKENS))
+    last = argument(row, COLUMN_NUM_TOKENS)
+    width = device_panel_width(last)
     tile = tile_memory()
     if num_groups != 0 and width > 1:
         clear_tile(tile)
@@ -107,11 +108,12 @@ def finish_gated(row: int, totals: int, first_token: int, num_tokens: int, chunk
                 store_first(place + BLOCK_TOTALS, high, min(rest - ROW_BLOCK, ROW_BLOCK))
             continue
         record = group_address(output, num_groups, width, token, chunk)
-        if width == 1:
-            store_group(record, width, 0, low, high)
-            continue
         lane = token % width
+        panel_end = min(token - lane + width, last)
+        if width == 1 or token - lane < first_token or panel_end > end:
+            store_group(record, width, lane, low, high)
+            continue
         store(tile + lane * TILE_STRIDE, low)
         store(tile + lane * TILE_STRIDE + TILE_STRIDE // 2, high)
-        if lane == width - 1 or token == end - 1:
+        if token == panel_end - 1:
             store_panel_group(record, width, tile)

@@ -83,6 +83,14 @@ def add_residual(row: int, token: int) -> int:
 
 
 @device
+def normalized_row(row: int, token: int) -> int:
+    """Address of what is normalized, after `add_residual`."""
+    if argument(row, RESIDUAL) == 0:
+        return argument(row, X) + token * argument(row, X_STRIDE)
+    return argument(row, SUM) + token * argument(row, SUM_STRIDE)
+
+
+@device
 def write_normalized(row: int, source: int, factor: float, column: int, count: int, target: int) -> None:
     """Up to `count` columns of a row, times the factor and the weight."""
     weight = argument(row, WEIGHT)
@@ -105,65 +113,71 @@ def norm_token(row: int, token: int) -> None:
 
 
 @device
-def norm_one(row: int, token: int) -> None:
-    """The norm of a token that is a panel, quantized."""
+def norm_group(row: int, token: int, group: int, factor: float) -> None:
+    """A group of a token that is a panel, normalized and quantized."""
     columns, num_groups = argument(row, COLUMNS), argument(row, OUTPUT_GROUPS)
-    source, weight = add_residual(row, token), argument(row, WEIGHT)
-    factor = broadcast(norm_factor(source, columns, float_argument(row, EPSILON)))
-    for group in range(num_groups):
-        place, rest = 4 * GROUP_SIZE * group, columns - GROUP_SIZE * group
-        low_count, high_count = min(LANES, rest), max(0, min(LANES, rest - LANES))
-        low = multiply(load_first(source + place, low_count), factor)
-        low = multiply(low, load_first(weight + place, low_count))
-        place += 4 * LANES
-        high = multiply(load_first(source + place, high_count), factor)
-        high = multiply(high, load_first(weight + place, high_count))
-        store_group(group_address(argument(row, OUTPUT), num_groups, 1, token, group), 1, 0, low, high)
+    place, rest = 4 * GROUP_SIZE * group, columns - GROUP_SIZE * group
+    source, weight = normalized_row(row, token) + place, argument(row, WEIGHT) + place
+    low_count, high_count = min(LANES, rest), max(0, min(LANES, rest - LANES))
+    low = multiply(load_first(source, low_count), broadcast(factor))
+    low = multiply(low, load_first(weight, low_count))
+    high = multiply(load_first(source + 4 * LANES, high_count), broadcast(factor))
+    high = multiply(high, load_first(weight + 4 * LANES, high_count))
+    store_group(group_address(argument(row, OUTPUT), num_groups, 1, token, group), 1, 0, low, high)
 
 
 @device
-def norm_panel(row: int, panel: int, width: int, tile: int, factors: int) -> None:
-    """The norm of a panel's tokens, quantized. A thread has whole panels: their tokens share cache lines."""
+def norm_panel_group(row: int, panel: int, group: int, width: int, tile: int, factors: int) -> None:
+    """A group of a panel's tokens, normalized and quantized."""
     columns, num_groups = argument(row, COLUMNS), argument(row, OUTPUT_GROUPS)
-    first_token = panel * width
+    column, first_token = group * GROUP_SIZE, panel * width
     count = min(width, argument(row, COLUMN_NUM_TOKENS) - first_token)
+    if count < width or column + GROUP_SIZE > columns:
+        clear_tile(tile)
     for token in range(count):
-        source = add_residual(row, first_token + token)
-        store_f32(factors + 4 * token, norm_factor(source, columns, float_argument(row, EPSILON)))
-    base, stride = argument(row, X), argument(row, X_STRIDE)
-    if argument(row, RESIDUAL) != 0:
-        base, stride = argument(row, SUM), argument(row, SUM_STRIDE)
+        source = normalized_row(row, first_token + token)
+        number = min(GROUP_SIZE, columns - column)
+        write_normalized(row, source, load_f32(factors + 4 * token), column, number, tile + token * TILE_STRIDE)
+    store_panel_group(group_address(argument(row, OUTPUT), num_groups, width, first_token, group), width, tile)
+
+
+@device
+def norm_quantized(row: int, width: int, first: int, end: int, tile: int, factors: int) -> None:
+    """Groups of panels, counted one after the other; of a panel that threads share each computes the factors."""
+    num_groups, columns = argument(row, OUTPUT_GROUPS), argument(row, COLUMNS)
     clear_tile(tile)
-    for group in range(num_groups):
-        column = group * GROUP_SIZE
-        if column + GROUP_SIZE > columns:
-            clear_tile(tile)
-        for token in range(count):
-            source = base + (first_token + token) * stride
-            factor = load_f32(factors + 4 * token)
-            number = min(GROUP_SIZE, columns - column)
-            write_normalized(row, source, factor, column, number, tile + token * TILE_STRIDE)
-        record = group_address(argument(row, OUTPUT), num_groups, width, first_token, group)
-        store_panel_group(record, width, tile)
+    current = -1
+    for item in range(first, end):
+        panel, group = item // num_groups, item % num_groups
+        if panel != current:
+            current = panel
+            for token in range(min(width, argument(row, COLUMN_NUM_TOKENS) - panel * width)):
+                source = add_residual(row, panel * width + token)
+                store_f32(factors + 4 * token, norm_factor(source, columns, float_argument(row, EPSILON)))
+        if width == 1:
+            norm_group(row, panel, group, load_f32(factors))
+        else:
+            norm_panel_group(row, panel, group, width, tile, factors)
 
 
 @kernel
 def rms_norm(thread: int, num_threads: int, row: int) -> None:
-    """y = x / sqrt(mean(x^2) + eps) * weight, of x + residual if there is one."""
-    num_tokens = argument(row, COLUMN_NUM_TOKENS)
-    if argument(row, OUTPUT_GROUPS) == 0:
+    """y = x / sqrt(mean(x^2) + eps) * weight, of x + residual if there is one.
+
+    Items are tokens. For quantized results they are groups of panels, since the tokens of a panel share cache lines;
+    with a residual whole panels, because sums may only be written once.
+    """
+    num_tokens, num_groups = argument(row, COLUMN_NUM_TOKENS), argument(row, OUTPUT_GROUPS)
+    if num_groups == 0:
         first, end = chunk_range(thread, num_threads, num_tokens)
         for token in range(first, end):
             norm_token(row, token)
         return
     width = device_panel_width(num_tokens)
-    tile, factors = tile_memory(), tile_memory()
-    first, end = chunk_range(thread, num_threads, (num_tokens + width - 1) // width)
-    for panel in range(first, end):
-        if width == 1:
-            norm_one(row, panel)
-        else:
-            norm_panel(row, panel, width, tile, factors)
+    num_panels = (num_tokens + width - 1) // width
+    unit = num_groups if argument(row, RESIDUAL) != 0 else 1
+    first, end = chunk_range(thread, num_threads, num_panels * num_groups // unit)
+    norm_quantized(row, width, first * unit, end * unit, tile_memory(), tile_memory())
 
 
 def rms_norm_arguments(

@@ -22,10 +22,12 @@ from tokenmill.ops.cpu.simd import (
     I64,
     LANES,
     bfloat16_bits,
+    bfloat16_pairs,
     broadcast,
     float32,
     float32x16,
     fma,
+    int32x16,
     int64,
     load_first,
     load_i32,
@@ -33,6 +35,7 @@ from tokenmill.ops.cpu.simd import (
     none,
     operation,
     store_first,
+    store_masked,
     subtract,
 )
 from tokenmill.ops.cpu.vector_math import cosine, sine
@@ -109,18 +112,18 @@ def scatter_pairs(
     _store_lanes(builder, address, stride, lanes, builder.ashr(count, I64(1)))
 
 
-@operation(none, int64, float32x16, int64, int64)
-def scatter_halves(
-    builder: ir.IRBuilder, address: ir.Value, values: ir.Value, count: ir.Value, clears: ir.Value
-) -> None:
-    """Write bfloat16 to every second place of 2 bytes; if `clears`, zero to the place after each."""
-    bits = bfloat16_bits(builder, values)
-    with builder.if_else(builder.icmp_signed("!=", clears, I64(0))) as (clearing, keeping):
-        for way, element in ((clearing, I32), (keeping, I16)):
-            with way:
-                vector = builder.trunc(bits, ir.VectorType(I16, LANES)) if element == I16 else bits
-                lanes = [builder.extract_element(vector, I32(i)) for i in range(LANES)]
-                _store_lanes(builder, address, I64(PAIR_BYTES), lanes, count)
+@operation(none, int64, float32x16, int64)
+def scatter_halves(builder: ir.IRBuilder, address: ir.Value, values: ir.Value, count: ir.Value) -> None:
+    """Write the first `count` lanes as bfloat16 to every second place of 2 bytes."""
+    halves = builder.trunc(bfloat16_bits(builder, values), ir.VectorType(I16, LANES))
+    lanes = [builder.extract_element(halves, I32(i)) for i in range(LANES)]
+    _store_lanes(builder, address, I64(PAIR_BYTES), lanes, count)
+
+
+@operation(none, int64, int32x16, int64)
+def store_first_ints(builder: ir.IRBuilder, address: ir.Value, values: ir.Value, count: ir.Value) -> None:
+    """Write the first `count` lanes."""
+    store_masked(builder, address, values, count)
 
 
 @kernel
@@ -196,7 +199,7 @@ def turn_head(row: int, token: int, source: int, norm_weight: int, target: int, 
 
 @device
 def write_token(row: int, token: int, sequence: int, kv_head: int) -> None:
-    """One key/value head of a token to the cache; a sequence's last token clears its neighbour's half of a pair."""
+    """One key/value head of a token to the cache; of values see `write_value_pairs`."""
     step = argument(row, STEP)
     tokens, head_dim = argument(row, TOKENS_PER_BLOCK), argument(row, HEAD_DIM)
     is_pairs = argument(row, IS_PAIRS)
@@ -209,15 +212,36 @@ def write_token(row: int, token: int, sequence: int, kv_head: int) -> None:
     turn_head(row, token, key, argument(row, KEY_NORM), argument(row, KEY_CACHE) + offset + 4 * cell, 4 * cells)
     value = argument(row, VALUE) + token * argument(row, VALUE_STRIDE) + 4 * kv_head * head_dim
     target = argument(row, VALUE_CACHE) + offset
-    is_last = position + 1 == kv_len(step, sequence)
+    if is_pairs != 0:
+        is_first = token == query_start(step, sequence)
+        has_next = position + 1 < kv_len(step, sequence) and cell + 1 < tokens
+        write_value_pairs(row, value, target + cell // 2 * columns * PAIR_BYTES, cell % 2, is_first, has_next)
+        return
+    for column in range(0, head_dim, LANES):
+        count = min(LANES, head_dim - column)
+        store_first(target + 4 * (cell * columns + column), load_first(value + 4 * column, count), count)
+
+
+@device
+def write_value_pairs(row: int, value: int, target: int, half: int, is_first: bool, has_next: bool) -> None:
+    """A token's values to its half of the pairs at `target`.
+
+    The token of the lower half writes the upper one too: the next token's, or zeros. So a token of the upper half has
+    nothing to do, unless it is the first one of its sequence in this step.
+    """
+    head_dim = argument(row, HEAD_DIM)
     for column in range(0, head_dim, LANES):
         count = min(LANES, head_dim - column)
         values = load_first(value + 4 * column, count)
-        if is_pairs != 0:
-            place = target + (cell // 2 * columns + column) * PAIR_BYTES + cell % 2 * 2
-            scatter_halves(place, values, count, 1 if is_last and cell % 2 == 0 else 0)
+        place = target + PAIR_BYTES * column
+        if half != 0:
+            if is_first:
+                scatter_halves(place + PAIR_BYTES // 2, values, count)
+        elif has_next:
+            following = load_first(value + argument(row, VALUE_STRIDE) + 4 * column, count)
+            store_first_ints(place, bfloat16_pairs(values, following), count)
         else:
-            store_first(target + 4 * (cell * columns + column), values, count)
+            store_first_ints(place, bfloat16_pairs(values, broadcast(0.0)), count)
 
 
 def rotation_arguments(

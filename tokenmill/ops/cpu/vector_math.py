@@ -103,12 +103,20 @@ def emit_tanh(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
 
 @operation(float32x16, float32x16)
 def exp2_negative(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
-    """2^x for x <= 0, at most 2 ulp; 0 below -125, and for -inf."""
-    is_zero = builder.fcmp_ordered("<", x, f32(-125.0))
-    x = builder.select(is_zero, f32(0.0), x)
+    """2^x for x <= 0, at most 2 ulp; 2^-125, which is as good as 0, below -125 and for -inf."""
+    x = builder.select(builder.fcmp_ordered(">", f32(-125.0), x), f32(-125.0), x)
     exponent = call(builder, "llvm.rint.v16f32", F32X16, x)
     power = emit_polynomial(builder, builder.fsub(x, exponent), EXP2_COEFFICIENTS)
-    return builder.select(is_zero, f32(0.0), emit_times_power_of_two(builder, power, exponent))
+    return emit_times_power_of_two(builder, power, exponent)
+
+
+@operation(int32x16, float32x16, float32x16)
+def probability_pairs(builder: ir.IRBuilder, low: ir.Value, high: ir.Value) -> ir.Value:
+    """Numbers that are not negative as pairs of bfloat16, low in the low bits; halves are rounded up."""
+    half = constant(I32, 0x8000)
+    low_bits = builder.lshr(builder.add(builder.bitcast(low, I32X16), half), constant(I32, 16))
+    high_bits = builder.and_(builder.add(builder.bitcast(high, I32X16), half), constant(I32, 0xFFFF0000))
+    return builder.or_(low_bits, high_bits)
 
 
 @operation(float32x16, float32x16)
