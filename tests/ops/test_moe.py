@@ -72,7 +72,7 @@ def test_prepared_experts_hold_their_weights_once() -> None:
 
 
 @pytest.mark.parametrize("kind", ["features", "blocks"])
-@pytest.mark.parametrize("num_tokens", [1, 4, 5, 12])
+@pytest.mark.parametrize("num_tokens", [1, 4, 5, 12, 120])
 def test_float8_experts(kind: WeightKind, num_tokens: int) -> None:
     """Equal to the definition up to single steps of float8, and near the product without quantized activations."""
     weights = random_experts(4, 160, 256, torch.float32, kind)
@@ -130,8 +130,8 @@ def test_plans() -> None:
     assert GROUPED_PLANS[-1][0] == float("inf")
     assert grouped_plan(2048, 128).block_rows < grouped_plan(65536, 128).block_rows
     assert max_row_blocks(2048, 128, 16) == 256
-    assert max_row_blocks(8, 128, 16) == 8
-    assert gate_up_pair_plan(768, 2048) == (2, 2048, 4)
+    assert max_row_blocks(8, 128, 16) == 128
+    assert gate_up_pair_plan(768, 2048) == (4, 512, 2)
     assert down_pair_plan(2048, 768) == (4, 256, 1)
     for shape, plan_of in itertools.product(((14336, 4096), (24, 40), (1, 1)), (gate_up_pair_plan, down_pair_plan)):
         plan = plan_of(*shape)

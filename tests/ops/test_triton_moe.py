@@ -53,7 +53,7 @@ def test_routes_of_broken_logits_stay_within_the_experts(device: str) -> None:
 
 
 @pytest.mark.parametrize(("first_expert", "num_experts"), [(0, 7), (2, 3)])
-@pytest.mark.parametrize("num_tokens", [1, 50])
+@pytest.mark.parametrize("num_tokens", [1, 50, 2500])
 def test_sorted_pairs(num_tokens: int, first_expert: int, num_experts: int, device: str) -> None:
     routing = random_routing(num_tokens, 7, 2, device)
     blocks = sort_pairs(routing.experts, first_expert, num_experts, 4)
@@ -65,9 +65,10 @@ def test_sorted_pairs(num_tokens: int, first_expert: int, num_experts: int, devi
             tile = pairs[start : start + 4]
             expected_tiles.append(tile + [len(flat)] * (4 - len(tile)))
             expected_experts.append(expert - first_expert)
-    used = len(expected_tiles)
-    assert blocks.pairs.view(-1, 4)[:used].tolist() == expected_tiles
-    assert blocks.experts.tolist() == expected_experts + [-1] * (len(blocks.experts) - used)
+    is_used = blocks.experts >= 0
+    assert blocks.pairs.view(-1, 4)[is_used].tolist() == expected_tiles
+    assert blocks.experts[is_used].tolist() == expected_experts
+    assert blocks.experts[~is_used].eq(-1).all()
 
 
 def test_combine_skips_other_ranks(device: str) -> None:
@@ -136,6 +137,25 @@ def test_tiles_of_float8(kind: WeightKind, device: str) -> None:
         matrix = weights.down.dequantized(expert, torch.float32).double()
         exact[pair] = matrix @ dequantized(given)[pair] * routing.weights.flatten()[pair]
     assert relative_error(grouped_down(given, routing, weights, blocks, TINY_PLAN, BF16), exact) < 6e-3
+
+
+def test_rows_with_one_scale_each(device: str) -> None:
+    """As many tokens are multiplied: the first product stays in bfloat16, the second takes one scale a row."""
+    weights = random_experts(4, 160, 256, BF16, "features", device)
+    routing = random_routing(9, 4, 2, device)
+    blocks = sort_pairs(routing.experts, 0, 4, 16)
+    rows = per_token_quantize_reference(torch.randn(9, 160, generator=torch.Generator().manual_seed(3)))
+    operands = [part.to(device) for part in rows]
+    inner = grouped_gate_up(operands[0], operands[1], routing, weights, blocks, TINY_PLAN, unquantized=BF16)
+    assert isinstance(inner, torch.Tensor)
+    given = QuantizedRows(*(part.to(device) for part in per_token_quantize_reference(inner.cpu())))
+    out = grouped_down(given, routing, weights, blocks, TINY_PLAN, BF16)
+    for pair, expert in enumerate(routing.experts.flatten().tolist()):
+        token = dequantized(rows)[pair // 2].to(device)
+        gate, up = (weights.gate_up.dequantized(expert, torch.float32).double() @ token).chunk(2)
+        assert relative_error(inner[pair], gate * gate.sigmoid() * up) < 6e-3
+        exact = weights.down.dequantized(expert, torch.float32).double() @ dequantized(given)[pair]
+        assert relative_error(out[pair], exact * routing.weights.flatten()[pair]) < 6e-3
 
 
 def dequantized(rows: QuantizedRows) -> torch.Tensor:

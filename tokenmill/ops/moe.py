@@ -25,6 +25,7 @@ from tokenmill.ops.moe_plan import (
     down_pair_plan,
     gate_up_pair_plan,
     grouped_plan,
+    scales_inner_by_token,
 )
 
 PackedMatrices: TypeAlias = tuple[torch.Tensor | PackedWeight | StreamedWeight, ...]
@@ -88,6 +89,11 @@ class ExpertWeights:
     def num_experts(self) -> int:
         """E."""
         return self.gate_up.values.shape[0]
+
+    def scales_inner_by_token(self, num_pairs: int) -> bool:
+        """Whether what is between the projections of so many pairs has one scale a row, not one for 128 features."""
+        has_feature_scales = self.down.scales is not None and not self.down.is_block_scaled
+        return has_feature_scales and scales_inner_by_token(num_pairs, self.num_experts)
 
     def prepared(self) -> ExpertWeights:
         """These weights as the products of their device want them; the originals may be freed."""
@@ -166,6 +172,7 @@ def run_experts_reference(x: torch.Tensor, routing: Routing, weights: ExpertWeig
         inputs = (
             _rounded_groups(x) if weights.gate_up.is_block_scaled else _dequantized(per_token_quantize_reference(x))
         )
+    by_token = weights.scales_inner_by_token(routing.experts.numel())
     out = torch.zeros(x.shape[0], x.shape[1], dtype=torch.float32, device=x.device)
     for token, (experts, shares) in enumerate(zip(routing.experts.tolist(), routing.weights, strict=True)):
         for expert, share in zip(experts, shares, strict=True):
@@ -173,7 +180,11 @@ def run_experts_reference(x: torch.Tensor, routing: Routing, weights: ExpertWeig
             if 0 <= local < weights.num_experts:
                 gate_up = weights.gate_up.dequantized(local, torch.float32) @ inputs[token].float()
                 inner = activation(gate_up[None])
-                inner = _rounded_groups(inner) if quantizes else inner.to(x.dtype).float()
+                inner = (
+                    _rounded(inner.to(x.dtype) if by_token else inner, by_token)
+                    if quantizes
+                    else inner.to(x.dtype).float()
+                )
                 out[token] += share * (weights.down.dequantized(local, torch.float32) @ inner[0])
     return out.to(x.dtype)
 
@@ -193,6 +204,7 @@ def run_experts_torch(x: torch.Tensor, routing: Routing, weights: ExpertWeights)
     inputs = x
     if quantizes:
         inputs = _rounded_groups(x) if weights.gate_up.is_block_scaled else _dequantized(per_token_quantize_fp8(x))
+    by_token = weights.scales_inner_by_token(num_tokens * top_k)
     rows = inputs[order[: sum(counts)] // top_k]
     activation = gated_activation(weights.activation, x.device, rows.dtype)
     outputs = [rows.new_empty(0, x.shape[1])]
@@ -201,7 +213,7 @@ def run_experts_torch(x: torch.Tensor, routing: Routing, weights: ExpertWeights)
             gate_up, down = _matrices(weights, expert, group.dtype)
             inner = activation(linear(group, gate_up))
             if quantizes:
-                inner = _rounded_groups(inner)
+                inner = _rounded(inner.to(x.dtype) if by_token else inner, by_token)
             outputs.append(linear(inner, down))
     of_pairs = torch.zeros(num_tokens * top_k, x.shape[1], dtype=torch.float32, device=x.device)
     of_pairs[order[: sum(counts)]] = torch.cat(outputs).float()
@@ -248,6 +260,11 @@ def _matrices(
 def _dequantized(rows: QuantizedRows) -> torch.Tensor:
     """[T, D] float32."""
     return rows.values.float() * rows.scales[:, None]
+
+
+def _rounded(x: torch.Tensor, by_token: bool) -> torch.Tensor:
+    """[T, D] float32: quantized with one scale a row or by groups, and back."""
+    return _dequantized(per_token_quantize_reference(x)) if by_token else _rounded_groups(x)
 
 
 def _rounded_groups(x: torch.Tensor) -> torch.Tensor:

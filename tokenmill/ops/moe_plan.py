@@ -58,12 +58,21 @@ def grouped_plan(num_pairs: int, num_experts: int) -> GroupedPlan:
     return next(plan for limit, plan in GROUPED_PLANS if mean <= limit)
 
 
+def scales_inner_by_token(num_pairs: int, num_experts: int) -> bool:
+    """Whether what is between the projections has one scale for each row instead of one for each 128 features.
+
+    Scales of groups come at no cost while the weights are what takes time, and are more exact. When arithmetic is, they
+    interrupt the tensor cores after every 128 features: then a pass of its own that finds a row's scale is cheaper.
+    """
+    return num_pairs / num_experts > GROUPED_PLANS[-2][0]
+
+
 def max_row_blocks(num_pairs: int, num_experts: int, block_rows: int) -> int:
-    """Tiles that are enough however the pairs fall: each expert's last tile may be filled in part only."""
-    return num_pairs // block_rows + min(num_pairs, num_experts)
+    """Tiles that are enough however the pairs fall, if expert e begins with tile `(pairs before it) // rows + e`."""
+    return num_pairs // block_rows + num_experts
 
 
-PAIR_ELEMENTS: Final = (4096, 1024)
+PAIR_ELEMENTS: Final = (2048, 1024)
 """Weights that a program holds of the first product's gate (and as many of up), and of one step of the second."""
 PAIR_ELEMENTS_PER_WARP: Final = 1024
 
@@ -71,7 +80,7 @@ PAIR_ELEMENTS_PER_WARP: Final = 1024
 @lru_cache(maxsize=256)
 def gate_up_pair_plan(size: int, hidden: int) -> PairPlan:
     """For gate and up [I, H] of an expert."""
-    return _pair_plan(size, hidden, 2048, PAIR_ELEMENTS[0])
+    return _pair_plan(size, hidden, 512, PAIR_ELEMENTS[0])
 
 
 @lru_cache(maxsize=256)

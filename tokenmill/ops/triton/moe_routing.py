@@ -16,12 +16,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from tokenmill.ops.moe_plan import max_row_blocks
 from tokenmill.ops.triton.launch import can_overlap, warps_for
 
-MAX_SORT_BLOCK = 4096
+SORT_BLOCKS = (256, 2048, 4096)
+"""Pairs that a sorting program looks at together; few values, since each is compiled once."""
 ENTRIES_PER_STORE = tl.constexpr(128)
 
 
 class RowBlocks(NamedTuple):
-    """Pairs sorted by expert, each expert's padded to whole tiles of R rows.
+    """Pairs sorted by expert, each expert's in whole tiles of R rows; there are more tiles than needed, here and there.
 
     Args:
         pairs: [tiles * R] int32; the number of all pairs where a tile is not full.
@@ -103,22 +104,26 @@ def _sort_kernel(
     num_experts: int,
     num_tiles: int,
     block_rows: tl.constexpr,
-    num_bins: tl.constexpr,
     block: tl.constexpr,
     overlaps: tl.constexpr,
 ) -> None:
-    """One program an expert. Each counts all pairs, so that it knows where its tiles begin without waiting."""
+    """One program an expert, which knows where its tiles begin from how many pairs go to experts before it."""
     if overlaps:
         gdc_launch_dependents()
         gdc_wait()
     expert = tl.program_id(0)
-    bins = tl.arange(0, num_bins)
-    counts = tl.zeros([num_bins], tl.int32)
+    before = tl.zeros([block], tl.int32)
+    own = tl.zeros([block], tl.int32)
     for start in range(0, num_pairs, block):
-        counts += tl.histogram(_load_local(experts, start, num_pairs, first_expert, num_experts, block), num_bins)
-    tiles = tl.where(bins < num_experts, (counts + block_rows - 1) // block_rows, 0)
-    first_tile = tl.sum(tl.where(bins < expert, tiles, 0), axis=0)
-    own_tiles = tl.sum(tl.where(bins == expert, tiles, 0), axis=0)
+        local = _load_local(experts, start, num_pairs, first_expert, num_experts, block)
+        before += (local < expert).to(tl.int32)
+        own += (local == expert).to(tl.int32)
+    num_before, num_own = tl.sum(before, axis=0), tl.sum(own, axis=0)
+    first_tile = num_before // block_rows + expert
+    last_tile = first_tile + (num_own + block_rows - 1) // block_rows
+    next_tile = (num_before + num_own) // block_rows + expert + 1
+    if expert == num_experts - 1:
+        next_tile = num_tiles
     place = first_tile * block_rows
     for start in range(0, num_pairs, block):
         local = _load_local(experts, start, num_pairs, first_expert, num_experts, block)
@@ -126,10 +131,9 @@ def _sort_kernel(
         ranks = tl.cumsum(is_own, axis=0) - 1
         tl.store(pairs_out + place + ranks, start + tl.arange(0, block), mask=is_own == 1)
         place += tl.sum(is_own, axis=0)
-    _fill(pairs_out, place, (first_tile + own_tiles) * block_rows, num_pairs)
-    _fill(tile_experts, first_tile, first_tile + own_tiles, expert)
-    if expert == 0:
-        _fill(tile_experts, tl.sum(tiles, axis=0), num_tiles, -1)
+    _fill(pairs_out, place, last_tile * block_rows, num_pairs)
+    _fill(tile_experts, first_tile, last_tile, expert)
+    _fill(tile_experts, last_tile, next_tile, -1)
 
 
 @triton.jit(do_not_specialize=["first_expert"])
@@ -191,7 +195,7 @@ def sort_pairs(experts: torch.Tensor, first_expert: int, num_experts: int, block
     num_tiles = max_row_blocks(num_pairs, num_experts, block_rows)
     pairs = torch.empty(num_tiles * block_rows, dtype=torch.int32, device=experts.device)
     tile_experts = torch.empty(num_tiles, dtype=torch.int32, device=experts.device)
-    block = min(MAX_SORT_BLOCK, max(32, triton.next_power_of_2(num_pairs)))
+    block = next((size for size in SORT_BLOCKS if num_pairs <= size), SORT_BLOCKS[-1])
     overlaps = can_overlap(experts.device)
     _sort_kernel[(num_experts,)](
         experts,
@@ -202,10 +206,9 @@ def sort_pairs(experts: torch.Tensor, first_expert: int, num_experts: int, block
         num_experts,
         num_tiles,
         block_rows=block_rows,
-        num_bins=triton.next_power_of_2(num_experts + 1),
         block=block,
         overlaps=overlaps,
-        num_warps=min(8, max(1, block // 256)),
+        num_warps=min(8, block // 256),
         launch_pdl=overlaps,
     )
     return RowBlocks(pairs, tile_experts, block_rows)

@@ -152,11 +152,12 @@ def _rows_kernel(
     block_in: tl.constexpr,
     num_stages: tl.constexpr,
     scale_kind: tl.constexpr,
+    scales_rows: tl.constexpr,
     is_even: tl.constexpr,
     is_interpreted: tl.constexpr,
     overlaps: tl.constexpr,
 ) -> None:
-    """Output features of one tile of rows, each with a scale for every 128 input features if x is float8.
+    """Output features of one tile of rows; rows of float8 have one scale each, or one for every 128 input features.
 
     The rows are pairs, in tiles of one expert each, and weighted with their shares; or all rows in order (`pairs` is
     None) of the only matrix.
@@ -188,7 +189,7 @@ def _rows_kernel(
         is_column = columns < in_features - start
         v = load_block(values + start, is_column[:, None], is_even)
         w = load_block(weights + start, is_column[None, :], is_even)
-        if scale_kind == NO_SCALES:
+        if scale_kind == NO_SCALES or scales_rows:
             total = _product(total, w, v, None, None, is_interpreted)
         else:
             of_rows = tl.load(x_scale + sources * scales_in + start // GROUP)
@@ -198,6 +199,8 @@ def _rows_kernel(
             total = _product(total, w, v, of_features, of_rows, is_interpreted)
     if scale_kind == FEATURE_SCALES:
         total *= feature_scales(weight_scale, features, out_features)[:, None]
+        if scales_rows:
+            total *= tl.load(x_scale + sources)[None, :]
     if shares is not None:
         total *= tl.load(shares + sources)[None, :]
     if bias is not None:
@@ -211,7 +214,11 @@ def _rows_kernel(
 def run_tiles(x: torch.Tensor, routing: Routing, weights: ExpertWeights, plan: GroupedPlan) -> torch.Tensor:
     """[T, H]: quantize if the weights are float8, sort, multiply, multiply, add up."""
     blocks = sort_pairs(routing.experts, weights.first_expert, weights.num_experts, plan.block_rows)
-    inner = grouped_gate_up(*_operand(x, weights.gate_up), routing, weights, blocks, plan)
+    by_token = weights.scales_inner_by_token(routing.experts.numel())
+    unquantized = x.dtype if by_token else None
+    inner = grouped_gate_up(*_operand(x, weights.gate_up), routing, weights, blocks, plan, unquantized=unquantized)
+    if isinstance(inner, torch.Tensor) and by_token:
+        inner = per_token_quantize_fp8(inner)
     of_pairs = grouped_down(inner, routing, weights, blocks, plan, x.dtype)
     return combine(of_pairs, routing.experts, weights.first_expert, weights.num_experts)
 
@@ -223,6 +230,8 @@ def grouped_gate_up(
     weights: ExpertWeights,
     blocks: RowBlocks,
     plan: GroupedPlan,
+    *,
+    unquantized: torch.dtype | None = None,
 ) -> torch.Tensor | QuantizedRows:
     """What is between the projections, for every pair: [T * K, I], quantized by groups of 128 if x is float8.
 
@@ -230,11 +239,14 @@ def grouped_gate_up(
         x: [T, H], of the weights' type.
         x_scales: for float8: [T] float32, or [T, ceil(H / 128)] if the weights are block-scaled.
         routing, weights, blocks, plan: see `run_tiles`.
+        unquantized: leave it in this type.
     """
     num_pairs, (hidden, size) = routing.experts.numel(), weights.down.values.shape[1:]
     num_groups = triton.cdiv(size, SCALE_GROUP)
-    out = torch.empty(num_pairs, size, dtype=x.dtype, device=x.device)
-    out_scales = None if x_scales is None else torch.empty(num_pairs, num_groups, dtype=torch.float32, device=x.device)
+    out = torch.empty(num_pairs, size, dtype=unquantized or x.dtype, device=x.device)
+    out_scales = None
+    if x_scales is not None and unquantized is None:
+        out_scales = torch.empty(num_pairs, num_groups, dtype=torch.float32, device=x.device)
     block_in = plan.gate_up_bytes // x.element_size()
     if weights.gate_up.is_block_scaled:
         block_in = min(block_in, SCALE_GROUP)  # one factor for each stage
@@ -325,6 +337,7 @@ def _launch_rows(
         block_in=block_in,
         num_stages=plan.down_stages,
         scale_kind=scale_kind_of(matrix),
+        scales_rows=scales is not None and scales.dim() == 1,
         is_even=in_features % block_in == 0,
         is_interpreted=is_interpreted(),
         overlaps=overlaps,
