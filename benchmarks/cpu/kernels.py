@@ -37,7 +37,7 @@ from tokenmill.ops.cpu.packing import encoding_of, packed_bytes
 from tokenmill.ops.cpu.threads import OpList, ThreadPool
 
 NUM_LAYERS = 30
-PRODUCT_TURNS = 50_000
+PRODUCT_TURNS = 500_000
 
 
 @dataclass(frozen=True)
