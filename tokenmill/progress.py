@@ -20,8 +20,8 @@ QUIET_SECONDS = 1.0
 
 @contextmanager
 def loading_progress(model_name: str) -> Iterator[Callable[[str, int, int], None] | None]:
-    """A callback (what, done, in all) that draws a bar once loading takes over a second. Done are bytes, values of weights,
-    or kernels (`what` is `kernels`)."""
+    """A callback (what, done, in all) that draws a bar once loading takes over a second. Done are bytes, values
+    of weights, or kernels (`what` is `kernels`)."""
     if not sys.stderr.isatty():
         yield None
         return
