@@ -24,6 +24,7 @@ HTTP_STATUS = {
     "request_too_large": 400,
     "model_not_found": 404,
     "invalid_checkpoint": 400,
+    "invalid_engine": 400,
     "executor_error": 503,
     "queue_full": 429,
     "rate_limit_exceeded": 429,

@@ -9,7 +9,7 @@
         RequestTooLargeError         the request can never fit the KV cache
         ModelNotFoundError           no such model
         CheckpointError              a checkpoint file is damaged, incomplete or of the wrong kind
-      EngineFileError              a built engine is damaged, incomplete, or made for another version or machine
+        EngineFileError              a built engine is damaged, incomplete, or made for another version or machine
       ExecutorError                  the layer between callers and engines
         QueueFullError               too many requests wait; try again later
         RateLimitError               a client sends more requests than it may

@@ -20,7 +20,8 @@ QUIET_SECONDS = 1.0
 
 @contextmanager
 def loading_progress(model_name: str) -> Iterator[Callable[[str, int, int], None] | None]:
-    """A callback (what, bytes done, bytes in all) that draws a bar once loading takes over a second."""
+    """A callback (what, done, in all) that draws a bar once loading takes over a second. Done are bytes, values
+    of weights, or kernels (`what` is `kernels`)."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -32,10 +33,11 @@ def loading_progress(model_name: str) -> Iterator[Callable[[str, int, int], None
         if bar is None:
             if time.monotonic() - started < QUIET_SECONDS:
                 return
-            bar = _bytes_bar()
-            bar.add_task(f"Loading {model_name}", total=total)
+            bar = _percentage_bar()
+            bar.add_task("", total=total)
             bar.start()
-        bar.update(bar.task_ids[0], completed=done)
+        step = ": compiling kernels, once on this machine" if what == "kernels" else ""
+        bar.update(bar.task_ids[0], description=f"Loading {model_name}{step}", completed=done, total=total)
 
     try:
         yield on_progress
@@ -67,10 +69,11 @@ def generation_progress(count: int, show: bool) -> Iterator[Callable[[RequestOut
         yield on_output
 
 
-def _bytes_bar() -> Progress:
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+def _percentage_bar() -> Progress:
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-    return Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), console=_stderr(), transient=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+    return Progress(*columns, console=_stderr(), transient=True)
 
 
 def _stderr() -> Console:

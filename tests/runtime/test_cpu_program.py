@@ -199,3 +199,13 @@ def test_copied_blocks_hold_the_same_tokens(model_dir: Path) -> None:
     first, second = sequences.step([(0, token_ids[39:]), (2, token_ids[39:])])
     assert torch.equal(first, second)
     executor.close()
+
+
+def test_compiling_kernels_is_progress(model_dir: Path) -> None:
+    package = build(model_dir, device="cpu", quantization="none", capture="dispatch", max_seq_len=320)
+    told: list[tuple[str, int, int]] = []
+    arrays = LIMITS.arrays()
+    CpuExecutor(package, arrays, 8, torch.float32, 1, lambda *progress: told.append(progress)).close()
+    count = told[-1][2]
+    assert told == [("kernels", done, count) for done in range(count + 1)]
+    assert count >= 8

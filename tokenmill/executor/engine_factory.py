@@ -61,7 +61,7 @@ def build_engine(
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
     if is_engine(Path(args.model)):
-        return build_program_engine(args, EnginePackage.load(args.model), num_sharing=num_sharing)
+        return build_program_engine(args, EnginePackage.load(args.model), on_progress, num_sharing=num_sharing)
     device = resolve_device(args.device)
     max_num_tokens = resolve_max_num_tokens(args, device)
     checkpoint = open_checkpoint(Path(args.model), config_only=args.load_format == "dummy")
@@ -70,7 +70,7 @@ def build_engine(
     if choice.name == "engine":
         target = EngineTarget(device.type, args.max_batch_size, max_num_tokens, resolve_max_seq_len(args, config))
         package = open_engine(args, target, on_progress)
-        return build_program_engine(args, package, num_sharing=num_sharing)
+        return build_program_engine(args, package, on_progress, num_sharing=num_sharing)
     if choice.reason is not None:
         logger.warning("The model runs on the torch backend: %s", choice.reason)
     return _build_torch_engine(args, device, checkpoint, config, on_progress, num_sharing)

@@ -18,6 +18,7 @@ from tokenmill.program.package import EnginePackage
 from tokenmill.runtime.memory_planner import MeasuredMemory, MemoryRequest, plan_memory
 from tokenmill.runtime.model_loader import resolve_cache_dtype, resolve_device, resolve_max_num_tokens
 from tokenmill.runtime.model_runner import ModelRunner
+from tokenmill.runtime.program_executor import ProgressCallback
 from tokenmill.runtime.program_loading import (
     StepLimits,
     allocate_program_caches,
@@ -38,13 +39,14 @@ class _Sizes:
 
 
 def build_program_engine(
-    args: LlmArgs, package: EnginePackage, *, num_sharing: int = 1
+    args: LlmArgs, package: EnginePackage, on_progress: ProgressCallback | None = None, *, num_sharing: int = 1
 ) -> tuple[EngineCore, EngineDescription]:
     """Size and allocate the cache of a built engine, and put scheduler and runner together.
 
     Args:
         args: how to serve; sizes that were not set take the engine's.
         package: the engine.
+        on_progress: called while kernels are compiled.
         num_sharing: engines that are started now and share the device's free memory evenly.
 
     Raises:
@@ -89,7 +91,7 @@ def build_program_engine(
         backend="engine",
         max_input_len=package.config.limits.max_input_len,
     )
-    runner = _make_runner(args, package, description, cache_dtype, device)
+    runner = _make_runner(args, package, description, cache_dtype, device, on_progress)
     return make_core(args, description, runner, overlap=device.type == "cuda"), description
 
 
@@ -116,6 +118,7 @@ def _make_runner(
     description: EngineDescription,
     cache_dtype: torch.dtype,
     device: torch.device,
+    on_progress: ProgressCallback | None,
 ) -> SlotRunner:
     memory = description.memory
     slots = SlotState(description.max_batch_size, description.max_seq_len, memory.tokens_per_block, device)
@@ -136,5 +139,5 @@ def _make_runner(
         num_blocks=memory.num_blocks,
         tokens_per_block=memory.tokens_per_block,
     )
-    executor = load_executor(package, limits, cache_dtype, num_threads=args.num_threads)
+    executor = load_executor(package, limits, cache_dtype, num_threads=args.num_threads, on_progress=on_progress)
     return ProgramRunner(executor, slots, sampling)

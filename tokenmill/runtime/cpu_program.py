@@ -16,16 +16,17 @@ import torch
 
 from tokenmill.attention.base import LayerCache
 from tokenmill.ops.cpu.cache_layout import STEP_SIZE, cache_shapes
+from tokenmill.ops.cpu.jit import NativeFunction
 from tokenmill.ops.cpu.layout import COLUMN_NUM_TOKENS
 from tokenmill.ops.cpu.threads import OpList, ThreadPool
 from tokenmill.program.package import EnginePackage
 from tokenmill.program.program import Operation, Program
 from tokenmill.runtime.cpu_memory import ProgramMemory
-from tokenmill.runtime.cpu_operations import OpWriter, StepPlaces
+from tokenmill.runtime.cpu_operations import Op, OpWriter, StepPlaces
 from tokenmill.runtime.cpu_weights import CpuWeights
 from tokenmill.runtime.huge_pages import HugePages
 from tokenmill.runtime.kernel_choices import KernelChoices
-from tokenmill.runtime.program_executor import Values
+from tokenmill.runtime.program_executor import ProgressCallback, Values
 from tokenmill.runtime.program_parts import ProgramParts, layer_caches, split_program
 from tokenmill.runtime.step_arrays import StepArrays
 
@@ -65,13 +66,20 @@ class CpuExecutor:
         num_blocks: cache blocks.
         cache_dtype: float32 or bfloat16.
         num_threads: that compute, the caller's included.
+        on_progress: told `kernels`, how many are compiled, and how many there are.
 
     Raises:
         UnsupportedFeatureError: there is no kernel for something in the program.
     """
 
     def __init__(
-        self, package: EnginePackage, arrays: StepArrays, num_blocks: int, cache_dtype: torch.dtype, num_threads: int
+        self,
+        package: EnginePackage,
+        arrays: StepArrays,
+        num_blocks: int,
+        cache_dtype: torch.dtype,
+        num_threads: int,
+        on_progress: ProgressCallback | None = None,
     ) -> None:
         self.arrays = arrays
         self._program = package.program
@@ -94,7 +102,7 @@ class CpuExecutor:
             StepPlaces(arrays, self._step.ctypes.data, self._caches, layer_caches(package.program), num_threads),
             KernelChoices.of(package, num_threads),
         )
-        self._lists = _write_lists(self._parts, writer)
+        self._lists = _write_lists(self._parts, writer, on_progress or (lambda what, done, total: None))
 
     def run(self) -> Values:
         """See `ProgramExecutor.run`."""
@@ -158,23 +166,37 @@ class CpuExecutor:
         return step
 
 
-def _write_lists(parts: ProgramParts, writer: OpWriter) -> dict[tuple[int, int], _StepList]:
+def _write_lists(
+    parts: ProgramParts, writer: OpWriter, on_progress: ProgressCallback
+) -> dict[tuple[int, int], _StepList]:
     """Lists by (tokens, rows), where 2 stands for several; 0 tokens: the head alone, 0 rows: the body alone."""
-    lists = {}
+    written: dict[tuple[int, int], list[tuple[Operation, Op]]] = {}
     for num_tokens, num_rows in ((1, 1), (1, 2), (1, 0), (2, 1), (2, 2), (2, 0), (0, 1), (0, 2)):
         body: Sequence[Operation] = parts.body if num_tokens else ()
         head: Sequence[Operation] = parts.head if num_rows else ()
-        written = [
-            *((operation, entry) for operation in body for entry in writer.write(operation, one=num_tokens == 1)),
-            *((operation, entry) for operation in head for entry in writer.write(operation, one=num_rows == 1)),
+        written[num_tokens, num_rows] = [
+            *((operation, op) for operation in body for op in writer.write(operation, one=num_tokens == 1)),
+            *((operation, op) for operation in head for op in writer.write(operation, one=num_rows == 1)),
         ]
-        ops = OpList(len(written))
-        for _, entry in written:
-            ops.append(entry.kernel, *entry.arguments, barrier=entry.barrier)
-        body_names = {operation.name for operation in body}
-        names = tuple(operation.name for operation, _ in written)
-        lists[num_tokens, num_rows] = _StepList(ops, sum(name in body_names for name in names), names)
+    _compile([op.kernel for entries in written.values() for _, op in entries], on_progress)
+    body_names = {operation.name for operation in parts.body}
+    lists = {}
+    for sizes, entries in written.items():
+        ops = OpList(len(entries))
+        for _, op in entries:
+            ops.append(op.kernel, *op.arguments, barrier=op.barrier)
+        names = tuple(operation.name for operation, _ in entries)
+        lists[sizes] = _StepList(ops, sum(name in body_names for name in names), names)
     return lists
+
+
+def _compile(kernels: Sequence[NativeFunction], on_progress: ProgressCallback) -> None:
+    """Have machine code for all kernels: from the disk cache, or compiled, which takes seconds on a new machine."""
+    different = list(dict.fromkeys(kernels))
+    for done, kernel in enumerate(different):
+        on_progress("kernels", done, len(different))
+        assert kernel.address, kernel.name
+    on_progress("kernels", len(different), len(different))
 
 
 def _allocate_caches(

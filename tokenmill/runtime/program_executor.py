@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -16,6 +16,10 @@ from tokenmill.runtime.torch_program import TorchProgram
 
 Values: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 """Rows of floats on the host."""
+
+
+ProgressCallback: TypeAlias = Callable[[str, int, int], None]
+"""Called with what is done, how much of it, and how much there is."""
 
 
 class ProgramExecutor(Protocol):

@@ -14,7 +14,7 @@ from tokenmill.ops.platform import num_usable_cores
 from tokenmill.program.engine_config import MIN_LOGIT_ROWS
 from tokenmill.program.package import EnginePackage
 from tokenmill.program.program import Program
-from tokenmill.runtime.program_executor import ProgramExecutor, TorchExecutor
+from tokenmill.runtime.program_executor import ProgramExecutor, ProgressCallback, TorchExecutor
 from tokenmill.runtime.program_parts import layer_caches
 from tokenmill.runtime.step_arrays import StepArrays
 from tokenmill.runtime.torch_program import TorchProgram
@@ -78,7 +78,12 @@ def allocate_program_caches(
 
 
 def load_executor(
-    package: EnginePackage, limits: StepLimits, cache_dtype: torch.dtype, *, num_threads: int | None = None
+    package: EnginePackage,
+    limits: StepLimits,
+    cache_dtype: torch.dtype,
+    *,
+    num_threads: int | None = None,
+    on_progress: ProgressCallback | None = None,
 ) -> ProgramExecutor:
     """What runs the engine's steps on a CPU.
 
@@ -87,6 +92,7 @@ def load_executor(
         limits: sizes of steps and cache.
         cache_dtype: type of cached keys and values.
         num_threads: None: one for each core.
+        on_progress: told about kernels that are compiled.
 
     Raises:
         EngineFileError: the engine's weights were stripped.
@@ -95,7 +101,8 @@ def load_executor(
     from tokenmill.runtime.cpu_program import CpuExecutor
 
     package.check_runnable()
-    return CpuExecutor(package, limits.arrays(), limits.num_blocks, cache_dtype, num_threads or num_usable_cores())
+    num_threads = num_threads or num_usable_cores()
+    return CpuExecutor(package, limits.arrays(), limits.num_blocks, cache_dtype, num_threads, on_progress)
 
 
 def load_torch_executor(
