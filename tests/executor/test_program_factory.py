@@ -76,6 +76,7 @@ def torch_llm(model_dir: Path) -> Iterator[LLM]:
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.spec("A2")
 def test_greedy_tokens_are_those_of_the_torch_backend(torch_llm: LLM, engine_dir: Path, way: str) -> None:
     expected = tokens_of(torch_llm)
     with make_llm(engine_dir, **WAYS[way]) as llm:
@@ -122,6 +123,7 @@ def test_a_larger_size_than_the_engines_is_refused(engine_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("source", ["checkpoint", "engine"])
+@pytest.mark.spec("A1")
 def test_a_saved_model_gives_the_same_tokens(
     torch_llm: LLM, model_dir: Path, engine_dir: Path, tmp_path: Path, source: str
 ) -> None:
@@ -134,6 +136,7 @@ def test_a_saved_model_gives_the_same_tokens(
         torch_llm.save(tmp_path / "other")
 
 
+@pytest.mark.spec("A2")
 def test_auto_takes_the_engine_on_a_cpu_and_says_why_not(model_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     with make_llm(model_dir, device="cpu") as llm:
         assert llm.description.backend == "engine"
