@@ -157,7 +157,7 @@ def drive(server: ServerProcess, options: argparse.Namespace) -> tuple[Soak, lis
         Finding("known request answered wrongly afterwards", float(not is_right), "", details=(end_body[:300],)),
         *check_idle(before, after, blocks_before=blocks_before, blocks_after=blocks_after),
         *check_memory(soak.watcher.samples, soak.faults, warm_up_end),
-        *check_recovery(token_times, soak.faults, warm_up_end, soak.end),
+        *check_recovery(token_times, soak.faults, soak.watcher.samples, warm_up_end, soak.end),
         Finding("worker restarts that the server counted", server.metric("worker_restarts_total"), "", None),
         Finding("requests that the server ran again", server.metric("request_retries_total"), "", None),
     ]

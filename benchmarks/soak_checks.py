@@ -16,7 +16,9 @@ from benchmarks.soak_clients import RequestRecord
 from benchmarks.soak_watch import Resources, Sample
 
 RECOVERY_LIMIT = 10.0
-"""Seconds after a restart within which throughput has to be back."""
+"""Seconds after a restart, or after a stop, within which throughput has to be back."""
+RESTART_LIMIT = 5.0
+"""Seconds from a kill until the next worker is ready."""
 RECOVERED_SHARE = 0.8
 """Share of the throughput without faults that counts as recovered."""
 WINDOW = 3.0
@@ -227,20 +229,50 @@ def recovery_time(token_times: Sequence[float], fault: Fault, steady: float, end
     return None
 
 
-def check_recovery(token_times: Sequence[float], faults: Sequence[Fault], start: float, end: float) -> list[Finding]:
-    """Throughput is back soon after each fault. A fault so late that it cannot be judged is left out."""
+def restart_time(fault: Fault, samples: Sequence[Sample]) -> float | None:
+    """Seconds from a SIGKILL until another worker was there and reported ready; None: there never was one."""
+    for sample in samples:
+        is_another = any(pid != fault.pid for pid in sample.worker_pids)
+        if sample.time > fault.time and is_another and sample.health == 200:
+            return sample.time - fault.time
+    return None
+
+
+def check_recovery(
+    token_times: Sequence[float], faults: Sequence[Fault], samples: Sequence[Sample], start: float, end: float
+) -> list[Finding]:
+    """A killed worker is replaced soon, and throughput is back soon after each restart and each stop.
+
+    A fault so late that it cannot be judged is left out.
+    """
     steady = steady_throughput(token_times, faults, start, end)
     if not steady:
         return [Finding("windows without faults missing", 1, "", details=("faults were too close to each other",))]
     findings = [Finding("throughput without faults", steady, "tokens/s", None)]
     judged = [fault for fault in faults if end - fault.end_time >= RECOVERY_LIMIT + WINDOW]
-    for kind in ("SIGKILL", "SIGSTOP"):
-        times = [recovery_time(token_times, fault, steady, end) for fault in judged if fault.kind == kind]
-        if times:
-            slowest = max(float("inf") if time is None else time for time in times)
-            findings.append(Finding(f"slowest recovery after {kind}", slowest, "s", RECOVERY_LIMIT))
-            findings.append(Finding(f"faults judged: {kind}", len(times), "", None))
+    times = {fault: _or_never(recovery_time(token_times, fault, steady, end)) for fault in judged}
+    kills = [fault for fault in judged if fault.kind == "SIGKILL"]
+    stops = [fault for fault in judged if fault.kind == "SIGSTOP"]
+    if kills:
+        restarts = {fault: _or_never(restart_time(fault, samples)) for fault in kills}
+        after_restart = max(times[fault] - min(restarts[fault], times[fault]) for fault in kills)
+        findings += [
+            Finding("slowest restart after SIGKILL", max(restarts.values()), "s", RESTART_LIMIT),
+            Finding("slowest recovery after a restart", after_restart, "s", RECOVERY_LIMIT),
+            Finding(
+                "slowest recovery after SIGKILL, restart included", max(times[fault] for fault in kills), "s", None
+            ),
+            Finding("faults judged: SIGKILL", len(kills), "", None),
+        ]
+    if stops:
+        slowest = max(times[fault] for fault in stops)
+        findings.append(Finding("slowest recovery after SIGSTOP", slowest, "s", RECOVERY_LIMIT))
+        findings.append(Finding("faults judged: SIGSTOP", len(stops), "", None))
     return findings
+
+
+def _or_never(seconds: float | None) -> float:
+    return float("inf") if seconds is None else seconds
 
 
 def check_health(samples: Sequence[Sample], faults: Sequence[Fault], token_times: Sequence[float]) -> list[Finding]:

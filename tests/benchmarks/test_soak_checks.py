@@ -18,6 +18,7 @@ from benchmarks.soak_checks import (
     check_recovery,
     check_terminal_events,
     recovery_time,
+    restart_time,
     slope_per_minute,
     steady_throughput,
 )
@@ -213,19 +214,48 @@ def test_tokens_on_their_way_are_no_recovery() -> None:
     assert recovery_time(tokens((100.4, 106)), KILL, 50.0, 160.0) == pytest.approx(6.0, abs=0.7)
 
 
+def restarts(ready: float = 102.0) -> list[Sample]:
+    """Four samples a second around a kill at 100: the worker 7, nobody, then the worker 8, which is ready at `ready`."""
+    samples = []
+    for index in range(160 * 4):
+        time = index / 4
+        pids = (7,) if time < 100 else (8,) if time > 100.5 else ()
+        is_ready = time < 100 or time >= ready
+        samples.append(Sample(time, 90.0, 900.0, frozenset(pids), pids, 200 if is_ready else 503))
+    return samples
+
+
+@pytest.mark.parametrize("ready", [101.0, 102.5, 104.0])
+def test_a_restart_lasts_until_the_next_worker_is_ready(ready: float) -> None:
+    assert restart_time(KILL, restarts(ready)) == ready - 100.0
+
+
+def test_a_dead_worker_that_is_called_healthy_is_no_restart() -> None:
+    lies = [Sample(100 + index / 4, 90.0, 900.0, frozenset({7}), (7,), 200) for index in range(200)]
+    assert restart_time(KILL, lies) is None
+
+
 def test_slow_and_missing_recoveries_are_found() -> None:
-    assert broken(check_recovery(tokens((100, 105)), [KILL], 0.0, 160.0)) == []
-    assert broken(check_recovery(tokens((100, 115)), [KILL], 0.0, 160.0)) == ["slowest recovery after SIGKILL"]
-    assert broken(check_recovery(tokens((100, 160)), [KILL], 0.0, 160.0)) == ["slowest recovery after SIGKILL"]
+    slow = ["slowest recovery after a restart"]
+
+    def found(times: list[float], *faults: Fault, ready: float = 102.0) -> list[str]:
+        return broken(check_recovery(times, faults, restarts(ready), 0.0, 160.0))
+
+    assert found(tokens((100, 105)), KILL) == []
+    assert found(tokens((100, 111)), KILL) == []  # nine seconds after the restart
+    assert found(tokens((100, 115)), KILL) == slow
+    assert found(tokens((100, 160)), KILL) == slow
     half = [time for index, time in enumerate(tokens()) if time < 100 or index % 2]
-    assert broken(check_recovery(half, [KILL], 0.0, 160.0)) == ["slowest recovery after SIGKILL"], "half is not back"
-    assert broken(check_recovery(tokens((100, 105)), [STOP], 0.0, 160.0)) == []
-    assert broken(check_recovery(tokens((100, 120)), [STOP], 0.0, 160.0)) == ["slowest recovery after SIGSTOP"]
+    assert found(half, KILL) == slow, "half is not back"
+    assert found(tokens((100, 108)), KILL, ready=107.0) == ["slowest restart after SIGKILL"]
+    assert found(tokens((100, 112)), KILL, ready=500.0) == ["slowest restart after SIGKILL"]
+    assert found(tokens((100, 105)), STOP) == []
+    assert found(tokens((100, 120)), STOP) == ["slowest recovery after SIGSTOP"]
 
 
 def test_a_soak_that_cannot_be_judged_is_not_passed() -> None:
     faults = [Fault("SIGKILL", float(time), float(time), pid=7) for time in range(0, 160, 5)]
-    assert broken(check_recovery(tokens(), faults, 0.0, 160.0)) == ["windows without faults missing"]
+    assert broken(check_recovery(tokens(), faults, restarts(), 0.0, 160.0)) == ["windows without faults missing"]
 
 
 # ---- health ----------------------------------------------------------------------------------------------------------
