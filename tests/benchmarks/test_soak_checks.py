@@ -215,7 +215,7 @@ def test_tokens_on_their_way_are_no_recovery() -> None:
 
 
 def restarts(ready: float = 102.0) -> list[Sample]:
-    """Four samples a second around a kill at 100: the worker 7, nobody, then the worker 8, which is ready at `ready`."""
+    """Four samples a second around a kill at 100: worker 7, nobody, then worker 8, which is ready at `ready`."""
     samples = []
     for index in range(160 * 4):
         time = index / 4
