@@ -23,8 +23,9 @@ from tests.executor.tiny_executor import (
     streamed_tokens,
     wait_until,
 )
-from tokenmill import LLM, SamplingParams
+from tokenmill import LLM, BuildConfig, Engine, SamplingParams, build
 from tokenmill.errors import (
+    EngineFileError,
     InvalidParameterError,
     ModelNotFoundError,
     PromptTooLongError,
@@ -212,13 +213,30 @@ def test_other_things_than_requests_are_refused(executor: Executor) -> None:
     assert executor.enqueue_requests([]) == []
 
 
+@pytest.fixture(scope="module")
+def engine(tiny_model_dir: Path) -> Engine:
+    return build(tiny_model_dir, BuildConfig(dtype="float32", max_batch_size=8, max_seq_len=256))
+
+
+@pytest.mark.parametrize("kind", ["directory", "buffer"])
+def test_engines_give_the_tokens_of_their_model(engine: Engine, llm: LLM, tmp_path: Path, kind: str) -> None:
+    source = engine.save(tmp_path / "engine") if kind == "directory" else engine.to_buffer()
+    with make_executor(source) as executor:
+        unpacked = executor._unpacked
+        response = only(executor, Request(PROMPT, 12, end_id=-1, output_config=ANSWER_ONLY))
+        assert response.result.output_token_ids[0] == plain_tokens(llm, PROMPT, 12)
+    assert (unpacked is None) == (kind == "directory")
+    assert unpacked is None or not Path(unpacked.name).exists()
+
+
+@pytest.mark.parametrize("buffer", [b"an engine", bytearray(8), memoryview(b"")])
+def test_buffers_that_are_no_engine_are_refused(buffer: bytes) -> None:
+    with pytest.raises(EngineFileError):
+        Executor(buffer)
+
+
 def test_models_that_cannot_be_run_are_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
-    (tmp_path / "rank0").mkdir()
-    (tmp_path / "rank0" / "program.json").write_text("{}")
     cases: list[tuple[tuple[Any, ...], type[Exception], str]] = [
-        ((b"an engine",), UnsupportedFeatureError, "model_path_or_buffer"),
-        ((bytearray(8),), UnsupportedFeatureError, "model_path_or_buffer"),
-        ((tmp_path,), UnsupportedFeatureError, "model_path_or_buffer"),
         ((7,), InvalidParameterError, "model_path_or_buffer"),
         ((tiny_model_dir, ModelType.ENCODER_ONLY), UnsupportedFeatureError, "model_type"),
         ((tiny_model_dir, ModelType.ENCODER_DECODER), UnsupportedFeatureError, "model_type"),

@@ -16,10 +16,10 @@ CACHE = KvCacheConfig(max_tokens=2048, tokens_per_block=16)
 ANSWER_ONLY = OutputConfig(exclude_input_from_output=True)
 
 
-def make_executor(model_dir: Path, **changes: Any) -> Executor:
+def make_executor(model: Path | bytes, **changes: Any) -> Executor:
     """A small executor."""
     config = ExecutorConfig(**{**OPTIONS, "kv_cache_config": CACHE, **changes})
-    return Executor(model_dir, ModelType.DECODER_ONLY, config)
+    return Executor(model, ModelType.DECODER_ONLY, config)
 
 
 def make_llm(model_dir: Path) -> LLM:

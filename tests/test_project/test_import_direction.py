@@ -44,6 +44,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "executor.engine_factory",
         "executor.engine_source",
         "inputs",
+        "program",
         "telemetry",
         "tokenization",
     ),

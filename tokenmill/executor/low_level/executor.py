@@ -12,6 +12,7 @@ from datetime import timedelta
 from math import isnan
 from operator import index
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, Self
 
@@ -34,32 +35,38 @@ from tokenmill.executor.low_level.response_queue import ResponseQueue
 from tokenmill.executor.low_level.statistics import IterationStats, RequestStatsPerIteration
 from tokenmill.executor.result import GenerationResult
 
-_ENGINE_FILES = ("rank0/program.json", "rank0.engine")
-
 
 class Executor:
     """Runs a model for requests of token ids. All methods are thread-safe.
 
     Args:
-        model_path_or_buffer: whatever `LLM` takes as `model`.
+        model_path_or_buffer: whatever `LLM` takes as `model`, the directory of a built engine included; or an engine in
+            memory, as `Engine.to_buffer` gives it. A buffer is unpacked to a temporary folder, so that weights are
+            mapped and worker processes can read them.
         model_type: DECODER_ONLY.
         executor_config: limits and policies; None: the defaults.
 
     Raises:
         UserError: the model or a parameter cannot be used; `field` names the parameter.
+        EngineFileError: an engine is damaged, or was made by another version or for another machine.
         OutOfMemoryError: the model or its cache does not fit.
     """
 
     def __init__(
         self,
-        model_path_or_buffer: str | Path,
+        model_path_or_buffer: str | Path | bytes | bytearray | memoryview,
         model_type: ModelType = ModelType.DECODER_ONLY,
         executor_config: ExecutorConfig | None = None,
     ) -> None:
         _check_model_type(model_type)
         config = _checked_config(executor_config)
         self._config = config
-        self._executor = GenerationExecutor.create(config.to_llm_args(_local_path(model_path_or_buffer)), None)
+        self._unpacked: TemporaryDirectory[str] | None = None
+        model = model_path_or_buffer
+        if isinstance(model, (bytes, bytearray, memoryview)):
+            self._unpacked = TemporaryDirectory(prefix="tokenmill-engine-")
+            model = _unpack(model, Path(self._unpacked.name))
+        self._executor = GenerationExecutor.create(config.to_llm_args(_local_path(model)), None)
         description = self._executor.description
         self._num_slots = min(description.max_batch_size, description.max_num_tokens)
         self._converter = RequestConverter(
@@ -182,6 +189,8 @@ class Executor:
             self._executor.shutdown(grace_period=0.0)
             self._collector.close()
             self._queue.close()
+            if self._unpacked is not None:
+                self._unpacked.cleanup()
 
     def __enter__(self) -> Self:
         return self
@@ -219,27 +228,21 @@ def _check_model_type(model_type: Any) -> None:
 
 def _local_path(model: Any) -> Path:
     """Where the model is; it is downloaded if need be."""
-    if isinstance(model, (bytes, bytearray, memoryview)):
-        raise UnsupportedFeatureError(
-            "model_path_or_buffer is a buffer; this version does not load engines from memory.",
-            field="model_path_or_buffer",
-            remedy="Pass a model: a directory, a .gguf file, a hub id or an alias.",
-        )
     if not isinstance(model, (str, Path)):
         raise InvalidParameterError(
             f"model_path_or_buffer is of type {type(model).__name__}, not a path or name.", field="model_path_or_buffer"
         )
     try:
-        path = resolve_model(model)
+        return resolve_model(model)
     except ModelNotFoundError as error:
         raise ModelNotFoundError(error.message, field="model_path_or_buffer", remedy=error.remedy) from None
-    if any((path / name).is_file() for name in _ENGINE_FILES):
-        raise UnsupportedFeatureError(
-            f"{model} is an engine directory; this version does not load built engines.",
-            field="model_path_or_buffer",
-            remedy="Pass the model that the engine was built from.",
-        )
-    return path
+
+
+def _unpack(buffer: bytes | bytearray | memoryview, folder: Path) -> Path:
+    """Write an engine in memory to a directory in `folder`."""
+    from tokenmill.program.package import EnginePackage
+
+    return EnginePackage.from_buffer(buffer).save(folder / "engine")
 
 
 def _as_seconds(timeout: Any) -> float | None:
