@@ -62,11 +62,11 @@ class Executor:
         config = _checked_config(executor_config)
         self._config = config
         self._unpacked: TemporaryDirectory[str] | None = None
-        model = model_path_or_buffer
-        if isinstance(model, (bytes, bytearray, memoryview)):
-            self._unpacked = TemporaryDirectory(prefix="tokenmill-engine-")
-            model = _unpack(model, Path(self._unpacked.name))
-        self._executor = GenerationExecutor.create(config.to_llm_args(_local_path(model)), None)
+        try:
+            self._executor = GenerationExecutor.create(config.to_llm_args(self._find(model_path_or_buffer)), None)
+        except BaseException:
+            self._remove_unpacked()
+            raise
         description = self._executor.description
         self._num_slots = min(description.max_batch_size, description.max_num_tokens)
         self._converter = RequestConverter(
@@ -189,8 +189,7 @@ class Executor:
             self._executor.shutdown(grace_period=0.0)
             self._collector.close()
             self._queue.close()
-            if self._unpacked is not None:
-                self._unpacked.cleanup()
+            self._remove_unpacked()
 
     def __enter__(self) -> Self:
         return self
@@ -199,6 +198,20 @@ class Executor:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.shutdown()
+
+    def _find(self, model: str | Path | bytes | bytearray | memoryview) -> Path:
+        """Where the model is; an engine in memory is written to a temporary folder first."""
+        if not isinstance(model, (bytes, bytearray, memoryview)):
+            return _local_path(model)
+        from tokenmill.program.package import EnginePackage
+
+        package = EnginePackage.from_buffer(model)
+        self._unpacked = TemporaryDirectory(prefix="tokenmill-engine-")
+        return package.save(Path(self._unpacked.name) / "engine")
+
+    def _remove_unpacked(self) -> None:
+        if self._unpacked is not None:
+            self._unpacked.cleanup()
 
     def _builder(self, request_id: int, request: Request) -> ResponseBuilder:
         return ResponseBuilder(request_id, request, normalize_log_probs=self._config.normalize_log_probs)
@@ -236,13 +249,6 @@ def _local_path(model: Any) -> Path:
         return resolve_model(model)
     except ModelNotFoundError as error:
         raise ModelNotFoundError(error.message, field="model_path_or_buffer", remedy=error.remedy) from None
-
-
-def _unpack(buffer: bytes | bytearray | memoryview, folder: Path) -> Path:
-    """Write an engine in memory to a directory in `folder`."""
-    from tokenmill.program.package import EnginePackage
-
-    return EnginePackage.from_buffer(buffer).save(folder / "engine")
 
 
 def _as_seconds(timeout: Any) -> float | None:
