@@ -34,6 +34,7 @@ from tokenmill.executor.low_level.response_collector import ResponseCollector
 from tokenmill.executor.low_level.response_queue import ResponseQueue
 from tokenmill.executor.low_level.statistics import IterationStats, RequestStatsPerIteration
 from tokenmill.executor.result import GenerationResult
+from tokenmill.program.package import EnginePackage
 
 
 class Executor:
@@ -203,8 +204,6 @@ class Executor:
         """Where the model is; an engine in memory is written to a temporary folder first."""
         if not isinstance(model, (bytes, bytearray, memoryview)):
             return _local_path(model)
-        from tokenmill.program.package import EnginePackage
-
         package = EnginePackage.from_buffer(model)
         self._unpacked = TemporaryDirectory(prefix="tokenmill-engine-")
         return package.save(Path(self._unpacked.name) / "engine")
