@@ -135,7 +135,7 @@ class TestStart:
 
     def test_progress_of_loading_reaches_the_caller(self, model_dir: Path) -> None:
         seen: list[list[tuple[str, int, int]]] = []
-        for replicas in (0, 1):
+        for replicas in (0, 0, 1):  # the first one may compile kernels, which are cached for the others
             calls: list[tuple[str, int, int]] = []
             args = LlmArgs(model=model_dir, num_replicas=replicas, device="cpu", num_threads=1)
 
@@ -145,9 +145,9 @@ class TestStart:
             with GenerationExecutor.create(args, None, on_progress) as executor:
                 assert executor.generate_async([5, 6]).result(30).outputs[0].token_ids
             seen.append(calls)
-        assert seen[0] == seen[1]
-        assert len(seen[0]) > 3
-        assert seen[0][-1][1] == seen[0][-1][2]
+        assert seen[1] == seen[2]
+        assert len(seen[1]) > 3
+        assert seen[1][-1][1] == seen[1][-1][2]
 
     def test_a_tokenizer_that_cannot_be_loaded(self, model_dir: Path, tmp_path: Path) -> None:
         (tmp_path / "tokenizer.json").write_text("{")
