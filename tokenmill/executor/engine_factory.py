@@ -14,7 +14,7 @@ from tokenmill.checkpoints.base import Checkpoint, open_checkpoint
 from tokenmill.config import LlmArgs
 from tokenmill.engine.core import EngineCore
 from tokenmill.errors import UnsupportedFeatureError
-from tokenmill.executor.backend_choice import choose_backend
+from tokenmill.executor.backend_choice import check_deterministic, choose_backend
 from tokenmill.executor.description import EngineDescription
 from tokenmill.executor.engine_source import EngineTarget, open_engine
 from tokenmill.executor.program_factory import build_program_engine
@@ -89,7 +89,8 @@ def _build_torch_engine(
     dtype = resolve_dtype(args.dtype, device)
     cache_dtype = resolve_cache_dtype(args.kv_cache_config.dtype, dtype, device)
     max_seq_len = resolve_max_seq_len(args, config)
-    backend = select_backend(args.attn_backend, device)
+    check_deterministic(args, "torch", device, dtype)
+    backend = select_backend(args.attn_backend, device, batch_invariant=args.deterministic)
     request = MemoryRequest(
         weight_bytes=dtype.itemsize,
         cache_bytes=cache_dtype.itemsize,

@@ -10,6 +10,7 @@ from tokenmill.attention.select import select_backend
 from tokenmill.config import LlmArgs
 from tokenmill.engine.core import EngineCore
 from tokenmill.errors import InvalidParameterError
+from tokenmill.executor.backend_choice import check_deterministic
 from tokenmill.executor.description import EngineDescription
 from tokenmill.executor.scheduling import make_core
 from tokenmill.models.config import ModelConfig
@@ -76,6 +77,7 @@ def build_program_engine(
     )
     measured = MeasuredMemory(package.weight_nbytes, package.program.arena_bytes)
     memory = plan_memory(config, request, args.kv_cache_config, free_memory(device) // num_sharing, measured)
+    check_deterministic(args, "engine", device, dtype)
     attn_backend = select_backend(args.attn_backend, device).name
     description = EngineDescription(
         model=config,
@@ -125,7 +127,7 @@ def _make_runner(
     # One more for the scratch slot.
     sampling = SlotSamplingParams(description.max_batch_size + 1, description.model.vocab_size, device)
     if device.type != "cpu":
-        program = load_torch_program(package, device, attn_backend=args.attn_backend)
+        program = load_torch_program(package, device, attn_backend=args.attn_backend, deterministic=args.deterministic)
         caches = allocate_program_caches(
             package.program, memory.num_blocks, memory.tokens_per_block, cache_dtype, device
         )
@@ -139,5 +141,12 @@ def _make_runner(
         num_blocks=memory.num_blocks,
         tokens_per_block=memory.tokens_per_block,
     )
-    executor = load_executor(package, limits, cache_dtype, num_threads=args.num_threads, on_progress=on_progress)
+    executor = load_executor(
+        package,
+        limits,
+        cache_dtype,
+        num_threads=args.num_threads,
+        on_progress=on_progress,
+        deterministic=args.deterministic,
+    )
     return ProgramRunner(executor, slots, sampling)

@@ -20,6 +20,7 @@ from tokenmill.ops.activation import gated_activation
 from tokenmill.ops.fp8 import FP8_DTYPE, QuantizedRows, per_token_quantize_fp8, per_token_quantize_reference
 from tokenmill.ops.linear import PackedWeight, StreamedWeight, linear, pack_linear_weight
 from tokenmill.ops.moe_plan import (
+    INVARIANT_PLAN,
     MAX_PAIR_TOKENS,
     SCALE_GROUP,
     down_pair_plan,
@@ -77,6 +78,7 @@ class ExpertWeights:
         first_expert: the routing's number of the first expert here; what is routed elsewhere adds nothing.
         packed: (gate_up, down) of each expert prepared for a CPU's products, in the place of the two, which are then
             empty; None: not prepared.
+        batch_invariant: give each token the same bits in any company: one way for all numbers of tokens.
     """
 
     gate_up: ExpertMatrix
@@ -84,6 +86,7 @@ class ExpertWeights:
     activation: str = "silu"
     first_expert: int = 0
     packed: tuple[PackedMatrices, PackedMatrices] | None = None
+    batch_invariant: bool = False
 
     @property
     def num_experts(self) -> int:
@@ -93,7 +96,7 @@ class ExpertWeights:
     def scales_inner_by_token(self, num_pairs: int) -> bool:
         """Whether what is between the projections of so many pairs has one scale a row, not one for 128 features."""
         has_feature_scales = self.down.scales is not None and not self.down.is_block_scaled
-        return has_feature_scales and scales_inner_by_token(num_pairs, self.num_experts)
+        return has_feature_scales and not self.batch_invariant and scales_inner_by_token(num_pairs, self.num_experts)
 
     def prepared(self) -> ExpertWeights:
         """These weights as the products of their device want them; the originals may be freed."""
@@ -225,14 +228,16 @@ def run_experts_triton(x: torch.Tensor, routing: Routing, weights: ExpertWeights
     if x.shape[0] == 0:
         return torch.empty_like(x)
     rows = x if x.stride(1) == 1 else x.contiguous()
-    if x.shape[0] <= MAX_PAIR_TOKENS:
+    if x.shape[0] <= MAX_PAIR_TOKENS and not weights.batch_invariant:
         from tokenmill.ops.triton.moe_pairs import run_pairs
 
         hidden, size = weights.down.values.shape[1:]
         return run_pairs(rows, routing, weights, gate_up_pair_plan(size, hidden), down_pair_plan(hidden, size))
     from tokenmill.ops.triton.moe_tiles import run_tiles
 
-    return run_tiles(rows, routing, weights, grouped_plan(routing.experts.numel(), weights.num_experts))
+    num_pairs = routing.experts.numel()
+    plan = INVARIANT_PLAN if weights.batch_invariant else grouped_plan(num_pairs, weights.num_experts)
+    return run_tiles(rows, routing, weights, plan)
 
 
 def quantize_groups_fp8(x: torch.Tensor) -> QuantizedRows:

@@ -125,13 +125,16 @@ def load_model(
     """
     assert args.quantization in (None, "fp8"), "the backend was chosen by what it can do"
     shapes = {tensor.name: tensor.shape for tensor in checkpoint.tensors()}
-    linear_method, experts_method = methods_for(args.quantization, read_format(checkpoint.hf_config, shapes))
+    linear_method, experts_method = methods_for(
+        args.quantization, read_format(checkpoint.hf_config, shapes), batch_invariant=args.deterministic
+    )
     context = LayerContext(
         dtype=dtype,
         device=device,
         backend=backend,
         linear_method=linear_method,
         experts_method=experts_method,
+        batch_invariant=args.deterministic,
     )
     model = load_model_class(config.model_type)(config, context)
     targets = weight_targets(model)
