@@ -20,8 +20,8 @@ from tokenmill import LLM, KvCacheConfig, SamplingParams, SchedulerConfig
 from tokenmill.builder.build import build
 from tokenmill.config import CapacitySchedulerPolicy, LlmArgs
 from tokenmill.errors import UnsupportedFeatureError
-from tokenmill.executor.backend_choice import check_deterministic
 from tokenmill.runtime.cpu_program import CpuExecutor
+from tokenmill.runtime.model_loader import check_deterministic
 
 pytestmark = pytest.mark.spec("H3")
 

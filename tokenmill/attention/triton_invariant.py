@@ -3,7 +3,7 @@
 A token's context is cut into splits at fixed positions. Each is summed by itself, tile after tile, and the splits are
 added up in their order: by one program that goes through all of them, or by a second kernel where few tokens leave the
 device room for a program of each split. Keys and values are read from the cache, also those of the step. So it does
-not matter which tokens were computed together, in how many steps, or what was found in the cache. Called by `triton.py`.
+not matter which tokens were computed together, in how many steps, or what was cached. Called by `triton.py`.
 """
 
 from __future__ import annotations
@@ -148,6 +148,63 @@ def _attend_split(
     return values, maximum, total
 
 
+@triton.jit
+def _attend_splits(
+    query: tl.tensor,  # [block_m, block_d]
+    positions: tl.tensor,  # [block_m]
+    cache: PagedCache,
+    table: tl.tensor,  # pointer
+    kv_head: tl.tensor,
+    first_visible: tl.tensor,  # to any query
+    begin: tl.tensor,  # number of the first split
+    stop: tl.tensor,
+    end: tl.tensor,
+    factor: tl.tensor,
+    num_kv_heads: tl.constexpr,
+    head_dim: tl.constexpr,
+    tokens_per_block: tl.constexpr,
+    window: tl.constexpr,
+    cap: tl.constexpr,
+    operands: tl.constexpr,
+    split_tokens: tl.constexpr,
+    block_m: tl.constexpr,
+    block_n: tl.constexpr,
+    block_d: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Sum of values, maximum and total over splits begin to stop, as far as `end`."""
+    maximum = tl.full([block_m], float("-inf"), tl.float32)
+    total = tl.zeros([block_m], tl.float32)
+    values = tl.zeros([block_m, block_d], tl.float32)
+    from_tile = first_visible // block_n * block_n
+    for split in range(begin, stop):
+        split_values, split_maximum, split_total = _attend_split(
+            query, positions, cache, table, kv_head, first_visible, tl.maximum(split * split_tokens, from_tile),
+            tl.minimum((split + 1) * split_tokens, end), factor, num_kv_heads, head_dim, tokens_per_block, window, cap,
+            operands, block_m, block_n, block_d,
+        )  # fmt: skip
+        values, maximum, total = _add_split(values, maximum, total, split_values, split_maximum, split_total)
+    return values, maximum, total
+
+
+@triton.jit
+def _store_part(
+    values: tl.tensor,
+    maximum: tl.tensor,
+    total: tl.tensor,
+    slots: tl.tensor,  # [block_m]
+    is_query: tl.tensor,
+    parts: SplitParts,
+    head_dim: tl.constexpr,
+    block_d: tl.constexpr,
+) -> None:
+    """Leave a split for `_add_splits_kernel`."""
+    dims = tl.arange(0, block_d)
+    is_element = is_query[:, None] & (dims < head_dim)[None, :]
+    tl.store(parts.softmax + slots * 2, maximum, mask=is_query)
+    tl.store(parts.softmax + slots * 2 + 1, total, mask=is_query)
+    tl.store(parts.sums + slots[:, None] * head_dim + dims[None, :], values, mask=is_element)
+
+
 @triton.jit(
     do_not_specialize=["table_stride", "num_rows", "num_splits"],
     do_not_specialize_on_alignment=["query_start", "kv_lens", "block_tables"],
@@ -190,44 +247,28 @@ def _attention_kernel(
         is_query = (lanes < queries_per_tile * group) & (indices < query_len)
         positions = kv_len - query_len + indices
         tokens = row_start.to(tl.int64) + indices
-        q = load_tile(
-            query.data, tokens * query.token_stride + heads * query.head_stride, is_query, head_dim, block_d, True
-        ).to(operands)
+        sources = tokens * query.token_stride + heads * query.head_stride
+        q = load_tile(query.data, sources, is_query, head_dim, block_d, True).to(operands)
         end = kv_len - query_len + tl.minimum(first + queries_per_tile, query_len)
         first_visible = end * 0
         if window > 0:
             first_visible = tl.maximum(kv_len - query_len + first + 1 - window, 0)
-        table = block_tables + row.to(tl.int64) * table_stride
-        places = tokens * (num_kv_heads * group) + heads
-        from_tile = first_visible // block_n * block_n
+        table, places = block_tables + row.to(tl.int64) * table_stride, tokens * (num_kv_heads * group) + heads
+        begin, stop = first_visible // split_tokens, tl.cdiv(end, split_tokens)
         if parts is not None:
-            split = from_tile // split_tokens + tl.program_id(1)
-            if split * split_tokens < end:
-                values, maximum, total = _attend_split(
-                    q, positions, cache, table, kv_head, first_visible, tl.maximum(split * split_tokens, from_tile),
-                    tl.minimum((split + 1) * split_tokens, end), score.factor, num_kv_heads, head_dim,
-                    tokens_per_block, window, cap, operands, block_m, block_n, block_d,
-                )  # fmt: skip
-                # A split's place follows from its number: tokens of a tile may begin with different ones.
-                slots = places * num_splits + split % num_splits
-                dims = tl.arange(0, block_d)
-                tl.store(parts.softmax + slots * 2, maximum, mask=is_query)
-                tl.store(parts.softmax + slots * 2 + 1, total, mask=is_query)
-                is_element = is_query[:, None] & (dims < head_dim)[None, :]
-                tl.store(parts.sums + slots[:, None] * head_dim + dims[None, :], values, mask=is_element)
-        else:
-            maximum = tl.full([block_m], float("-inf"), tl.float32)
-            total = tl.zeros([block_m], tl.float32)
-            values = tl.zeros([block_m, block_d], tl.float32)
-            for split in range(from_tile // split_tokens, tl.cdiv(end, split_tokens)):
-                split_values, split_maximum, split_total = _attend_split(
-                    q, positions, cache, table, kv_head, first_visible, tl.maximum(split * split_tokens, from_tile),
-                    tl.minimum((split + 1) * split_tokens, end), score.factor, num_kv_heads, head_dim,
-                    tokens_per_block, window, cap, operands, block_m, block_n, block_d,
-                )  # fmt: skip
-                values, maximum, total = _add_split(values, maximum, total, split_values, split_maximum, split_total)
+            begin += tl.program_id(1)
+            stop = tl.minimum(begin + 1, stop)
+        values, maximum, total = _attend_splits(
+            q, positions, cache, table, kv_head, first_visible, begin, stop, end, score.factor, num_kv_heads, head_dim,
+            tokens_per_block, window, cap, operands, split_tokens, block_m, block_n, block_d,
+        )  # fmt: skip
+        if parts is None:
             total = tl.where(total == 0.0, 1.0, total)  # a row that pads the batch
             store_result(values, maximum, total, places, heads, is_query, result, score.value_scale, head_dim, block_d)
+        elif begin < stop:
+            # A split's place follows from its number: tokens of a tile may begin with different ones.
+            slots = places * num_splits + begin % num_splits
+            _store_part(values, maximum, total, slots, is_query, parts, head_dim, block_d)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_splits"], do_not_specialize_on_alignment=["query_start", "kv_lens"])
@@ -283,14 +324,11 @@ def invariant_attention(
     """Write keys and values of all rows to the cache and attend causally to all that each token sees.
 
     Args:
-        spec: the layer.
         query, key, value: [T, H, D], [T, G, D], [T, G, D], any strides but 1 along D.
         cache: two tensors [N, B, G, D]; changed in place.
-        metadata: of the step.
         result: of the T tokens, written.
         tiles: the same for all steps; None: the usual ones.
-        splits_programs: whether each split has a program of its own; None: as the size of the step suggests. The result
-            is the same.
+        splits_programs: whether each split has a program, which changes no bit; None: as the step's size suggests.
     """
     num_tokens, num_heads, head_dim = query.shape
     num_rows, group = len(metadata.query_lens), num_heads // spec.num_kv_heads
@@ -299,14 +337,10 @@ def invariant_attention(
     tiles = tiles or invariant_tiles(head_dim, operands.itemsize)
     block_m = max(tiles.block_m, triton.next_power_of_2(group))
     num_tiles = num_tokens // (block_m // group) + num_rows
-    max_kv_len = metadata.kv_len_bound
-    if spec.sliding_window is not None:  # of a tile's first query, which may begin within a split
-        max_kv_len = min(max_kv_len, spec.sliding_window + block_m // group)
-    num_splits = -(-max_kv_len // tiles.split) + (spec.sliding_window is not None)
+    num_splits = _num_splits(spec, metadata.kv_len_bound, tiles.split, block_m // group)
     if splits_programs is None:
         is_small = num_tiles * spec.num_kv_heads < 2 * num_multiprocessors(query.device)
-        fits = query.numel() * num_splits * 4 <= MAX_PARTIAL_BYTES
-        splits_programs = num_splits > 1 and is_small and fits
+        splits_programs = num_splits > 1 and is_small and query.numel() * num_splits * 4 <= MAX_PARTIAL_BYTES
     parts = None
     if splits_programs:
         sums = query.new_empty(num_tokens, num_heads, num_splits, head_dim, dtype=torch.float32)
@@ -318,19 +352,8 @@ def invariant_attention(
         "block_d": max(16, triton.next_power_of_2(head_dim)),
     }
     _attention_kernel[(spec.num_kv_heads, num_splits if parts is not None else 1, num_tiles)](
-        strided(query),
-        paged(cache),
-        metadata.query_start,
-        metadata.kv_lens,
-        metadata.block_tables,
-        metadata.block_tables.stride(0),
-        result,
-        parts,
-        scoring(spec),
-        num_rows,
-        num_splits,
-        num_kv_heads=spec.num_kv_heads,
-        group=group,
+        strided(query), paged(cache), metadata.query_start, metadata.kv_lens, metadata.block_tables,
+        metadata.block_tables.stride(0), result, parts, scoring(spec), num_rows, num_splits, spec.num_kv_heads, group,
         tokens_per_block=cache[0].shape[1],
         cap=soft_cap_base2(spec),
         operands=triton_type(operands),
@@ -339,17 +362,18 @@ def invariant_attention(
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         **cut,
-    )
+    )  # fmt: skip
     if parts is not None:
         _add_splits_kernel[(num_heads, num_tokens)](
-            parts,
-            metadata.query_start,
-            metadata.kv_lens,
-            result,
-            spec.value_scale,
-            num_rows,
-            num_splits,
+            parts, metadata.query_start, metadata.kv_lens, result, spec.value_scale, num_rows, num_splits,
             num_heads=num_heads,
             num_warps=1,
             **cut,
-        )
+        )  # fmt: skip
+
+
+def _num_splits(spec: AttentionSpec, max_kv_len: int, split_tokens: int, queries_per_tile: int) -> int:
+    """Splits that the queries of a tile see at most; a window may begin within one."""
+    if spec.sliding_window is None:
+        return -(-max_kv_len // split_tokens)
+    return -(-min(max_kv_len, spec.sliding_window + queries_per_tile) // split_tokens) + 1

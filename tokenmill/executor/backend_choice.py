@@ -54,30 +54,6 @@ def choose_backend(
     return BackendChoice("engine") if reason is None else BackendChoice("torch", reason)
 
 
-def check_deterministic(
-    args: LlmArgs, backend: Literal["engine", "torch"], device: torch.device, dtype: torch.dtype
-) -> None:
-    """Refuse `args.deterministic` where products are a library's, which chooses its ways by the number of rows.
-
-    Raises:
-        UnsupportedFeatureError: this backend has no kernels of its own for the device and type.
-    """
-    if not args.deterministic:
-        return
-    if device.type == "cpu" and backend == "torch":
-        raise UnsupportedFeatureError(
-            "The torch backend on a CPU does not compute a token in the same way in every batch.",
-            field="deterministic",
-            remedy="Use backend='engine', or a GPU.",
-        )
-    if device.type == "cuda" and dtype == torch.float32:
-        raise UnsupportedFeatureError(
-            "In float32 a GPU does not compute a token in the same way in every batch.",
-            field="deterministic",
-            remedy="Use dtype='bfloat16' or 'float16'.",
-        )
-
-
 def _reason_against_engine(args: LlmArgs, device: torch.device, model: ModelConfig) -> str | None:
     """Why the engine backend cannot do what is asked for; None if it can."""
     for problem, reason in (

@@ -14,7 +14,7 @@ from tokenmill.checkpoints.base import Checkpoint, open_checkpoint
 from tokenmill.config import LlmArgs
 from tokenmill.engine.core import EngineCore
 from tokenmill.errors import UnsupportedFeatureError
-from tokenmill.executor.backend_choice import check_deterministic, choose_backend
+from tokenmill.executor.backend_choice import choose_backend
 from tokenmill.executor.description import EngineDescription
 from tokenmill.executor.engine_source import EngineTarget, open_engine
 from tokenmill.executor.program_factory import build_program_engine
@@ -28,6 +28,7 @@ from tokenmill.program.package import EnginePackage
 from tokenmill.runtime.memory_planner import MeasuredMemory, MemoryRequest, plan_memory
 from tokenmill.runtime.memory_probe import measure_activations
 from tokenmill.runtime.model_loader import (
+    check_deterministic,
     has_fp8_weights,
     load_model,
     resolve_cache_dtype,

@@ -10,14 +10,18 @@ from tokenmill.attention.select import select_backend
 from tokenmill.config import LlmArgs
 from tokenmill.engine.core import EngineCore
 from tokenmill.errors import InvalidParameterError
-from tokenmill.executor.backend_choice import check_deterministic
 from tokenmill.executor.description import EngineDescription
 from tokenmill.executor.scheduling import make_core
 from tokenmill.models.config import ModelConfig
 from tokenmill.ops.platform import free_memory
 from tokenmill.program.package import EnginePackage
 from tokenmill.runtime.memory_planner import MeasuredMemory, MemoryRequest, plan_memory
-from tokenmill.runtime.model_loader import resolve_cache_dtype, resolve_device, resolve_max_num_tokens
+from tokenmill.runtime.model_loader import (
+    check_deterministic,
+    resolve_cache_dtype,
+    resolve_device,
+    resolve_max_num_tokens,
+)
 from tokenmill.runtime.model_runner import ModelRunner
 from tokenmill.runtime.program_executor import ProgressCallback
 from tokenmill.runtime.program_loading import (

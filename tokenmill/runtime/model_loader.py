@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 
@@ -97,6 +98,30 @@ def resolve_max_seq_len(args: LlmArgs, config: ModelConfig) -> int:
             remedy=f"Use {config.max_position_embeddings} or less.",
         )
     return args.max_seq_len
+
+
+def check_deterministic(
+    args: LlmArgs, backend: Literal["engine", "torch"], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Refuse `args.deterministic` where products are a library's, which chooses its ways by the number of rows.
+
+    Raises:
+        UnsupportedFeatureError: this backend has no kernels of its own for the device and type.
+    """
+    if not args.deterministic:
+        return
+    if device.type == "cpu" and backend == "torch":
+        raise UnsupportedFeatureError(
+            "The torch backend on a CPU does not compute a token in the same way in every batch.",
+            field="deterministic",
+            remedy="Use backend='engine', or a GPU.",
+        )
+    if device.type == "cuda" and dtype == torch.float32:
+        raise UnsupportedFeatureError(
+            "In float32 a GPU does not compute a token in the same way in every batch.",
+            field="deterministic",
+            remedy="Use dtype='bfloat16' or 'float16'.",
+        )
 
 
 def has_fp8_weights(checkpoint: Checkpoint) -> bool:

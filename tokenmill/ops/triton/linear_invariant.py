@@ -75,11 +75,9 @@ def _product_kernel(
     Neighbouring programs share rows and weights: `group_rows` blocks of rows with the same features, then the next
     features.
     """
-    num_tiles, num_row_blocks = tl.cdiv(out_features, block_out), tl.cdiv(num_rows, block_rows)
-    program = tl.program_id(0)
-    group = program // (group_rows * num_tiles)
-    rows_here = tl.minimum(num_row_blocks - group * group_rows, group_rows)
-    inside = program % (group_rows * num_tiles)
+    programs_of_group = tl.cdiv(out_features, block_out) * group_rows
+    group, inside = tl.program_id(0) // programs_of_group, tl.program_id(0) % programs_of_group
+    rows_here = tl.minimum(tl.cdiv(num_rows, block_rows) - group * group_rows, group_rows)
     features = inside // rows_here * block_out + tl.arange(0, block_out)
     rows = (group * group_rows + inside % rows_here) * block_rows + tl.arange(0, block_rows)
     is_feature, is_row = features < out_features, rows < num_rows
@@ -89,27 +87,24 @@ def _product_kernel(
     values = x + tl.minimum(rows, num_rows - 1).to(tl.int64)[None, :] * x_stride + columns[:, None]
     offsets = rows.to(tl.int64)[None, :] * out_features + features[:, None]
     mask = is_feature[:, None] & is_row[None, :]
-    if partials is not None:
-        first = tl.program_id(1) * split_size
-        part = _split_sum(
-            values, weights, first, tl.minimum(first + split_size, in_features), in_features, block_out, block_rows,
-            block_in, num_stages, is_even, is_interpreted,
-        )  # fmt: skip
-        tl.store(partials + tl.program_id(1).to(tl.int64) * num_rows * out_features + offsets, part, mask=mask)
-    else:
-        if is_split:
-            total = tl.zeros([block_out, block_rows], tl.float32)
-            for split in range(num_splits):
-                first = split * split_size
-                total += _split_sum(
-                    values, weights, first, tl.minimum(first + split_size, in_features), in_features, block_out,
-                    block_rows, block_in, num_stages, is_even, is_interpreted,
-                )  # fmt: skip
-        else:
-            total = _split_sum(
-                values, weights, 0, in_features, in_features, block_out, block_rows, block_in, num_stages, is_even,
-                is_interpreted,
+    if is_split:
+        begin = tl.program_id(1)
+        stop = num_splits if partials is None else begin + 1
+        total = tl.zeros([block_out, block_rows], tl.float32)
+        for split in range(begin, stop):
+            first = split * split_size
+            total += _split_sum(
+                values, weights, first, tl.minimum(first + split_size, in_features), in_features, block_out,
+                block_rows, block_in, num_stages, is_even, is_interpreted,
             )  # fmt: skip
+    else:
+        total = _split_sum(
+            values, weights, 0, in_features, in_features, block_out, block_rows, block_in, num_stages, is_even,
+            is_interpreted,
+        )  # fmt: skip
+    if partials is not None:
+        tl.store(partials + tl.program_id(1).to(tl.int64) * num_rows * out_features + offsets, total, mask=mask)
+    else:
         _store(total, offsets, mask, features, rows, is_feature, is_row, x_scale, weight_scale, bias, out)
 
 
@@ -202,19 +197,8 @@ def invariant_product(
     partials = out.new_empty(plan.num_splits, *out.shape, dtype=torch.float32) if plan.splits_programs else None
     num_programs = triton.cdiv(out_features, plan.block_out) * triton.cdiv(num_rows, plan.block_rows)
     _product_kernel[(num_programs, 1 if partials is None else plan.num_splits)](
-        x,
-        x_scale,
-        weight,
-        weight_scale,
-        bias,
-        out,
-        partials,
-        num_rows,
-        out_features,
-        in_features,
-        x.stride(0),
-        plan.num_splits,
-        plan.split_size,
+        x, x_scale, weight, weight_scale, bias, out, partials, num_rows, out_features, in_features, x.stride(0),
+        plan.num_splits, plan.split_size,
         block_rows=plan.block_rows,
         block_out=plan.block_out,
         block_in=plan.block_in,
@@ -224,18 +208,11 @@ def invariant_product(
         is_even=in_features % plan.block_in == 0,
         is_interpreted=is_interpreted(),
         num_warps=plan.num_warps,
-    )
+    )  # fmt: skip
     if partials is not None:
         _add_splits_kernel[(triton.cdiv(out_features, ADDED_FEATURES), num_rows)](
-            partials,
-            x_scale,
-            weight_scale,
-            bias,
-            out,
-            num_rows,
-            out_features,
-            plan.num_splits,
+            partials, x_scale, weight_scale, bias, out, num_rows, out_features, plan.num_splits,
             block_out=ADDED_FEATURES,
             num_warps=2,
-        )
+        )  # fmt: skip
     return out
