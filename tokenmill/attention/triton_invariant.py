@@ -197,7 +197,7 @@ def _store_part(
     head_dim: tl.constexpr,
     block_d: tl.constexpr,
 ) -> None:
-    """Leave a split for `_add_splits_kernel`."""
+    """Leave a split for `_add_attention_splits_kernel`."""
     dims = tl.arange(0, block_d)
     is_element = is_query[:, None] & (dims < head_dim)[None, :]
     tl.store(parts.softmax + slots * 2, maximum, mask=is_query)
@@ -272,7 +272,7 @@ def _attention_kernel(
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_splits"], do_not_specialize_on_alignment=["query_start", "kv_lens"])
-def _add_splits_kernel(
+def _add_attention_splits_kernel(
     parts: SplitParts,
     query_start: tl.tensor,
     kv_lens: tl.tensor,
@@ -359,12 +359,10 @@ def invariant_attention(
         operands=triton_type(operands),
         block_m=block_m,
         block_n=tiles.block_n,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-        **cut,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages, **cut,
     )  # fmt: skip
     if parts is not None:
-        _add_splits_kernel[(num_heads, num_tokens)](
+        _add_attention_splits_kernel[(num_heads, num_tokens)](
             parts, metadata.query_start, metadata.kv_lens, result, spec.value_scale, num_rows, num_splits,
             num_heads=num_heads,
             num_warps=1,

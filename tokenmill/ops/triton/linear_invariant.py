@@ -136,7 +136,7 @@ def _store(
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_splits"])
-def _add_splits_kernel(
+def _add_product_splits_kernel(
     partials: tl.tensor,
     x_scale: tl.tensor,
     weight_scale: tl.tensor,
@@ -210,7 +210,7 @@ def invariant_product(
         num_warps=plan.num_warps,
     )  # fmt: skip
     if partials is not None:
-        _add_splits_kernel[(triton.cdiv(out_features, ADDED_FEATURES), num_rows)](
+        _add_product_splits_kernel[(triton.cdiv(out_features, ADDED_FEATURES), num_rows)](
             partials, x_scale, weight_scale, bias, out, num_rows, out_features, plan.num_splits,
             block_out=ADDED_FEATURES,
             num_warps=2,
