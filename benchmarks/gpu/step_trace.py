@@ -169,7 +169,7 @@ class DecodeWindow:
         steps = self._num_steps
         total = sum(event.device_time_total for event in events) / steps
         print(
-            f"kernels of a decode step of {self._num_rows} rows and {statistics.mean(self._lens):.0f} tokens of context,"
+            f"kernels of a decode step of {self._num_rows} rows, context {statistics.mean(self._lens):.0f} tokens,"
             f" mean of {steps}: {sum(event.count for event in events) / steps:.0f} launches, {total:.1f} us in all"
         )
         for event in events[:num_kernels]:
