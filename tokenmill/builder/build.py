@@ -238,7 +238,9 @@ def _settings(config: BuildConfig, checkpoint: Checkpoint, model: ModelConfig) -
     dtype = config.dtype if config.dtype != "auto" else "bfloat16" if is_bfloat16 else "float32"
     cache = config.kv_cache_dtype
     if cache == "auto":
-        cache = dtype if device == "cuda" else "float32"
+        quantization = checkpoint.quantization if config.quantization == "auto" else config.quantization
+        # Where weights were rounded to a few bits, keys and values of 8 bits' precision change nothing that counts.
+        cache = "bfloat16" if device == "cpu" and quantization != "none" else dtype if device == "cuda" else "float32"
     context = model.max_position_embeddings
     max_seq_len = config.max_seq_len or context
     if max_seq_len > context:
