@@ -30,7 +30,7 @@ def write_tiny_model(
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer_size = _write_tokenizer(folder, chat_template)
+    tokenizer_size = write_tokenizer(folder, chat_template)
     assert tokenizer_size < VOCAB_SIZE
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
@@ -51,7 +51,8 @@ def write_tiny_model(
     return folder
 
 
-def _write_tokenizer(folder: Path, chat_template: bool) -> int:
+def write_tokenizer(folder: Path, chat_template: bool) -> int:
+    """Write a byte-level tokenizer; its number of tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
