@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.models.test_logits import COMPILED_CASES
-from tests.runtime.test_cpu_program import LIMITS, Sequences, fused_package
+from tests.models.test_logits import CASES
+from tests.runtime.test_cpu_program import LIMITS, Sequences
 from tests.support.single_thread import single_thread
 from tests.support.tiny_checkpoint import VOCAB_SIZE, write_tiny_model
 from tests.support.tiny_models import random_tokens, tiny_hf_model
@@ -78,10 +78,13 @@ def test_logits_of_a_program(model_dir: Path, quantization: str, cache_dtype: to
     check_logits(package, cache_dtype)
 
 
-def test_logits_of_a_program_with_windows() -> None:
-    name = next(name for name in COMPILED_CASES if name.startswith("gemma3"))
-    model_type, changes = COMPILED_CASES[name]
-    check_logits(fused_package(tiny_hf_model(model_type, **{**changes, "sliding_window": 37})), torch.float32)
+@pytest.mark.parametrize("model_type", ["gemma3", "qwen3_moe"])
+def test_logits_of_programs_with_windows_or_experts(model_type: str, tmp_path: Path) -> None:
+    changes = {"sliding_window": 37} if model_type == "gemma3" else {}
+    hf_type, others = next(case for name, case in CASES.items() if name.startswith(model_type))
+    tiny_hf_model(hf_type, **{**others, **changes}).save_pretrained(tmp_path)
+    options = {"quantization": "none", "capture": "dispatch", "max_seq_len": 320}
+    check_logits(build(tmp_path, device="cpu", **options), torch.float32)
 
 
 # ---- tokens of an engine ---------------------------------------------------------------------------------------------
