@@ -29,7 +29,7 @@ PATTERNS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ("norms", ("rms_norm",)),
     ("activation", ("_gated",)),
     ("experts", ("_pair_", "_gate_up_kernel", "_rows_kernel", "_route_kernel", "_sort_kernel", "expert")),
-    ("sampling", ("argmax", "_sample")),
+    ("sampling", ("argmax", "_parts_kernel", "_choose_kernel", "_sample")),
     ("linear", ("matvec", "small_batch", "_product_kernel", "gemm", "gemv", "nvjet", "cutlass", "cublas", "xmma")),
     ("quantization", ("quantize", "_static_kernel")),
 )
