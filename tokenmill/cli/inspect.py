@@ -137,6 +137,8 @@ def _memory_table(report: ModelReport) -> Table:
     sequences = memory.cache_tokens // report.max_seq_len
     row("  per sequence", report.kv_bytes_per_sequence, f"of {report.max_seq_len:,} tokens; {sequences:,} of them fit")
     row("Activations", memory.activations, f"a step of {report.max_num_tokens:,} tokens, logits included")
+    if memory.graphs:
+        row("CUDA graphs", memory.graphs, f"decode steps of {report.max_batch_size} sequences")
     row("Workspace", memory.slots, f"tokens and block tables of {report.max_batch_size} sequences")
     row("Total", memory.total, "" if memory.free is None else f"{readable_size(memory.free)} are free", style="bold")
     return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,7 +27,7 @@ from tokenmill.ops.platform import free_memory
 from tokenmill.program.engine_config import is_engine
 from tokenmill.program.package import EnginePackage
 from tokenmill.runtime.memory_planner import MeasuredMemory, MemoryRequest, plan_memory
-from tokenmill.runtime.memory_probe import measure_activations
+from tokenmill.runtime.memory_probe import measure_activations, measure_graphs
 from tokenmill.runtime.model_loader import (
     check_deterministic,
     has_fp8_weights,
@@ -64,6 +65,9 @@ def build_engine(
     if is_engine(Path(args.model)):
         return build_program_engine(args, EnginePackage.load(args.model), on_progress, num_sharing=num_sharing)
     device = resolve_device(args.device)
+    if device.type == "cuda":  # what an engine before this one left unused is free, too
+        gc.collect()
+        torch.cuda.empty_cache()
     max_num_tokens = resolve_max_num_tokens(args, device)
     checkpoint = open_checkpoint(Path(args.model), config_only=args.load_format == "dummy")
     config = ModelConfig.from_hf(checkpoint.hf_config)
@@ -117,7 +121,7 @@ def _build_torch_engine(
     model = load_model(args, config, checkpoint, device, dtype, backend, on_progress)
     slots = SlotState(args.max_batch_size, max_seq_len, memory.tokens_per_block, device)
     if device.type == "cuda":
-        measured = _measure(model, slots, description, cache_dtype)
+        measured = _measure(model, slots, description, cache_dtype, use_graphs=args.enable_cuda_graphs)
         free = free_memory(device) // num_sharing + measured.weights
         memory = plan_memory(config, request, args.kv_cache_config, free, measured)
         description = replace(description, memory=memory)
@@ -128,14 +132,15 @@ def _build_torch_engine(
 
 
 def _measure(
-    model: CausalLM, slots: SlotState, description: EngineDescription, cache_dtype: torch.dtype
+    model: CausalLM, slots: SlotState, description: EngineDescription, cache_dtype: torch.dtype, *, use_graphs: bool
 ) -> MeasuredMemory:
     """What weights and the largest step take on the GPU; compiles the kernels of large steps on the way."""
     torch.cuda.empty_cache()
     weights = torch.cuda.memory_allocated(slots.device)
-    return MeasuredMemory(
-        weights, measure_activations(model, slots, description.max_num_tokens, description.max_batch_size, cache_dtype)
-    )
+    max_batch_size = description.max_batch_size
+    activations = measure_activations(model, slots, description.max_num_tokens, max_batch_size, cache_dtype)
+    graphs = measure_graphs(model, slots, max_batch_size, cache_dtype) if use_graphs else 0
+    return MeasuredMemory(weights, activations, graphs)
 
 
 def _make_runner(

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from tokenmill.engine.plan import BatchPlan, BlockCopy, Row
+from tokenmill.runtime.device_errors import device_errors
 from tokenmill.runtime.phases import phase
 from tokenmill.runtime.program_executor import ProgramExecutor, Values
 from tokenmill.runtime.slot_runner import LaunchedStep, SlotRunner
@@ -51,6 +52,10 @@ class ProgramRunner(SlotRunner):
 
     def launch(self, plan: BatchPlan) -> LaunchedStep:
         """Compute the step."""
+        with device_errors():
+            return self._launch(plan)
+
+    def _launch(self, plan: BatchPlan) -> LaunchedStep:
         rows = plan.rows
         with torch.inference_mode():
             self._apply_changes(plan)
