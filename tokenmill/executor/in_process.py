@@ -11,6 +11,7 @@ from collections.abc import Callable
 from tokenmill.engine.core import EngineCore
 from tokenmill.engine.request import GenerationRequest
 from tokenmill.errors import ExecutorShutdownError
+from tokenmill.executor import waiting
 from tokenmill.executor.base_worker import BaseWorker
 from tokenmill.executor.description import EngineDescription
 from tokenmill.executor.executor import HURRY_SECONDS, GenerationExecutor, ProgressCallback
@@ -71,7 +72,7 @@ class InProcessExecutor(GenerationExecutor):
             self._thread.start()
             if tokenizer is not None:
                 tokenizer.load()  # while the engine is built
-            error = self._started.get()
+            error = waiting.get(self._started)
             if error is not None:
                 raise error
         except BaseException:
@@ -158,7 +159,7 @@ class InProcessExecutor(GenerationExecutor):
                 outcome.put(None)
 
         self._worker.call(check)
-        error = outcome.get(timeout=_INTEGRITY_TIMEOUT)
+        error = waiting.get(outcome, _INTEGRITY_TIMEOUT)
         if error is not None:
             raise error
 
