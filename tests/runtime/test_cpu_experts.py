@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.checkpoints.gguf_files import tiny_model, write_model
+from tests.checkpoints.gguf_files import EXPERTS, EXPERTS_METADATA, tiny_model, write_model
 from tests.runtime.test_cpu_program import (
     TOLERANCE,
     Sequences,
@@ -166,15 +166,11 @@ def test_bfloat16_experts(mixtral: Path) -> None:
         one.close()
 
 
-GGUF_SIZES = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 16}
-GGUF_METADATA = {"add_expert_count": 4, "add_expert_used_count": 2, "add_expert_feed_forward_length": 64}
-
-
 @pytest.mark.spec("E4")
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
 def test_quantized_experts_of_a_gguf_file_run_as_they_are(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "model.gguf"
-    write_model(path, tiny_model("qwen3_moe", norm_topk_prob=True, **GGUF_SIZES), kind, **GGUF_METADATA)
+    write_model(path, tiny_model("qwen3_moe", norm_topk_prob=True, **EXPERTS), kind, **EXPERTS_METADATA)
     options = {**OPTIONS, "max_seq_len": 256}
     package, exact = (build(path, device=device, **options) for device in ("cpu", "cuda"))
     formats = {weight.format for weight in package.program.weights if ".experts." in weight.name}
