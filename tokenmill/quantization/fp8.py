@@ -120,5 +120,17 @@ class Fp8Experts:
 
     def apply(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """[T, H] to [T, H]."""
+        return run_experts(x, routing, self._filled)
+
+    def takes_quantized(self, num_rows: int) -> bool:
+        """Whether so many rows are quantized, each with a scale of its own."""
+        return self._filled.takes_quantized(num_rows)
+
+    def apply_quantized(self, x: torch.Tensor, quantized: QuantizedRows, routing: Routing) -> torch.Tensor:
+        """[T, H] to [T, H], with x quantized already."""
+        return run_experts(x, routing, self._filled, quantized)
+
+    @property
+    def _filled(self) -> ExpertWeights:
         assert self._weights is not None, "process_after_loading was not called"
-        return run_experts(x, routing, self._weights)
+        return self._weights
