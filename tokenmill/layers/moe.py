@@ -47,13 +47,14 @@ class Router(nn.Module):
         super().__init__()
         self.top_k = top_k
         self.normalize = normalize
+        self._batch_invariant = context.batch_invariant
         weight = torch.empty(num_experts, hidden_size, dtype=context.dtype, device=context.device)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self._prepared: torch.Tensor | PackedWeight | StreamedWeight = weight
 
     def finalize_weights(self) -> None:
         """Prepare the weight for the device."""
-        self._prepared = pack_linear_weight(self.weight.data)
+        self._prepared = pack_linear_weight(self.weight.data, batch_invariant=self._batch_invariant)
 
     def forward(self, x: torch.Tensor) -> Routing:
         """The experts of tokens [T, hidden_size]."""

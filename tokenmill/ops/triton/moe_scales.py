@@ -80,7 +80,7 @@ def _quantize_groups_kernel(
 
 def lines_of(row: int, values: torch.Tensor) -> int:
     """Cache lines of a row of so many `values`, as a power of two."""
-    return triton.next_power_of_2(triton.cdiv(row * values.element_size(), 128))
+    return int(triton.next_power_of_2(triton.cdiv(row * values.element_size(), 128)))
 
 
 def scale_kind_of(matrix: ExpertMatrix) -> int:
