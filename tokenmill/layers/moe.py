@@ -166,6 +166,10 @@ class SparseMoe(nn.Module):
         """The router reads its input as it is."""
         return False
 
+    def can_fuse(self, x: torch.Tensor) -> bool:
+        """Router and experts both read their input: its norm has to be there."""
+        return False
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, hidden_size] to [T, hidden_size]."""
         return self.experts(x, self.gate)  # type: ignore[no-any-return]
