@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
 from tokenmill.layers.context import LayerContext
-from tokenmill.ops.rms_norm import add_rms_norm, add_rms_norm_fp8, rms_norm, rms_norm_fp8
-from tokenmill.quantization.base import Rows
+from tokenmill.ops.rms_norm import add_rms_norm, add_rms_norm_both, add_rms_norm_fp8, rms_norm, rms_norm_fp8
+from tokenmill.quantization.base import PlainAndQuantized, Rows
 
 
 class TakesRows(Protocol):
@@ -17,6 +17,15 @@ class TakesRows(Protocol):
 
     def takes_quantized(self, num_rows: int) -> bool:
         """Whether so many rows are better given as `QuantizedRows`."""
+        ...
+
+
+@runtime_checkable
+class TakesBothRows(Protocol):
+    """A block of which some layers take plain rows and others quantized ones."""
+
+    def takes_both(self, num_rows: int) -> bool:
+        """Whether so many rows are better given as `PlainAndQuantized`."""
         ...
 
 
@@ -48,6 +57,9 @@ class RMSNorm(nn.Module):
         self, consumer: TakesRows, x: torch.Tensor, residual: torch.Tensor | None
     ) -> tuple[Rows, torch.Tensor]:
         """`add_and_norm`, the normalized sum in the form that `consumer` takes fastest."""
+        if residual is not None and isinstance(consumer, TakesBothRows) and consumer.takes_both(x.shape[0]):
+            normalized, quantized, total = add_rms_norm_both(x, residual, self.scale, self.eps)
+            return PlainAndQuantized(normalized, quantized), total
         if not consumer.takes_quantized(x.shape[0]):
             return self.add_and_norm(x, residual)
         if residual is None:
