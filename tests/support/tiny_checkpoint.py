@@ -30,7 +30,7 @@ def write_tiny_model(
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer_size = _write_tokenizer(folder, chat_template)
+    tokenizer_size = write_tokenizer(folder, chat_template)
     assert tokenizer_size < VOCAB_SIZE
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
@@ -57,7 +57,7 @@ def write_tiny_moe_model(folder: Path) -> Path:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     folder.mkdir(parents=True, exist_ok=True)
-    _write_tokenizer(folder, chat_template=True)
+    write_tokenizer(folder, chat_template=True)
     config = Qwen3MoeConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=32,
@@ -81,7 +81,8 @@ def write_tiny_moe_model(folder: Path) -> Path:
     return folder
 
 
-def _write_tokenizer(folder: Path, chat_template: bool) -> int:
+def write_tokenizer(folder: Path, chat_template: bool) -> int:
+    """Write a byte-level tokenizer; its number of tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

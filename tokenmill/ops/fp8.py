@@ -123,7 +123,7 @@ def static_quantize_triton(x: torch.Tensor, scale: torch.Tensor) -> QuantizedRow
 
 def weight_only_linear_triton(x: torch.Tensor, weight: Fp8Weight, bias: torch.Tensor | None) -> torch.Tensor:
     """One row as fast as the weight can be read. Several rows are better quantized: here they cost a wide copy."""
-    from tokenmill.ops.triton.linear import matvec
+    from tokenmill.ops.triton.matvec import matvec
 
     if x.shape[0] != 1:
         return functional.linear(x, weight.dequantized(x.dtype), bias)

@@ -94,7 +94,8 @@ def linear_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
 
 def linear_streamed(x: torch.Tensor, weight: StreamedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Few rows by the kernels of `ops.triton.linear`, more by cuBLAS."""
-    from tokenmill.ops.triton.linear import matvec, small_batch
+    from tokenmill.ops.triton.linear import small_batch
+    from tokenmill.ops.triton.matvec import matvec
 
     num_rows = x.shape[0]
     out_features, in_features = weight.data.shape

@@ -31,6 +31,8 @@ class StreamPlan(NamedTuple):
         kernel: what computes it.
         block_out, block_in: output and input features that a program holds at a time.
         block_rows: rows that a program computes (`small_batch`), a power of two.
+        prefetched_lines: cache lines of each output feature, after the first block, that a program asks for while the
+            kernel before it still runs (`matvec`).
         num_warps: warps of a program.
         num_stages: blocks of input features in flight (`small_batch`).
         num_splits: programs that share the input features of one block of output features (`small_batch`).
@@ -43,6 +45,7 @@ class StreamPlan(NamedTuple):
     num_stages: int = 1
     num_splits: int = 1
     block_rows: int = 1
+    prefetched_lines: int = 0
 
 
 class SmallBatchBlocks(NamedTuple):

@@ -27,6 +27,7 @@ from tokenmill.ops.cpu.packing import FORMATS
 from tokenmill.ops.cpu.quantize import quantize, quantize_arguments
 from tokenmill.ops.cpu.rope import RopeOp, rope_write_cache, rotation, rotation_arguments
 from tokenmill.program.program import AttributeValue, Operand, Operation
+from tokenmill.runtime.cpu_experts import ExpertResources, expert_ops
 from tokenmill.runtime.cpu_memory import ProgramMemory
 from tokenmill.runtime.cpu_weights import CpuWeights
 from tokenmill.runtime.kernel_choices import KernelChoices
@@ -302,6 +303,14 @@ def _linear_float(writer: OpWriter, operation: Operation, one: bool) -> Iterator
     yield Op(linear_float, op.arguments())
 
 
+def _experts(writer: OpWriter, operation: Operation, one: bool) -> Iterator[Op]:
+    arrays = writer.places.arrays
+    max_rows = max(arrays.max_num_tokens, arrays.max_num_rows)
+    parts = (writer.memory, writer.weights, writer.choices, writer.scratch)
+    resources = ExpertResources(*parts, max_rows, writer.places.num_threads)
+    yield from (Op(kernel, arguments) for kernel, arguments in expert_ops(operation, resources))
+
+
 # ---- positions, cache, attention -------------------------------------------------------------------------------------
 
 
@@ -389,6 +398,7 @@ _TRANSLATIONS: Final[Mapping[str, Translation]] = MappingProxyType({
     "write_cache": _rope,
     "rope_write_cache": _rope,
     "attention": _attention,
+    "experts": _experts,
     "activation": _activation,
     "gated_activation": _activation,
     "add": _map("add", "a", "b"),
