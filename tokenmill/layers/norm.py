@@ -55,7 +55,7 @@ class RMSNorm(nn.Module):
 
     def add_and_norm_for(
         self, consumer: TakesRows, x: torch.Tensor, residual: torch.Tensor | None
-    ) -> tuple[Rows, torch.Tensor]:
+    ) -> tuple[Rows | PlainAndQuantized, torch.Tensor]:
         """`add_and_norm`, the normalized sum in the form that `consumer` takes fastest."""
         if residual is not None and isinstance(consumer, TakesBothRows) and consumer.takes_both(x.shape[0]):
             normalized, quantized, total = add_rms_norm_both(x, residual, self.scale, self.eps)

@@ -16,16 +16,15 @@ from torch import nn
 from tokenmill.ops.fp8 import QuantizedRows
 from tokenmill.ops.moe import Routing
 
+Rows: TypeAlias = torch.Tensor | QuantizedRows
+"""What a linear layer takes: [T, in_features], plain or quantized by the op before it."""
+
 
 class PlainAndQuantized(NamedTuple):
     """The same rows twice, for a block whose first layers do not all take quantized ones."""
 
     plain: torch.Tensor
     quantized: QuantizedRows
-
-
-Rows: TypeAlias = torch.Tensor | QuantizedRows | PlainAndQuantized
-"""What a layer takes: [T, in_features], plain or quantized by the op before it, or both ways."""
 
 
 class ParameterAxes(NamedTuple):
