@@ -21,6 +21,13 @@ Rows: TypeAlias = torch.Tensor | QuantizedRows | PendingNorm
 """What a linear layer takes: [T, in_features], plain, quantized by the op before it, or one row before its norm."""
 
 
+class PlainAndQuantized(NamedTuple):
+    """The same rows twice, for a block whose first layers do not all take quantized ones."""
+
+    plain: torch.Tensor
+    quantized: QuantizedRows
+
+
 class ParameterAxes(NamedTuple):
     """Which axes of a parameter run over the layer's output and input features; None: it has no such axis.
 
