@@ -18,9 +18,10 @@ PUBLIC = ("builder", "executor", "inspection", "llm", "llmapi", "telemetry", "to
 ALLOWED: dict[str, tuple[str, ...]] = {
     # the public API and what uses it
     "": ("builder", "executor", "inspection", "llm", "llmapi"),
+    "step_costs": ("models", "program"),  # what a model's parts move and compute; no torch
     "cli": (*PUBLIC, "bench", "program", "server", ""),
     "server": (*PUBLIC, ""),
-    "bench": (*PUBLIC, ""),
+    "bench": (*PUBLIC, "models", "program", "step_costs", ""),
     "__main__": ("cli",),
     "llmapi": ("llm",),
     "llm": (
@@ -33,7 +34,17 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "tokenization",
     ),
     "inputs": ("engine.request", "models", "tokenization"),
-    "inspection": ("attention", "attention.base", "checkpoints", "models", "ops.platform", "runtime", "tokenization"),
+    "inspection": (
+        "attention",
+        "attention.base",
+        "checkpoints",
+        "models",
+        "ops.linear_plan",
+        "ops.platform",
+        "runtime",
+        "step_costs",
+        "tokenization",
+    ),
     "progress": (),
     # requests
     "executor": (
@@ -113,8 +124,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "attention.base": (),
     "quantization": ("ops",),
     "parallel": (),
-    "ops": ("ops.platform",),
+    "ops": ("ops.linear_plan", "ops.platform"),
     "ops.platform": (),
+    "ops.linear_plan": (),  # which kernel multiplies: pure arithmetic
     "checkpoints": ("program",),  # the formats of encoded weights
     # used everywhere
     "telemetry": (),
@@ -129,8 +141,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 
 # These units see nothing of ours but what is written here, COMMON included.
 WITHOUT_COMMON: dict[str, tuple[str, ...]] = {
-    "ops": ("env", "errors", "ops.platform"),
+    "ops": ("env", "errors", "ops.linear_plan", "ops.platform"),
     "ops.platform": ("errors",),
+    "ops.linear_plan": (),
     "errors": (),
     "version": (),
     "env": ("errors",),

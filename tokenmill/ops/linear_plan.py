@@ -120,12 +120,12 @@ def small_batch_plan(num_rows: int, out_features: int, in_features: int, weight_
     return StreamPlan("library")
 
 
-def num_splits_for(num_blocks: int, num_blocks_in: int) -> int:
+def num_splits_for(num_blocks: int, num_blocks_in: int, min_programs: int = MIN_PROGRAMS) -> int:
     """A power of two, for blocks of the result and of input features: programs enough, but some work for each."""
     num_splits = 1
     while (
         num_splits < MAX_SPLITS
-        and num_blocks * num_splits < MIN_PROGRAMS
+        and num_blocks * num_splits < min_programs
         and num_blocks_in // (2 * num_splits) >= MIN_BLOCKS_PER_SPLIT
     ):
         num_splits *= 2
@@ -157,6 +157,8 @@ class InvariantPlan(NamedTuple):
 
 INVARIANT_FEATURES = 64
 """Output features of a program of few rows; splits are chosen for them."""
+INVARIANT_PROGRAMS = 200
+"""Programs of few rows: one and a half for each multiprocessor, which holds one at a time."""
 MAX_INVARIANT_STREAM_ROWS = 128
 """Rows up to which a program reads weights that nobody else needs: narrow tiles, a program for each split."""
 
@@ -169,7 +171,7 @@ def invariant_plan(num_rows: int, out_features: int, in_features: int, weight_by
     """
     block_in = 256 // weight_bytes
     num_blocks_in = -(-in_features // block_in)
-    num_splits = num_splits_for(-(-out_features // INVARIANT_FEATURES), num_blocks_in)
+    num_splits = num_splits_for(-(-out_features // INVARIANT_FEATURES), num_blocks_in, INVARIANT_PROGRAMS)
     split_size = -(-num_blocks_in // num_splits) * block_in
     if num_rows <= MAX_INVARIANT_STREAM_ROWS:
         block_rows = min(128, max(MIN_BLOCK_ROWS, _power_of_two_from(num_rows)))
