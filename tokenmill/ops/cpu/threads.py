@@ -25,6 +25,9 @@ NUM_SPINS: Final = 20_000
 
 CACHE_LINE: Final = 64
 
+STEP_FUNCTIONS: Final = (walker.lead_step, walker.work, walker.release_workers)
+"""What a pool calls besides kernels."""
+
 
 class OpList:
     """The ops of a step. Rows are written once; a step changes only the numbers of tokens.
