@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.step_trace import StepTrace
+from benchmarks.gpu.step_trace import DecodeWindow, StepTrace
 from benchmarks.result_file import RESULTS, Row, print_rows, write_result
 from tokenmill import LLM, KvCacheConfig, SamplingParams, SchedulerConfig
 from tokenmill.config import CapacitySchedulerPolicy
@@ -119,7 +119,7 @@ def parse_arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument("--max-seq-len", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=5, help="measurements of one-request work; the median counts")
     parser.add_argument(
-        "--profile", type=int, nargs="*", default=[], help="list the kernels of a step of that many rows"
+        "--profile", type=int, nargs="*", default=[], help="list the kernels of a decode step of that many rows"
     )
     parser.add_argument("--trace", action="store_true", help="print where the time of the measured steps went")
     parser.add_argument("--policy", choices=list(CapacitySchedulerPolicy), default="GUARANTEED_NO_EVICT")
@@ -210,14 +210,12 @@ def generate(llm: LLM, token_ids: Sequence[list[int]], output_len: int) -> int:
 
 def profile_decode(llm: LLM, num_rows: int) -> None:
     """Print where the time of decode steps of `num_rows` rows goes, by kernel."""
-    steps = 40
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        generate(llm, prompts(num_rows, 64, seed=3), steps)
-        torch.cuda.synchronize()
-    events = sorted(profile.key_averages(), key=lambda event: -event.device_time_total)
-    print(f"kernels of {steps} steps of {num_rows} rows, prefill included")
-    for event in events[:22]:
-        print(f"{event.device_time_total / 1e3:10.2f} ms {event.count:7} x  {event.key[:100]}")
+    engine = llm._executor._engine  # type: ignore[attr-defined]
+    runner = engine.runner
+    engine.runner = window = DecodeWindow(runner, num_rows)
+    generate(llm, prompts(num_rows, 128, seed=3), 96)
+    engine.runner = runner
+    window.report()
 
 
 def row(shape: Shape, metric: str, work: str, weights: str, name: str, value: float, unit: str) -> Row:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.gpu.test_engine import PROMPTS, WAYS, make_llm, tokens_of
-from tests.support.tiny_checkpoint import write_tiny_model
+from tests.support.tiny_checkpoint import write_tiny_model, write_tiny_moe_model
 from tokenmill import LLM, SamplingParams
 from tokenmill.builder.build import build
 
@@ -20,6 +20,11 @@ pytestmark = [pytest.mark.gpu, pytest.mark.spec("C1")]
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def moe_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_moe_model(tmp_path_factory.mktemp("moe"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,3 +62,28 @@ def test_an_engine_directory_and_quantized_weights(model_dir: Path, expected: li
         pairs: Any = zip(exact.generate(PROMPTS, params), llm.generate(PROMPTS, params), strict=True)
         differences = [abs(a.outputs[0].cumulative_logprob - b.outputs[0].cumulative_logprob) for a, b in pairs]
     assert max(differences) < 0.3
+
+
+@pytest.mark.parametrize("way", ["graphs and overlap", "eager", "chunked"])
+def test_a_mixture_of_experts(moe_dir: Path, way: str) -> None:
+    """In float32, inside graphs too."""
+    with make_llm(moe_dir, device="cpu", backend="torch") as llm:
+        wanted = tokens_of(llm)
+    with make_llm(moe_dir, backend="engine", **WAYS[way]) as llm:
+        assert llm.description.backend == "engine"
+        assert tokens_of(llm) == wanted
+
+
+def test_a_mixture_of_experts_in_bfloat16(moe_dir: Path) -> None:
+    """The experts' kernels, inside graphs: near float32, and the same tokens as eagerly."""
+    params = SamplingParams(max_tokens=1, logprobs=0)
+    with make_llm(moe_dir, device="cpu", backend="torch") as exact:
+        expected: Any = exact.generate(PROMPTS, params)
+    with make_llm(moe_dir, backend="engine", dtype="bfloat16") as llm:
+        actual: Any = llm.generate(PROMPTS, params)
+        tokens = tokens_of(llm)
+    with make_llm(moe_dir, backend="engine", dtype="bfloat16", enable_cuda_graphs=False) as llm:
+        assert tokens_of(llm) == tokens
+    pairs = zip(actual, expected, strict=True)
+    differences = [abs(a.outputs[0].cumulative_logprob - b.outputs[0].cumulative_logprob) for a, b in pairs]
+    assert sorted(differences)[len(differences) // 2] < 0.3

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tokenmill.attention.base import AttentionMetadata, AttentionSpec, LayerCache
 from tokenmill.attention.triton_common import (
@@ -242,11 +243,14 @@ def _decode_kernel(
     block_m: tl.constexpr,
     block_n: tl.constexpr,
     block_d: tl.constexpr,
-    dependent_launch: tl.constexpr,
+    overlaps: tl.constexpr,
+    starts_early: tl.constexpr,
 ) -> None:
     """Grid: key/value heads, splits, rows."""
-    if dependent_launch:
-        tl.extra.cuda.gdc_launch_dependents()  # the combining kernel waits on the device, not in the queue
+    if overlaps:
+        gdc_launch_dependents()
+    if starts_early:
+        gdc_wait()
     kv_head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     lanes, dims = tl.arange(0, block_m), tl.arange(0, block_d)
     heads, is_head, is_dim = kv_head * group + lanes, lanes < group, dims < head_dim
@@ -294,14 +298,15 @@ def _combine_kernel(
     block_n: tl.constexpr,
     chunk: tl.constexpr,
     block_d: tl.constexpr,
-    dependent_launch: tl.constexpr,
+    overlaps: tl.constexpr,
 ) -> None:
     """Grid: heads, rows. The parts that had work are known from the row's length; the others hold anything."""
+    if overlaps:
+        gdc_launch_dependents()
+        gdc_wait()
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     _, first, end = _visible_range(tl.load(kv_lens + row), window, block_n)
     used = tl.maximum(tl.cdiv(end - first, _tokens_per_split(end - first, num_splits, fixed, block_n)), 1)
-    if dependent_launch:
-        tl.extra.cuda.gdc_wait()
     base = (row * num_heads + head) * num_splits
     dims = tl.arange(0, block_d)
     maximum, total = float("-inf"), 0.0
@@ -367,7 +372,7 @@ def decode_attention(
         "fixed": fixed_split_tokens,
         "block_n": tiles.block_n,
         "block_d": max(16, triton.next_power_of_2(head_dim)),
-        "dependent_launch": num_splits > 1 and can_overlap(query.device),
+        "overlaps": can_overlap(query.device),
     }
     _launch_decode(spec, query, key, value, cache, metadata, result, partial, num_splits, tiles, cut)
     if num_splits > 1:
@@ -380,7 +385,7 @@ def decode_attention(
             num_heads=num_heads,
             chunk=16 if fixed_split_tokens else min(triton.next_power_of_2(num_splits), 64),  # fixes the order of sums
             num_warps=4,
-            launch_pdl=cut["dependent_launch"],
+            launch_pdl=cut["overlaps"],
             **cut,
         )
 
@@ -399,6 +404,8 @@ def _launch_decode(
     cut: dict[str, int],
 ) -> None:
     group = spec.num_heads // spec.num_kv_heads
+    # Programs that wait take the place of others that work: for few rows alone, which are those that are split.
+    starts_early = bool(cut["overlaps"]) and num_splits > 1
     _decode_kernel[(spec.num_kv_heads, num_splits, query.shape[0])](
         strided(query),
         strided(key),
@@ -420,5 +427,7 @@ def _launch_decode(
         block_m=max(16, triton.next_power_of_2(group)),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
+        starts_early=starts_early,
+        launch_pdl=starts_early,
         **cut,
     )

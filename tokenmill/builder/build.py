@@ -33,7 +33,7 @@ from tokenmill.builder.weight_source import WeightSource
 from tokenmill.checkpoints.base import Checkpoint, open_checkpoint
 from tokenmill.checkpoints.resolve import resolve_model
 from tokenmill.env import read_environment
-from tokenmill.errors import InvalidParameterError, UnsupportedFeatureError, did_you_mean
+from tokenmill.errors import InvalidParameterError, did_you_mean
 from tokenmill.models.config import ModelConfig
 from tokenmill.ops.cpu.packing import FORMATS as INTEGER_KERNEL_FORMATS
 from tokenmill.program.checks import check_program
@@ -234,17 +234,13 @@ def _settings(config: BuildConfig, checkpoint: Checkpoint, model: ModelConfig) -
     device: Literal["cpu", "cuda"] = "cpu"
     if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()):
         device = "cuda"
-    if device == "cpu" and model.moe is not None:
-        raise UnsupportedFeatureError(
-            f"Models with experts ({model.model_type}) cannot be compiled for a CPU, whose kernels have none.",
-            field="device",
-            remedy="Run the model with backend='torch', or build for device='cuda'.",
-        )
     is_bfloat16 = checkpoint.format != "gguf" and model.dtype == "bfloat16"
     dtype = config.dtype if config.dtype != "auto" else "bfloat16" if is_bfloat16 else "float32"
     cache = config.kv_cache_dtype
     if cache == "auto":
-        cache = dtype if device == "cuda" else "float32"
+        quantization = checkpoint.quantization if config.quantization == "auto" else config.quantization
+        # Where weights were rounded to a few bits, keys and values of 8 bits' precision change nothing that counts.
+        cache = "bfloat16" if device == "cpu" and quantization != "none" else dtype if device == "cuda" else "float32"
     context = model.max_position_embeddings
     max_seq_len = config.max_seq_len or context
     if max_seq_len > context:

@@ -61,7 +61,6 @@ def _reason_against_engine(args: LlmArgs, device: torch.device, model: ModelConf
         (args.quantization == "fp8", "quantization='fp8' is of the torch backend"),
         (args.dtype == "float16", "engines have no float16"),
         (args.kv_cache_config.dtype not in ("auto", "float32", "bfloat16"), "its cache is float32 or bfloat16"),
-        (model.moe is not None and device.type == "cpu", "its kernels for a CPU have no experts"),
         (args.attn_backend != "auto", f"attn_backend='{args.attn_backend}' is of the torch backend"),
     ):
         if problem:

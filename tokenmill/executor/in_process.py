@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import queue
 import time
@@ -76,6 +77,7 @@ class InProcessExecutor(GenerationExecutor):
         except BaseException:
             self._is_abandoned = True
             raise
+        atexit.register(self._at_exit)
 
     def _run(self) -> None:
         """Build and step. Both on one thread: torch keeps a pool of threads for each thread that computes, and with two
@@ -158,6 +160,6 @@ class InProcessExecutor(GenerationExecutor):
     def _cancel(self, request_id: int, reason: FinishReason) -> None:
         self._worker.abort(request_id, reason)
 
-    def _stop(self) -> None:
+    def _stop(self, patience: float | None) -> None:
         self._worker.stop()
-        self._thread.join()
+        self._thread.join(patience)

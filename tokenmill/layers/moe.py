@@ -16,9 +16,16 @@ from torch import nn
 
 from tokenmill.layers.context import LayerContext
 from tokenmill.layers.weights import Shard, WeightTarget, join_name
+from tokenmill.ops.fp8 import QuantizedRows
 from tokenmill.ops.linear import PackedWeight, StreamedWeight, linear, pack_linear_weight
-from tokenmill.ops.moe import Routing, route
-from tokenmill.quantization.base import ConvertsExpertsWhileLoading, ExpertParameter, ExpertProjection, ExpertSizes
+from tokenmill.ops.moe import Routing, route, route_and_quantize
+from tokenmill.quantization.base import (
+    ConvertsExpertsWhileLoading,
+    ExpertParameter,
+    ExpertProjection,
+    ExpertSizes,
+    TakesQuantizedExpertRows,
+)
 
 PROJECTIONS: Final[tuple[ExpertProjection, ...]] = get_args(ExpertProjection)
 _STACKED: Final = re.compile(r"(.+\.experts)\.(gate_up_proj|gate_proj|up_proj|down_proj)(?:\.weight)?")
@@ -40,17 +47,22 @@ class Router(nn.Module):
         super().__init__()
         self.top_k = top_k
         self.normalize = normalize
+        self._batch_invariant = context.batch_invariant
         weight = torch.empty(num_experts, hidden_size, dtype=context.dtype, device=context.device)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self._prepared: torch.Tensor | PackedWeight | StreamedWeight = weight
 
     def finalize_weights(self) -> None:
         """Prepare the weight for the device."""
-        self._prepared = pack_linear_weight(self.weight.data)
+        self._prepared = pack_linear_weight(self.weight.data, batch_invariant=self._batch_invariant)
 
     def forward(self, x: torch.Tensor) -> Routing:
         """The experts of tokens [T, hidden_size]."""
         return route(linear(x, self._prepared), self.top_k, normalize=self.normalize)
+
+    def route_and_quantize(self, x: torch.Tensor) -> tuple[Routing, QuantizedRows]:
+        """The experts of tokens [T, hidden_size], and the tokens quantized."""
+        return route_and_quantize(linear(x, self._prepared), self.top_k, x, normalize=self.normalize)
 
 
 class Experts(nn.Module):
@@ -87,9 +99,13 @@ class Experts(nn.Module):
         sizes = ExpertSizes(self.num_experts, hidden_size, self.rank_features)
         self._filled = self.method.create_weights(self, sizes, context.dtype, context.device)
 
-    def forward(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """[T, hidden_size] to [T, hidden_size], equal on all ranks."""
-        return self.group.all_reduce(self.method.apply(x, routing))
+    def forward(self, x: torch.Tensor, router: Router) -> torch.Tensor:
+        """[T, hidden_size] to [T, hidden_size], equal on all ranks; quantized in passing, if the method wants that."""
+        method = self.method
+        if isinstance(method, TakesQuantizedExpertRows) and method.takes_quantized(x.shape[0]):
+            routing, quantized = router.route_and_quantize(x)
+            return self.group.all_reduce(method.apply_quantized(x, quantized, routing))
+        return self.group.all_reduce(method.apply(x, router(x)))
 
     def finalize_weights(self) -> None:
         """Let the method prepare the filled weights."""
@@ -152,7 +168,7 @@ class SparseMoe(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, hidden_size] to [T, hidden_size]."""
-        return self.experts(x, self.gate(x))  # type: ignore[no-any-return]
+        return self.experts(x, self.gate)  # type: ignore[no-any-return]
 
 
 def names_of_stack(name: str, num_experts: int) -> Sequence[str] | None:

@@ -17,7 +17,7 @@ import msgspec
 from tokenmill.errors import EngineFileError
 
 FORMAT_NAME: Final = "tokenmill-engine"
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 """Goes up whenever an older reader would misread a newer engine."""
 
 MIN_LOGIT_ROWS: Final = 16

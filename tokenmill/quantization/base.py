@@ -122,6 +122,19 @@ class ExpertsMethod(Protocol):
 
 
 @runtime_checkable
+class TakesQuantizedExpertRows(Protocol):
+    """An `ExpertsMethod` that multiplies quantized rows: the op before the experts may quantize them in passing."""
+
+    def takes_quantized(self, num_rows: int) -> bool:
+        """Whether so many rows would be quantized by `apply`, each with a scale of its own."""
+        ...
+
+    def apply_quantized(self, x: torch.Tensor, quantized: QuantizedRows, routing: Routing) -> torch.Tensor:
+        """`apply`, with x quantized already."""
+        ...
+
+
+@runtime_checkable
 class ConvertsExpertsWhileLoading(Protocol):
     """An `ExpertsMethod` whose parameters are not what the checkpoint holds."""
 

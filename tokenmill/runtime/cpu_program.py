@@ -68,6 +68,7 @@ class CpuExecutor:
         cache_dtype: float32 or bfloat16.
         num_threads: that compute, the caller's included.
         on_progress: told `kernels`, how many are compiled, and how many there are.
+        deterministic: compute a token in the same way in every batch.
 
     Raises:
         UnsupportedFeatureError: there is no kernel for something in the program.
@@ -81,6 +82,8 @@ class CpuExecutor:
         cache_dtype: torch.dtype,
         num_threads: int,
         on_progress: ProgressCallback | None = None,
+        *,
+        deterministic: bool = False,
     ) -> None:
         self.arrays = arrays
         self._program = package.program
@@ -99,7 +102,9 @@ class CpuExecutor:
         writer = OpWriter(
             memory,
             CpuWeights(package.program.weights, package.weights, memory),
-            StepPlaces(arrays, self._step.ctypes.data, self._caches, layer_caches(package.program), num_threads),
+            StepPlaces(
+                arrays, self._step.ctypes.data, self._caches, layer_caches(package.program), num_threads, deterministic
+            ),
             KernelChoices.of(package, num_threads),
         )
         self._lists = _write_lists(self._parts, writer, on_progress or (lambda what, done, total: None))

@@ -16,6 +16,7 @@ import torch
 from tokenmill.attention.base import LayerCache
 from tokenmill.engine.plan import BatchPlan, BlockCopy, Row
 from tokenmill.layers.forward_batch import ForwardBatch
+from tokenmill.ops.argmax import TokenPlaces
 from tokenmill.ops.kv_cache import copy_blocks
 from tokenmill.ops.upload import upload
 from tokenmill.runtime.phases import phase
@@ -89,7 +90,7 @@ class ModelRunner(SlotRunner):
 
     def _run_prompts(self, rows: list[Row]) -> None:
         inputs = inputs_of_rows(rows, self._slots)
-        self._sampler.most_likely(self._model.compute_logits(self._forward(inputs)[inputs.last_token_index]))
+        self._sampler.most_likely(self._model.compute_logits(inputs.last_of_rows(self._forward(inputs))))
 
     @torch.inference_mode()
     def launch(self, plan: BatchPlan) -> LaunchedStep:
@@ -157,9 +158,8 @@ class ModelRunner(SlotRunner):
 
         Logits for a sampler are not: a graph holds on to what it returns, and they are half a gigabyte for 1,000 rows.
         """
-        hidden = self._forward(inputs)[inputs.last_token_index]
+        hidden = inputs.last_of_rows(self._forward(inputs))
         if not greedy:
             return StepResult(inputs, hidden, None)
-        sampled = self._sampler.most_likely(self._model.compute_logits(hidden))
-        self._slots.token_ids[inputs.target_slots, inputs.next_positions] = sampled.token_ids
-        return StepResult(inputs, None, sampled)
+        places = TokenPlaces(self._slots.token_ids, inputs.target_slots, inputs.next_positions)
+        return StepResult(inputs, None, self._sampler.most_likely(self._model.compute_logits(hidden), places))

@@ -10,6 +10,7 @@ import os
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from typing import Final
 
 import numpy as np
@@ -27,6 +28,9 @@ CACHE_LINE: Final = 64
 
 STEP_FUNCTIONS: Final = (walker.lead_step, walker.work, walker.release_workers)
 """What a pool calls besides kernels."""
+
+END_SECONDS: Final = 1.0
+"""How long a pool that ends waits for a step that is under way. Longer ones end with the process."""
 
 
 class OpList:
@@ -117,11 +121,10 @@ class ThreadPool:
         self._words = memory[skip : skip + walker.CONTROL_SIZE]
         self._control = self._words.ctypes.data
         self._process = os.getpid()
-        work = walker.work.call
         threads = [
             threading.Thread(
-                target=work,
-                args=(self._control, thread, self.num_threads, self._num_spins),
+                target=_work,
+                args=(self._words, thread, self.num_threads, self._num_spins),
                 name=f"tokenmill-cpu-{thread}",
                 daemon=True,
             )
@@ -129,14 +132,31 @@ class ThreadPool:
         ]
         for thread in threads:
             thread.start()
-        self._close = weakref.finalize(self, _stop, self._words, threads, os.getpid())
+        # What ends a pool is compiled now: at exit the compiler may be at work on another thread, for seconds.
+        release = walker.release_workers.call
+        self._close = weakref.finalize(self, _stop, self._words, threads, self._lock, release, os.getpid())
 
 
-def _stop(words: npt.NDArray[np.int64], threads: list[threading.Thread], process: int) -> None:
-    """End workers: at exit, when their pool is closed, or when nothing refers to it any more."""
-    if process != os.getpid():
+def _work(words: npt.NDArray[np.int64], thread: int, num_threads: int, num_spins: int) -> None:
+    """A worker's life; it keeps the control block alive as long as it may look at it."""
+    walker.work.call(words.ctypes.data, thread, num_threads, num_spins)
+
+
+def _stop(
+    words: npt.NDArray[np.int64],
+    threads: list[threading.Thread],
+    lock: threading.Lock,
+    release: Callable[[int], None],
+    process: int,
+) -> None:
+    """End workers between two steps: at exit, when their pool is closed, or when nothing refers to it any more.
+
+    Within a step some would leave and the others wait for them at its next barrier.
+    """
+    if process != os.getpid() or not lock.acquire(timeout=END_SECONDS):
         return
     words[walker.STOP // 8] = 1
-    walker.release_workers.call(words.ctypes.data)
+    release(words.ctypes.data)
     for thread in threads:
         thread.join()
+    lock.release()
