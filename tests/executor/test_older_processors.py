@@ -28,7 +28,7 @@ def tokens_without_instructions(*models: Path) -> Any:
     result = subprocess.run(
         [sys.executable, "-m", "tests.support.older_processor", PORTABLE, *map(str, models)],
         cwd=ROOT,
-        env=environment(PORTABLE),
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=280,

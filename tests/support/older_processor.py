@@ -1,8 +1,7 @@
-"""Processes in which Numba and tokenmill take this x86 machine for an older one.
+"""Processes in which tokenmill takes this x86 machine for an older one.
 
 As a pytest plugin (`-p tests.support.older_processor`) it is one of 2013, with AVX2 and nothing newer. As a program,
-`python -m tests.support.older_processor NAME MODEL ...`, it prints the greedy tokens of `LLM(MODEL, ...)` as JSON. Both
-want `environment(NAME)`.
+`python -m tests.support.older_processor NAME MODEL ...`, it prints the greedy tokens of `LLM(MODEL, ...)` as JSON.
 """
 
 from __future__ import annotations
@@ -41,20 +40,20 @@ class Features(dict[str, bool]):
         return ",".join(f"+{name}" for name in self)
 
 
-def features(name: str = AVX2) -> Features:
-    """All that the processor has."""
-    return Features(dict.fromkeys(FEATURES[name], True))
+def environment() -> dict[str, str]:
+    """Of a process that finds these sources."""
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
-def environment(name: str = AVX2) -> dict[str, str]:
-    """Of a process on such a processor."""
-    numba = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features(name).flatten()}
-    return {**os.environ, **numba, "PYTHONPATH": str(ROOT)}
+def pretend(name: str) -> None:
+    """Take this processor for one of `FEATURES`. Nothing of tokenmill has been imported yet."""
+    llvmlite.binding.get_host_cpu_features = lambda: Features(dict.fromkeys(FEATURES[name], True))
+    llvmlite.binding.get_host_cpu_name = lambda: name
 
 
 def pytest_configure() -> None:
-    """Nothing of tokenmill has been imported yet."""
-    llvmlite.binding.get_host_cpu_features = features
+    """Of pytest."""
+    pretend(AVX2)
 
 
 def greedy_tokens(model: Any, **options: Any) -> dict[str, Any]:
@@ -72,5 +71,5 @@ def greedy_tokens(model: Any, **options: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    llvmlite.binding.get_host_cpu_features = lambda: features(sys.argv[1])
+    pretend(sys.argv[1])
     sys.stdout.write(json.dumps([greedy_tokens(argument, num_threads=1) for argument in sys.argv[2:]]))

@@ -29,7 +29,7 @@ class Engine(EnginePackage):
         if self.config.target.device != "cpu":
             return "triton"
         if find_spec("llvmlite") is None:
-            return "no (the package numba is missing)"
+            return "no (the package llvmlite is missing)"
         from tokenmill.ops.cpu.cpu_features import best_dot_product
 
         return best_dot_product().name.lower()
