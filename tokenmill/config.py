@@ -195,6 +195,10 @@ class LlmArgs(StrictModel):
     """The paged cache."""
     scheduler_config: SchedulerConfig = Field(default_factory=SchedulerConfig)
     """Admission and order."""
+    deterministic: bool = False
+    """Give a prompt the same greedy tokens whatever else is computed beside it, in however many steps, with the prefix
+    cache or without, preempted or not: every number is computed in one way for all batches, which costs speed. On a
+    CPU with the engine backend, on a GPU in 16 bits."""
     enable_cuda_graphs: bool = True
     """Replay decode steps from CUDA graphs, on a GPU."""
     disable_overlap_scheduler: bool = False

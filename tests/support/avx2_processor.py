@@ -1,7 +1,6 @@
-"""A pytest plugin: Numba and tokenmill take this machine for one of 2013, with AVX2 and nothing newer.
+"""A pytest plugin: tokenmill takes this machine for one of 2013, with AVX2 and nothing newer.
 
-For x86 machines. Run with `-p tests.support.avx2_processor` and NUMBA_CPU_NAME=haswell, NUMBA_CPU_FEATURES= in the
-environment.
+For x86 machines. Run with `-p tests.support.avx2_processor`.
 """
 
 from __future__ import annotations
@@ -27,3 +26,4 @@ def features() -> Features:
 def pytest_configure() -> None:
     """Nothing of tokenmill has been imported yet."""
     llvmlite.binding.get_host_cpu_features = features
+    llvmlite.binding.get_host_cpu_name = lambda: "haswell"

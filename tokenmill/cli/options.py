@@ -101,10 +101,6 @@ class ModelOptions:
             show_default="auto",
         ),
     ] = None
-    attn_backend: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Attention backend.", rich_help_panel=_MODEL_PANEL, show_default="auto"),
-    ] = None
     load_format: Annotated[
         str | None,
         typer.Option(
@@ -123,6 +119,14 @@ class ModelOptions:
             show_default="none",
         ),
     ] = None
+    deterministic: Annotated[
+        bool,
+        typer.Option(
+            "--deterministic",
+            help="Same greedy tokens in every batch; slower.",
+            rich_help_panel=_MODEL_PANEL,
+        ),
+    ] = False
     num_replicas: Annotated[
         int | None,
         typer.Option(
@@ -161,11 +165,13 @@ class ModelOptions:
         from_file = {} if self.config is None else read_config_file(self.config)
         arguments = _merged(defaults, from_file)
         names = (
-            "dtype", "device", "max_batch_size", "max_seq_len", "max_num_tokens", "backend", "attn_backend",
+            "dtype", "device", "max_batch_size", "max_seq_len", "max_num_tokens", "backend",
             "load_format",
             "num_threads", "quantization", "num_replicas",
         )  # fmt: skip
         flags = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.deterministic:
+            flags["deterministic"] = True
         if self.kv_cache_tokens is not None:
             flags["kv_cache_config"] = {"max_tokens": self.kv_cache_tokens}
         if model is not None:

@@ -28,6 +28,7 @@ from tokenmill.program.package import EnginePackage
 from tokenmill.runtime.memory_planner import MeasuredMemory, MemoryRequest, plan_memory
 from tokenmill.runtime.memory_probe import largest_step, peak_bytes
 from tokenmill.runtime.model_loader import (
+    check_deterministic,
     has_fp8_weights,
     load_model,
     resolve_cache_dtype,
@@ -90,7 +91,8 @@ def _build_torch_engine(
     dtype = resolve_dtype(args.dtype, device)
     cache_dtype = resolve_cache_dtype(args.kv_cache_config.dtype, dtype, device)
     max_seq_len = resolve_max_seq_len(args, config)
-    backend = select_backend(args.attn_backend, device)
+    check_deterministic(args, "torch", device, dtype)
+    backend = select_backend(args.attn_backend, device, batch_invariant=args.deterministic)
     request = MemoryRequest(
         weight_bytes=dtype.itemsize,
         cache_bytes=cache_dtype.itemsize,

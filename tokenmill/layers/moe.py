@@ -48,13 +48,14 @@ class Router(nn.Module):
         super().__init__()
         self.top_k = top_k
         self.normalize = normalize
+        self._batch_invariant = context.batch_invariant
         weight = torch.empty(num_experts, hidden_size, dtype=context.dtype, device=context.device)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self._prepared: torch.Tensor | PackedWeight | StreamedWeight = weight
 
     def finalize_weights(self) -> None:
         """Prepare the weight for the device."""
-        self._prepared = pack_linear_weight(self.weight.data)
+        self._prepared = pack_linear_weight(self.weight.data, batch_invariant=self._batch_invariant)
 
     def forward(self, x: torch.Tensor) -> Routing:
         """The experts of tokens [T, hidden_size]."""
@@ -164,6 +165,10 @@ class SparseMoe(nn.Module):
 
     def takes_quantized(self, num_rows: int) -> bool:
         """The router reads its input as it is."""
+        return False
+
+    def can_fuse(self, x: torch.Tensor) -> bool:
+        """Router and experts both read their input: its norm has to be there."""
         return False
 
     def takes_both(self, num_rows: int) -> bool:

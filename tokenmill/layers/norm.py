@@ -9,6 +9,7 @@ from torch import nn
 
 from tokenmill.layers.context import LayerContext
 from tokenmill.ops.rms_norm import add_rms_norm, add_rms_norm_both, add_rms_norm_fp8, rms_norm, rms_norm_fp8
+from tokenmill.ops.row_product import PendingNorm
 from tokenmill.quantization.base import PlainAndQuantized, Rows
 
 
@@ -17,6 +18,10 @@ class TakesRows(Protocol):
 
     def takes_quantized(self, num_rows: int) -> bool:
         """Whether so many rows are better given as `QuantizedRows`."""
+        ...
+
+    def can_fuse(self, x: torch.Tensor) -> bool:
+        """Whether the norm of x [T, size], one row, may be left to it as a `PendingNorm`."""
         ...
 
 
@@ -56,7 +61,13 @@ class RMSNorm(nn.Module):
     def add_and_norm_for(
         self, consumer: TakesRows, x: torch.Tensor, residual: torch.Tensor | None
     ) -> tuple[Rows | PlainAndQuantized, torch.Tensor]:
-        """`add_and_norm`, the normalized sum in the form that `consumer` takes fastest."""
+        """`add_and_norm`, the normalized sum in the form that `consumer` takes fastest.
+
+        The sum may be written by the consumer only: nothing may read it before.
+        """
+        if self.scale.dtype == x.dtype and consumer.can_fuse(x):
+            row = PendingNorm.of(x, residual, self.scale, self.eps)
+            return row, row.stream
         if residual is not None and isinstance(consumer, TakesBothRows) and consumer.takes_both(x.shape[0]):
             normalized, quantized, total = add_rms_norm_both(x, residual, self.scale, self.eps)
             return PlainAndQuantized(normalized, quantized), total

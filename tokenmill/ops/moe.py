@@ -25,6 +25,7 @@ from tokenmill.ops.fp8 import (
 )
 from tokenmill.ops.linear import PackedWeight, StreamedWeight, linear, pack_linear_weight
 from tokenmill.ops.moe_plan import (
+    INVARIANT_PLAN,
     MAX_PAIR_TOKENS,
     SCALE_GROUP,
     down_pair_plan,
@@ -84,6 +85,7 @@ class ExpertWeights:
             them; None: every row is quantized with a scale of its own.
         packed: (gate_up, down) of each expert prepared for a CPU's products, in the place of the two, which are then
             empty; None: not prepared.
+        batch_invariant: give each token the same bits in any company: one way for all numbers of tokens.
     """
 
     gate_up: ExpertMatrix
@@ -92,6 +94,7 @@ class ExpertWeights:
     first_expert: int = 0
     input_scales: tuple[torch.Tensor, torch.Tensor] | None = None
     packed: tuple[PackedMatrices, PackedMatrices] | None = None
+    batch_invariant: bool = False
 
     @property
     def num_experts(self) -> int:
@@ -102,12 +105,14 @@ class ExpertWeights:
         """Whether what is between the projections of so many pairs has one scale a row, not one for 128 features."""
         has_feature_scales = self.down.scales is not None and not self.down.is_block_scaled
         is_static = self.input_scales is not None
-        return is_static or (has_feature_scales and scales_inner_by_token(num_pairs, self.num_experts))
+        by_token = not self.batch_invariant and scales_inner_by_token(num_pairs, self.num_experts)
+        return is_static or (has_feature_scales and by_token)
 
     def takes_quantized(self, num_rows: int) -> bool:
         """Whether `run_experts` quantizes so many rows, each with a scale of its own."""
         is_dynamic = self.gate_up.values.dtype == FP8_DTYPE and self.input_scales is None
-        return is_dynamic and not self.gate_up.is_block_scaled and num_rows > MAX_PAIR_TOKENS
+        is_tiled = self.batch_invariant or num_rows > MAX_PAIR_TOKENS
+        return is_dynamic and not self.gate_up.is_block_scaled and is_tiled
 
     def prepared(self) -> ExpertWeights:
         """These weights as the products of their device want them; the originals may be freed."""
@@ -214,7 +219,7 @@ def run_experts_torch(
     order = local.argsort(stable=True)
     counts = local.bincount(minlength=num_experts + 1)[:num_experts].tolist()
     is_float8 = weights.gate_up.values.dtype == FP8_DTYPE
-    quantizes = is_float8 and num_tokens > MAX_PAIR_TOKENS
+    quantizes = is_float8 and (weights.batch_invariant or num_tokens > MAX_PAIR_TOKENS)
     inputs = _rounded_input(x, weights, quantized) if quantizes else x
     rows = inputs[order[: sum(counts)] // top_k]
     activation = gated_activation(weights.activation, x.device, rows.dtype)
@@ -238,14 +243,16 @@ def run_experts_triton(
     if x.shape[0] == 0:
         return torch.empty_like(x)
     rows = x if x.stride(1) == 1 else x.contiguous()
-    if x.shape[0] <= MAX_PAIR_TOKENS:
+    if x.shape[0] <= MAX_PAIR_TOKENS and not weights.batch_invariant:
         from tokenmill.ops.triton.moe_pairs import run_pairs
 
         hidden, size = weights.down.values.shape[1:]
         return run_pairs(rows, routing, weights, gate_up_pair_plan(size, hidden), down_pair_plan(hidden, size))
     from tokenmill.ops.triton.moe_tiles import run_tiles
 
-    return run_tiles(rows, routing, weights, grouped_plan(routing.experts.numel(), weights.num_experts), quantized)
+    num_pairs = routing.experts.numel()
+    plan = INVARIANT_PLAN if weights.batch_invariant else grouped_plan(num_pairs, weights.num_experts)
+    return run_tiles(rows, routing, weights, plan, quantized)
 
 
 def quantize_groups_fp8(x: torch.Tensor) -> QuantizedRows:

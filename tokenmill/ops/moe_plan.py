@@ -52,6 +52,10 @@ GROUPED_PLANS: Final = (
 """By the mean number of rows that an expert has, up to that of each line."""
 
 
+INVARIANT_PLAN: Final = GroupedPlan(64, 4, 4, 128, 128, 4, 4)
+"""For all numbers of tokens, where a token's result shall not depend on how many there are."""
+
+
 def grouped_plan(num_pairs: int, num_experts: int) -> GroupedPlan:
     """For `num_pairs` pairs of token and expert over `num_experts` experts."""
     mean = num_pairs / num_experts

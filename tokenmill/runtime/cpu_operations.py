@@ -53,6 +53,7 @@ class StepPlaces:
         caches: keys and values of each layer in the kernels' layout.
         shapes: heads of each layer's cache.
         num_threads: that need scratch memory.
+        deterministic: compute a token in the same way in every batch.
     """
 
     arrays: StepArrays
@@ -60,6 +61,7 @@ class StepPlaces:
     caches: tuple[LayerCache, ...]
     shapes: tuple[CacheShape, ...]
     num_threads: int
+    deterministic: bool = False
 
     def cache(self, layer: int) -> CacheLocation:
         """Where a layer's cache is."""
@@ -373,6 +375,7 @@ def _attention(writer: OpWriter, operation: Operation, one: bool) -> Iterator[Op
         partials=writer.scratch("attention partials", partials),
         sliding_window=None if window is None else _integer(operation, "sliding_window"),
         soft_cap=None if soft_cap is None else _number(soft_cap),
+        deterministic=places.deterministic,
     )
     yield Op(attention, op.arguments())
     yield Op(attention_combine, op.arguments())

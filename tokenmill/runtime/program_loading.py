@@ -51,9 +51,16 @@ class StepLimits:
 
 
 def load_torch_program(
-    package: EnginePackage, device: torch.device, *, attn_backend: str = "auto", keep: Sequence[str] = ()
+    package: EnginePackage,
+    device: torch.device,
+    *,
+    attn_backend: str = "auto",
+    keep: Sequence[str] = (),
+    deterministic: bool = False,
 ) -> TorchProgram:
     """The engine's program for torch, its weights decoded on `device`.
+
+    `deterministic` is `LlmArgs.deterministic`, which `check_deterministic` has allowed.
 
     Raises:
         EngineFileError: the engine's weights were stripped.
@@ -64,7 +71,8 @@ def load_torch_program(
         weight.name: decode_weight(weight, package.weights[weight.name]).to(device)
         for weight in package.program.weights
     }
-    return TorchProgram(package.program, weights, select_backend(attn_backend, device), keep=keep)
+    backend = select_backend(attn_backend, device, batch_invariant=deterministic)
+    return TorchProgram(package.program, weights, backend, keep=keep, batch_invariant=deterministic)
 
 
 def allocate_program_caches(
@@ -84,6 +92,7 @@ def load_executor(
     *,
     num_threads: int | None = None,
     on_progress: ProgressCallback | None = None,
+    deterministic: bool = False,
 ) -> ProgramExecutor:
     """What runs the engine's steps on a CPU.
 
@@ -93,6 +102,7 @@ def load_executor(
         cache_dtype: type of cached keys and values.
         num_threads: None: one for each core.
         on_progress: told about kernels that are compiled.
+        deterministic: compute a token in the same way in every batch.
 
     Raises:
         EngineFileError: the engine's weights were stripped.
@@ -102,7 +112,15 @@ def load_executor(
 
     package.check_runnable()
     num_threads = num_threads or num_usable_cores()
-    return CpuExecutor(package, limits.arrays(), limits.num_blocks, cache_dtype, num_threads, on_progress)
+    return CpuExecutor(
+        package,
+        limits.arrays(),
+        limits.num_blocks,
+        cache_dtype,
+        num_threads,
+        on_progress,
+        deterministic=deterministic,
+    )
 
 
 def load_torch_executor(

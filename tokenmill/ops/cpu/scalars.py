@@ -1,4 +1,4 @@
-"""Numbers in memory for Numba functions, beyond the float32 and int32 of `simd.py`."""
+"""Numbers in memory for native functions, beyond the float32 and int32 of `simd.py`."""
 
 from __future__ import annotations
 

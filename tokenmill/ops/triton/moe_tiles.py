@@ -374,12 +374,16 @@ def grouped_down(
 
 
 def block_scaled_product(
-    x: QuantizedRows, weight: ExpertMatrix, bias: torch.Tensor | None, dtype: torch.dtype
+    x: QuantizedRows,
+    weight: ExpertMatrix,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    plan: GroupedPlan | None = None,
 ) -> torch.Tensor:
     """`x @ weight.T + bias` of one matrix with a scale for each block, x with one for each row and 128 features."""
     out = torch.empty(x.values.shape[0], weight.values.shape[1], dtype=dtype, device=x.values.device)
     if out.numel():
-        _launch_rows(x.values, x.scales, weight, None, None, bias, out, grouped_plan(x.values.shape[0], 1))
+        _launch_rows(x.values, x.scales, weight, None, None, bias, out, plan or grouped_plan(x.values.shape[0], 1))
     return out
 
 
