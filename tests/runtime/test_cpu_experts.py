@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.checkpoints.gguf_files import tiny_model, write_model
+from tests.checkpoints.gguf_files import EXPERTS, EXPERTS_METADATA, tiny_model, write_model
 from tests.runtime.test_cpu_program import (
     TOLERANCE,
     Sequences,
@@ -19,7 +18,6 @@ from tests.runtime.test_cpu_program import (
     run_steps,
     torch_executor_of,
 )
-from tests.support.single_thread import single_thread
 from tests.support.tiny_checkpoint import VOCAB_SIZE, write_tokenizer
 from tests.support.tiny_models import random_tokens, relative_error, tiny_hf_model
 from tokenmill import LLM, KvCacheConfig, SamplingParams
@@ -40,12 +38,6 @@ OPTIONS: dict[str, Any] = {"capture": "dispatch", "max_seq_len": 320, "opt_level
 GREEDY = SamplingParams(max_tokens=24, ignore_eos=True)
 CACHE = KvCacheConfig(max_tokens=2048, tokens_per_block=16)
 PROMPTS = [random_tokens(length, seed=length, vocab_size=300) for length in (1, 5, 33, 70)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with single_thread():
-        yield
 
 
 def write_model_dir(folder: Path, case: str) -> Any:
@@ -166,15 +158,11 @@ def test_bfloat16_experts(mixtral: Path) -> None:
         one.close()
 
 
-GGUF_SIZES = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 16}
-GGUF_METADATA = {"add_expert_count": 4, "add_expert_used_count": 2, "add_expert_feed_forward_length": 64}
-
-
 @pytest.mark.spec("E4")
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
 def test_quantized_experts_of_a_gguf_file_run_as_they_are(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "model.gguf"
-    write_model(path, tiny_model("qwen3_moe", norm_topk_prob=True, **GGUF_SIZES), kind, **GGUF_METADATA)
+    write_model(path, tiny_model("qwen3_moe", norm_topk_prob=True, **EXPERTS), kind, **EXPERTS_METADATA)
     options = {**OPTIONS, "max_seq_len": 256}
     package, exact = (build(path, device=device, **options) for device in ("cpu", "cuda"))
     formats = {weight.format for weight in package.program.weights if ".experts." in weight.name}

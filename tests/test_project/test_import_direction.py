@@ -161,7 +161,7 @@ LATE_OWN_IMPORTS: dict[str, str] = {
     "tokenmill.executor.worker": "torch loads while a thread loads the tokenizer",
     "tokenmill.executor.__main__": "a process loads what its kind needs; postprocessing needs no engine",
     "tokenmill.ops": "the Triton kernels load triton, which only tensors on a GPU need",
-    "tokenmill.runtime.program_loading": "the CPU's kernels load numba, which an engine on a GPU does not need",
+    "tokenmill.runtime.program_loading": "the CPU's kernels load llvmlite, which an engine on a GPU does not need",
     "tokenmill.checkpoints.base": "`open_checkpoint` picks among readers that are derived from this module's",
     "tokenmill.tokenization.chat_template": "the environment derives from jinja2's, which completions never need",
 }
@@ -170,7 +170,7 @@ LATE_OWN_IMPORTS: dict[str, str] = {
 TORCH_FREE = ("engine", "kv_cache", "config", "env", "errors", "outputs", "sampling_params", "telemetry.stats", "")
 TORCH_FREE_EXCEPT = ("tokenmill.kv_cache.tensors",)
 
-HEAVY = ("torch", "transformers", "numba", "triton", "fastapi", "gguf", "huggingface_hub")
+HEAVY = ("torch", "transformers", "llvmlite", "triton", "fastapi", "gguf", "huggingface_hub")
 
 
 def unit_of(name: str) -> str:

@@ -47,7 +47,7 @@ GROUPED_PLANS: Final = (
     (20.0, GroupedPlan(16, 8, 3, 256, 128, 4, 4)),
     (32.0, GroupedPlan(32, 4, 3, 256, 128, 4, 4)),
     (48.0, GroupedPlan(64, 4, 4, 128, 128, 4, 4)),
-    (float("inf"), GroupedPlan(128, 8, 3, 128, 128, 8, 3)),
+    (float("inf"), GroupedPlan(128, 8, 4, 128, 256, 8, 4)),
 )
 """By the mean number of rows that an expert has, up to that of each line."""
 

@@ -21,6 +21,7 @@ from tokenmill.ops.fp8 import (
     weight_only_linear,
 )
 from tokenmill.ops.moe import ExpertMatrix, ExpertWeights, Routing, run_experts
+from tokenmill.ops.row_product import OneRow, can_fuse, row_product
 from tokenmill.quantization.base import ExpertParameter, ExpertProjection, ExpertSizes, ParameterAxes
 from tokenmill.quantization.unquantized import register_experts
 
@@ -80,6 +81,14 @@ class Fp8Linear:
         """Rows [T, in_features], quantized already, to [T, out_features] of type `dtype`."""
         return scaled_linear(x, self._filled, bias, dtype)
 
+    def can_fuse(self, x: torch.Tensor) -> bool:
+        """Whether `apply_fused` is there for x [T, in_features], which is one row then."""
+        return can_fuse(x, self._filled.values)
+
+    def apply_fused(self, x: OneRow, bias: torch.Tensor | None, activation: str = "") -> torch.Tensor:
+        """See `ops.row_product.row_product`."""
+        return row_product(x, self._filled.values, self._filled.scales, bias, activation)
+
     @property
     def _filled(self) -> Fp8Weight:
         assert self._weight is not None, "process_after_loading was not called"
@@ -132,5 +141,17 @@ class Fp8Experts:
 
     def apply(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """[T, H] to [T, H]."""
+        return run_experts(x, routing, self._filled)
+
+    def takes_quantized(self, num_rows: int) -> bool:
+        """Whether so many rows are quantized, each with a scale of its own."""
+        return self._filled.takes_quantized(num_rows)
+
+    def apply_quantized(self, x: torch.Tensor, quantized: QuantizedRows, routing: Routing) -> torch.Tensor:
+        """[T, H] to [T, H], with x quantized already."""
+        return run_experts(x, routing, self._filled, quantized)
+
+    @property
+    def _filled(self) -> ExpertWeights:
         assert self._weights is not None, "process_after_loading was not called"
-        return run_experts(x, routing, self._weights)
+        return self._weights

@@ -148,7 +148,11 @@ class BlockFp8Linear:
 
 
 class CheckpointFp8Experts:
-    """Experts in float8 with the checkpoint's scales. Static scales of inputs are not used: tokens get their own.
+    """Experts in float8 with the checkpoint's scales.
+
+    Static scales of inputs: one for what all experts' gate and up projections take, since a token goes to several of
+    them, and one for what the down projections take. The largest counts, so that nothing is cut off that one of them
+    would keep.
 
     Args:
         stored: the checkpoint's format.
@@ -159,6 +163,7 @@ class CheckpointFp8Experts:
         self._batch_invariant = batch_invariant
         self._format = stored
         self._scales: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._input_scales: tuple[torch.Tensor, torch.Tensor] | None = None
         self._weights: ExpertWeights | None = None
 
     def create_weights(
@@ -193,8 +198,10 @@ class CheckpointFp8Experts:
         found[stored.scale_name] = ExpertParameter(of_gate, of_up, of_down, axes)
         if stored.static_inputs:
             shape = stored.scale_shape if stored.weight_scales == "matrix" else ()
-            unused = torch.ones(num_experts, *shape, dtype=torch.float32, device=device)
-            found["input_scale"] = ExpertParameter(unused, unused, unused, _NO_AXES)
+            of_x = torch.ones(2, num_experts, *shape, dtype=torch.float32, device=device)
+            of_inner = torch.ones(num_experts, *shape, dtype=torch.float32, device=device)
+            self._input_scales = of_x, of_inner
+            found["input_scale"] = ExpertParameter(of_x[0], of_x[1], of_inner, _NO_AXES)
         return found
 
     def process_after_loading(self, layer: nn.Module, activation: str, first_expert: int) -> None:
@@ -209,15 +216,36 @@ class CheckpointFp8Experts:
                 parts = scales.reshape(num_experts, -1)
                 scales = parts.repeat_interleave(num_features // parts.shape[1], dim=1)
             matrices.append(ExpertMatrix(values, scales.contiguous()))
+        input_scales = None
+        if self._input_scales is not None:
+            of_x, of_inner = self._input_scales
+            input_scales = of_x.amax().reshape(1), of_inner.amax().reshape(1)
         self._weights = ExpertWeights(
-            matrices[0], matrices[1], activation, first_expert, batch_invariant=self._batch_invariant
+            matrices[0],
+            matrices[1],
+            activation,
+            first_expert,
+            input_scales,
+            batch_invariant=self._batch_invariant,
         )
-        self._scales = None
+        self._scales = self._input_scales = None
 
     def apply(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """[T, H] to [T, H]."""
+        return run_experts(x, routing, self._filled)
+
+    def takes_quantized(self, num_rows: int) -> bool:
+        """Whether so many rows are quantized, each with a scale of its own."""
+        return self._filled.takes_quantized(num_rows)
+
+    def apply_quantized(self, x: torch.Tensor, quantized: QuantizedRows, routing: Routing) -> torch.Tensor:
+        """[T, H] to [T, H], with x quantized already."""
+        return run_experts(x, routing, self._filled, quantized)
+
+    @property
+    def _filled(self) -> ExpertWeights:
         assert self._weights is not None, "process_after_loading was not called"
-        return run_experts(x, routing, self._weights)
+        return self._weights
 
 
 def _register_scale(layer: nn.Module, name: str, shape: tuple[int, ...], device: torch.device) -> None:

@@ -136,10 +136,11 @@ def _products(
     num_blocks = padded_rows(first.num_rows, gated=first.gated) // ROW_BLOCK
     if inputs.quantized:
         arguments = _int8_arguments(first, inputs, outputs, activation, scratch)
-        kernels = tuple(
+        one_row, several_rows = (
             linear_kernel(first.format, one_token=one, variant=choices.linear(first, one_token=one))
             for one in (True, False)
         )
+        kernels = one_row, several_rows
         block_bytes = inputs.num_groups * encoding_of(first.format).group_bytes
     else:
         arguments = _float_arguments(first, inputs, outputs, activation, scratch)

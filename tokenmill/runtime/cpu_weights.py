@@ -104,7 +104,8 @@ class CpuWeights:
             pack = partial(_packed_floats, gated=gated)
         size = len(pack(one, np.zeros(rows_nbytes(one.format, one.shape), np.uint8)))
         address = self._place(name, layout, lambda: self._stack(weight, layout, size * num_experts, one, pack))
-        return ExpertStack(LinearWeight(address, weight.format, *one.shape, gated), size)
+        num_rows, num_columns = one.shape
+        return ExpertStack(LinearWeight(address, weight.format, num_rows, num_columns, gated), size)
 
     def _stack(
         self, weight: Weight, layout: str, size: int, one: Weight, pack: Callable[[Weight, Bytes], Bytes]
