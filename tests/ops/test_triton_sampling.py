@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
@@ -105,16 +103,18 @@ def test_supports_are_those_of_the_steps(device: str) -> None:
 
 
 @pytest.mark.gpu
-def test_drawn_tokens_have_the_right_frequencies(
-    assert_distribution: Callable[[torch.Tensor, torch.Tensor], None],
-) -> None:
+def test_drawn_tokens_have_the_right_frequencies() -> None:
+    """Counts are within six standard deviations of what the exact weights say, for every token."""
     num_rows = 100_000
     logits = make_logits(1, 500, torch.bfloat16, "cuda").expand(num_rows, -1).contiguous()
     batch = Batch(logits)
     batch.floats[:, 0], batch.floats[:, 1], batch.floats[:, 2], batch.integers[:, 3] = 1.1, 0.97, 0.001, 200
     batch.expected()
     weights = integer_weights(batch.cut[:1])[1][0].double()
-    assert_distribution(batch.sampled().cpu(), (weights / weights.sum()).cpu())
+    expected = weights / weights.sum() * num_rows
+    observed = torch.bincount(batch.sampled(), minlength=500).double()
+    assert not observed[weights == 0].any()
+    assert ((observed - expected).abs() <= 6 * expected.sqrt() + 6).all()
 
 
 def test_uniform_numbers_are_those_of_the_steps(device: str) -> None:
