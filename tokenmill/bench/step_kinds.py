@@ -34,8 +34,7 @@ def step_tables(llm: LLM, timeline: Mapping[str, Any], steps: Sequence[StepStats
     starts = sorted(
         float(event["ts"])
         for event in timeline["traceEvents"]
-        if event.get("name") == FIRST_PHASE
-        and event.get("cat") == "user_annotation"  # the device has a track of its own
+        if event.get("name") == FIRST_PHASE and event.get("cat") == "user_annotation"  # not the device's track
     )
     if len(starts) != len(steps) or not steps:
         return ()
