@@ -31,6 +31,7 @@ from tokenmill.runtime.memory_probe import GRAPHS_ROOM, largest_decode_step, lar
 from tokenmill.runtime.model_loader import (
     check_deterministic,
     has_fp8_weights,
+    load_cache_scales,
     load_model,
     resolve_cache_dtype,
     resolve_device,
@@ -120,6 +121,8 @@ def _build_torch_engine(
         memory=memory,
     )
     model = load_model(args, config, checkpoint, device, dtype, backend, on_progress)
+    if cache_dtype.itemsize == 1:
+        load_cache_scales(model, checkpoint)
     slots = SlotState(args.max_batch_size, max_seq_len, memory.tokens_per_block, device)
     is_gpu = device.type == "cuda"
     # On a GPU the first caches are just block 0: what is left for the cache is known once steps have run.
