@@ -6,16 +6,28 @@ import pytest
 import torch
 
 from tests.support.triton_kernels import TOLERANCES, relative_error
+from tokenmill.ops import row_product
 from tokenmill.ops.fp8 import per_token_quantize_reference
+from tokenmill.ops.linear_plan import StreamPlan
 from tokenmill.ops.row_product import PendingNorm, can_fuse, choose, row_product_reference
 
 pytest.importorskip("triton")
 from tokenmill.ops.row_product import row_product_triton
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = pytest.mark.usefixtures("poisoned", "way")
 SHAPES = [(2, 4), (6, 40), (38, 72), (64, 1064)]  # output and input features
 REAL_SHAPES = [pytest.param(shape, marks=pytest.mark.gpu) for shape in ((6144, 4096), (28672, 4096), (4096, 14336))]
 BF16 = torch.bfloat16
+WALKS_FEATURES = StreamPlan("matvec", block_out=4, num_warps=4, programs_per_multiprocessor=2)
+
+
+@pytest.fixture(params=["as planned", "walks the row", "walks the features"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kernel that computes these products."""
+    if request.param == "walks the features":
+        monkeypatch.setattr(row_product, "matvec_plan", lambda *_: WALKS_FEATURES)
+    elif request.param == "walks the row":
+        monkeypatch.setattr(row_product, "matvec_plan", lambda *_: StreamPlan("matvec", 4, 256, 1))
 
 
 def normal(seed: int, *shape: int) -> torch.Tensor:

@@ -301,15 +301,15 @@ def _decode_kernel(
     if overlaps:
         gdc_launch_dependents()
     kv_head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    kv_len = tl.load(kv_lens + row)
     if starts_early:  # the step's metadata and the cache are there, its queries are not
         _prefetch_first_tile(
-            cache, block_tables + row * table_stride, kv_head, tl.load(kv_lens + row), split, num_splits, num_kv_heads,
-            head_dim, tokens_per_block, window, fixed, block_n,
+            cache, block_tables + row * table_stride, kv_head, kv_len, split, num_splits, num_kv_heads, head_dim,
+            tokens_per_block, window, fixed, block_n,
         )  # fmt: skip
         gdc_wait()
     lanes, dims = tl.arange(0, block_m), tl.arange(0, block_d)
     heads, is_head, is_dim = kv_head * group + lanes, lanes < group, dims < head_dim
-    kv_len = tl.load(kv_lens + row)  # all that does not depend on it is loaded before it is looked at
     rows = row * query.token_stride + heads * query.head_stride
     q = load_turned(query.data, rows, is_head, turning, row, head_dim, block_d).to(operands)
     own_key = _load_own(key, row, kv_head, turning, head_dim, block_d)
@@ -358,10 +358,11 @@ def _combine_kernel(
     """Grid: heads, rows. The parts that had work are known from the row's length; the others hold anything."""
     if overlaps:
         gdc_launch_dependents()
-        gdc_wait()
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     _, first, end = _visible_range(tl.load(kv_lens + row), window, block_n)
     used = tl.maximum(tl.cdiv(end - first, _tokens_per_split(end - first, num_splits, fixed, block_n)), 1)
+    if overlaps:
+        gdc_wait()
     base = (row * num_heads + head) * num_splits
     dims = tl.arange(0, block_d)
     maximum, total = float("-inf"), 0.0

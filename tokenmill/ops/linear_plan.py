@@ -31,6 +31,8 @@ class StreamPlan(NamedTuple):
         kernel: what computes it.
         block_out, block_in: output and input features that a program holds at a time.
         block_rows: rows that a program computes (`small_batch`), a power of two.
+        programs_per_multiprocessor: programs that walk over all output features and hold the whole row (`matvec`);
+            0: each block of output features has its program, which walks over the row.
         num_warps: warps of a program.
         num_stages: blocks of input features in flight (`small_batch`).
         num_splits: programs that share the input features of one block of output features (`small_batch`).
@@ -43,6 +45,7 @@ class StreamPlan(NamedTuple):
     num_stages: int = 1
     num_splits: int = 1
     block_rows: int = 1
+    programs_per_multiprocessor: int = 0
 
 
 class SmallBatchBlocks(NamedTuple):

@@ -16,6 +16,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tokenmill.ops.linear_plan import StreamPlan
+from tokenmill.ops.platform import num_multiprocessors
 from tokenmill.ops.triton.activation import activated
 from tokenmill.ops.triton.launch import can_overlap, is_interpreted
 
@@ -138,7 +139,7 @@ def _packed_16bit(first: tl.tensor, second: tl.tensor, element: tl.constexpr, in
 
 
 @triton.jit
-def _normed_words(
+def normed_words(
     x: Row,
     words: tl.tensor,  # [words]
     start: tl.tensor,  # word at which the block begins
@@ -184,9 +185,7 @@ def _add_block(
     interpreted: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """Add the products of one block."""
-    x0, x1, x2, x3, squares = _normed_words(
-        x, words, start, num_words - start, squares, element, is_inside, interpreted
-    )
+    x0, x1, x2, x3, squares = normed_words(x, words, start, num_words - start, squares, element, is_inside, interpreted)
     if weights.dtype == tl.int32:
         w0, w1, w2, w3 = unpack_float8(weights, interpreted)
     else:
@@ -199,21 +198,33 @@ def _add_block(
 
 
 @triton.jit
-def _store_features(
+def features_of(
+    tile: tl.tensor, out_features: tl.tensor, activation: tl.constexpr, block_out: tl.constexpr
+) -> tl.tensor:
+    """[block_out] output features of a tile; with an activation a gate, its up, the next gate, ..."""
+    features = tile * block_out + tl.arange(0, block_out)
+    if activation != "":
+        features = features // 2 + features % 2 * (out_features // 2)
+    return features
+
+
+@triton.jit
+def store_features(
     result: tl.tensor,  # [features, 1] float32
     out: tl.tensor,
+    tile: tl.tensor,
     out_features: tl.tensor,
     activation: tl.constexpr,
     block_out: tl.constexpr,
 ) -> None:
-    """Store this program's features; with an activation they are pairs of gate and up, of which one comes out."""
+    """Store a tile's features; with an activation they are pairs of gate and up, of which one comes out."""
     if activation == "":
-        features = tl.program_id(0) * block_out + tl.arange(0, block_out)
+        features = tile * block_out + tl.arange(0, block_out)
         tl.store(out + features[:, None], result.to(out.dtype.element_ty), mask=(features < out_features)[:, None])
     else:
         rounded = result.to(out.dtype.element_ty).to(tl.float32)  # as it would be between two ops
         gate, up = tl.split(rounded.reshape(block_out // 2, 2))
-        pairs = tl.program_id(0) * (block_out // 2) + tl.arange(0, block_out // 2)
+        pairs = tile * (block_out // 2) + tl.arange(0, block_out // 2)
         gated = activated(gate, activation == "silu") * up
         tl.store(out + pairs, gated.to(out.dtype.element_ty), mask=pairs < out_features // 2)
 
@@ -240,10 +251,8 @@ def _matvec_words_kernel(
         gdc_launch_dependents()
     element: tl.constexpr = x.data.dtype.element_ty
     word_type: tl.constexpr = tl.int32 if weight.dtype.element_ty == tl.float8e4nv else tl.int64
-    features = tl.program_id(0) * block_out + tl.arange(0, block_out)
+    features = features_of(tl.program_id(0), out_features, activation, block_out)
     is_feature = features < out_features
-    if activation != "":  # a gate, its up, the next gate, ...
-        features = features // 2 + features % 2 * (out_features // 2)
     block: tl.constexpr = block_in // WORD
     words = tl.max_contiguous(tl.arange(0, block), WORDS_PER_LOAD)
     num_words = in_features // WORD
@@ -267,7 +276,74 @@ def _matvec_words_kernel(
     if x.norm is not None:
         result *= tl.rsqrt(tl.sum(squares, axis=0) / in_features + eps)
     result = scaled(result, features, is_feature, weight_scale, bias)
-    _store_features(result, out, out_features, activation, block_out)
+    store_features(result, out, tl.program_id(0), out_features, activation, block_out)
+
+
+@triton.jit
+def _load_tile(
+    rows: tl.tensor,  # pointer to the first word of the weight
+    tile: tl.tensor,
+    words: tl.tensor,
+    num_words: tl.tensor,
+    out_features: tl.tensor,
+    activation: tl.constexpr,
+    block_out: tl.constexpr,
+    is_even: tl.constexpr,
+) -> tl.tensor:
+    """Weights [block_out, words] of a tile; nothing is read for tiles behind the last one."""
+    features = features_of(tile, out_features, activation, block_out)
+    addresses = rows + tl.minimum(features, out_features - 1).to(tl.int64)[:, None] * num_words + words[None, :]
+    inside = (features * 0 + tile * block_out < out_features)[:, None]
+    if not is_even:
+        inside = inside & (words < num_words)[None, :]
+    return tl.load(addresses, mask=inside, other=0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _persistent_kernel(
+    x: Row,
+    weight: tl.tensor,
+    weight_scale: tl.tensor,
+    bias: tl.tensor,
+    out: tl.tensor,
+    out_features: int,
+    in_features: int,
+    eps: float,
+    block_out: tl.constexpr,
+    block_in: tl.constexpr,
+    activation: tl.constexpr,
+    is_even: tl.constexpr,
+    overlaps: tl.constexpr,
+    interpreted: tl.constexpr,
+) -> None:
+    """One program: every so many tiles of output features. It prepares the row once and keeps all of it."""
+    if overlaps:
+        gdc_launch_dependents()
+    element: tl.constexpr = x.data.dtype.element_ty
+    word_type: tl.constexpr = tl.int32 if weight.dtype.element_ty == tl.float8e4nv else tl.int64
+    words = tl.max_contiguous(tl.arange(0, block_in // WORD), WORDS_PER_LOAD)
+    num_words = in_features // WORD
+    rows = weight.to(tl.pointer_type(word_type), bitcast=True)
+    first, step = tl.program_id(0), tl.num_programs(0)
+    ahead = _load_tile(rows, first, words, num_words, out_features, activation, block_out, is_even)
+    if overlaps:
+        gdc_wait()  # x is there only now; the first weights have been on their way before
+    squares = tl.zeros([block_in // WORD], tl.float32)
+    x0, x1, x2, x3, squares = normed_words(x, words, 0, num_words, squares, element, is_even, interpreted)
+    factor = 1.0
+    if x.norm is not None:
+        factor = tl.rsqrt(tl.sum(squares, axis=0) / in_features + eps)
+    for tile in range(first, tl.cdiv(out_features, block_out), step):
+        if word_type == tl.int32:
+            w0, w1, w2, w3 = unpack_float8(ahead, interpreted)
+        else:
+            w0, w1, w2, w3 = unpack_16bit(ahead, element)
+        ahead = _load_tile(rows, tile + step, words, num_words, out_features, activation, block_out, is_even)
+        products = w0 * x0[None, :] + w1 * x1[None, :] + w2 * x2[None, :] + w3 * x3[None, :]
+        result = tl.sum(products, axis=1, keep_dims=True) * factor
+        features = features_of(tile, out_features, activation, block_out)
+        result = scaled(result, features, features < out_features, weight_scale, bias)
+        store_features(result, out, tile, out_features, activation, block_out)
 
 
 @triton.jit
@@ -381,7 +457,13 @@ def fused_matvec(
     block_out = max(2, plan.block_out) if activation else plan.block_out
     out = torch.empty(1, out_features // 2 if activation else out_features, dtype=row.dtype, device=row.device)
     overlaps = can_overlap(row.device)
-    _matvec_words_kernel[(triton.cdiv(out_features, block_out),)](
+    num_tiles = triton.cdiv(out_features, block_out)
+    if plan.programs_per_multiprocessor:
+        kernel, block_in = _persistent_kernel, triton.next_power_of_2(in_features)
+        num_programs = min(num_tiles, plan.programs_per_multiprocessor * num_multiprocessors(row.device))
+    else:
+        kernel, block_in, num_programs = _matvec_words_kernel, plan.block_in, num_tiles
+    kernel[(num_programs,)](
         x,
         weight,
         weight_scale,
@@ -391,9 +473,9 @@ def fused_matvec(
         in_features,
         eps,
         block_out=block_out,
-        block_in=plan.block_in,
+        block_in=block_in,
         activation=activation,
-        is_even=in_features % plan.block_in == 0,
+        is_even=in_features % block_in == 0,
         overlaps=overlaps,
         interpreted=is_interpreted(),
         num_warps=plan.num_warps,
