@@ -18,14 +18,19 @@ pytestmark = pytest.mark.usefixtures("poisoned", "way")
 SHAPES = [(2, 4), (6, 40), (38, 72), (64, 1064)]  # output and input features
 REAL_SHAPES = [pytest.param(shape, marks=pytest.mark.gpu) for shape in ((6144, 4096), (28672, 4096), (4096, 14336))]
 BF16 = torch.bfloat16
-WALKS_FEATURES = StreamPlan("matvec", block_out=4, num_warps=4, programs_per_multiprocessor=2)
+
+
+def walks_features(out_features: int, in_features: int, weight_bytes: int) -> StreamPlan:
+    """Few programs, so that each of them walks over several blocks of features."""
+    whole_row = 1 << (in_features - 1).bit_length()
+    return StreamPlan("matvec", 4, whole_row, max(1, whole_row // 1024), programs_per_multiprocessor=2)
 
 
 @pytest.fixture(params=["as planned", "walks the row", "walks the features"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every kernel that computes these products."""
     if request.param == "walks the features":
-        monkeypatch.setattr(row_product, "matvec_plan", lambda *_: WALKS_FEATURES)
+        monkeypatch.setattr(row_product, "matvec_plan", walks_features)
     elif request.param == "walks the row":
         monkeypatch.setattr(row_product, "matvec_plan", lambda *_: StreamPlan("matvec", 4, 256, 1))
 
