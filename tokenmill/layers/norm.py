@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
 from tokenmill.layers.context import LayerContext
-from tokenmill.ops.rms_norm import add_rms_norm, add_rms_norm_fp8, rms_norm, rms_norm_fp8
+from tokenmill.ops.rms_norm import add_rms_norm, add_rms_norm_both, add_rms_norm_fp8, rms_norm, rms_norm_fp8
 from tokenmill.ops.row_product import PendingNorm
-from tokenmill.quantization.base import Rows
+from tokenmill.quantization.base import PlainAndQuantized, Rows
 
 
 class TakesRows(Protocol):
@@ -22,6 +22,15 @@ class TakesRows(Protocol):
 
     def can_fuse(self, x: torch.Tensor) -> bool:
         """Whether the norm of x [T, size], one row, may be left to it as a `PendingNorm`."""
+        ...
+
+
+@runtime_checkable
+class TakesBothRows(Protocol):
+    """A block of which some layers take plain rows and others quantized ones."""
+
+    def takes_both(self, num_rows: int) -> bool:
+        """Whether so many rows are better given as `PlainAndQuantized`."""
         ...
 
 
@@ -51,7 +60,7 @@ class RMSNorm(nn.Module):
 
     def add_and_norm_for(
         self, consumer: TakesRows, x: torch.Tensor, residual: torch.Tensor | None
-    ) -> tuple[Rows, torch.Tensor]:
+    ) -> tuple[Rows | PlainAndQuantized, torch.Tensor]:
         """`add_and_norm`, the normalized sum in the form that `consumer` takes fastest.
 
         The sum may be written by the consumer only: nothing may read it before.
@@ -59,6 +68,9 @@ class RMSNorm(nn.Module):
         if self.scale.dtype == x.dtype and consumer.can_fuse(x):
             row = PendingNorm.of(x, residual, self.scale, self.eps)
             return row, row.stream
+        if residual is not None and isinstance(consumer, TakesBothRows) and consumer.takes_both(x.shape[0]):
+            normalized, quantized, total = add_rms_norm_both(x, residual, self.scale, self.eps)
+            return PlainAndQuantized(normalized, quantized), total
         if not consumer.takes_quantized(x.shape[0]):
             return self.add_and_norm(x, residual)
         if residual is None:

@@ -21,6 +21,13 @@ Rows: TypeAlias = torch.Tensor | QuantizedRows | PendingNorm
 """What a linear layer takes: [T, in_features], plain, quantized by the op before it, or one row before its norm."""
 
 
+class PlainAndQuantized(NamedTuple):
+    """The same rows twice, for a block whose first layers do not all take quantized ones."""
+
+    plain: torch.Tensor
+    quantized: QuantizedRows
+
+
 class ParameterAxes(NamedTuple):
     """Which axes of a parameter run over the layer's output and input features; None: it has no such axis.
 
@@ -132,6 +139,19 @@ class ExpertsMethod(Protocol):
 
     def apply(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """[T, H] to [T, H]: what this rank's experts add, see `ops.moe.run_experts`."""
+        ...
+
+
+@runtime_checkable
+class TakesQuantizedExpertRows(Protocol):
+    """An `ExpertsMethod` that multiplies quantized rows: the op before the experts may quantize them in passing."""
+
+    def takes_quantized(self, num_rows: int) -> bool:
+        """Whether so many rows would be quantized by `apply`, each with a scale of its own."""
+        ...
+
+    def apply_quantized(self, x: torch.Tensor, quantized: QuantizedRows, routing: Routing) -> torch.Tensor:
+        """`apply`, with x quantized already."""
         ...
 
 
