@@ -189,7 +189,8 @@ def test_one_row_is_held_or_walked_over() -> None:
     assert matvec_plan(4096, 4096, 2) == StreamPlan("matvec", 2, 4096, 8, programs_per_multiprocessor=6)
     assert matvec_plan(28672, 4096, 1) == StreamPlan("matvec", 4, 4096, 8, programs_per_multiprocessor=4)
     assert matvec_plan(512, 3072, 2) == StreamPlan("matvec", 1, 4096, 8, programs_per_multiprocessor=6)
-    assert matvec_plan(5120, 5120, 2) == StreamPlan("matvec", 4, 1024, 1)  # held, it would idle three eighths of lanes
+    assert matvec_plan(128256, 4096, 2) == StreamPlan("matvec", 4, 2048, 4)  # the head
+    assert matvec_plan(5120, 5120, 2) == StreamPlan("matvec", 4, 1024, 2)  # held, it would idle three eighths of lanes
     assert matvec_plan(4096, 14336, 1) == StreamPlan("matvec", 4, 2048, 2)
 
 

@@ -19,11 +19,14 @@ MIN_PROGRAMS = 96
 MIN_BLOCKS_PER_SPLIT = 4
 MATVEC_BLOCK_OUT = 4
 MATVEC_BLOCK_IN = 2048
-MATVEC_ELEMENTS_PER_WARP = 4096
+MATVEC_ELEMENTS_PER_WARP = 2048
+MATVEC_ELEMENTS_PER_WARP_OF_LONG_ROWS = 4096
 MIN_MATVEC_PROGRAMS = 768
 """Narrower outputs are cut into smaller blocks of features."""
 MAX_WALKED_FEATURES = 8192
 """Rows up to this length are held in registers, if that leaves no more than a quarter of a power of two idle."""
+MAX_WALKED_OUTPUT = 65536
+"""Of wider outputs (a head's) the programs that are not resident at first would run alone at the end."""
 ELEMENTS_PER_WALKING_WARP = 512
 WALKING_WARPS_PER_MULTIPROCESSOR: Mapping[int, int] = MappingProxyType({1: 32, 2: 48})
 WALKING_BLOCK_OUT: Mapping[int, int] = MappingProxyType({1: 4, 2: 2})
@@ -96,7 +99,9 @@ def matvec_plan(out_features: int, in_features: int, weight_bytes: int) -> Strea
     is walked over, with a program for each block of features.
     """
     whole_row = _power_of_two_from(in_features)
-    walks_features = whole_row <= MAX_WALKED_FEATURES and 3 * whole_row <= 4 * in_features and weight_bytes <= 2
+    is_long = whole_row > MAX_WALKED_FEATURES
+    is_full = 3 * whole_row <= 4 * in_features
+    walks_features = is_full and not is_long and out_features <= MAX_WALKED_OUTPUT and weight_bytes <= 2
     block_out = WALKING_BLOCK_OUT[weight_bytes] if walks_features else MATVEC_BLOCK_OUT
     while block_out > 1 and out_features // block_out < MIN_MATVEC_PROGRAMS:
         block_out //= 2
@@ -107,7 +112,8 @@ def matvec_plan(out_features: int, in_features: int, weight_bytes: int) -> Strea
     block_in = min(MATVEC_BLOCK_IN, whole_row)
     while in_features % block_in and block_in > 512 and in_features % 512 == 0:
         block_in //= 2
-    return StreamPlan("matvec", block_out, block_in, max(1, block_out * block_in // MATVEC_ELEMENTS_PER_WARP))
+    per_warp = MATVEC_ELEMENTS_PER_WARP_OF_LONG_ROWS if is_long else MATVEC_ELEMENTS_PER_WARP
+    return StreamPlan("matvec", block_out, block_in, max(1, block_out * block_in // per_warp))
 
 
 @lru_cache(maxsize=4096)
