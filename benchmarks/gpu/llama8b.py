@@ -21,7 +21,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,15 +90,17 @@ def run(shape: Shape, options: argparse.Namespace) -> None:
     weights = options.quantization or "bf16"
     name = f"{shape.file}_{'deterministic' if options.deterministic else weights}"
     output = options.output or RESULTS / f"{name}.json"
-    rows = measure_engine(
-        shape, options, weights, partial(write_result, output, name, device=torch.cuda.get_device_name())
-    )
+
+    def write(measured: list[Row]) -> None:
+        write_result(output, name, measured, device=torch.cuda.get_device_name())
+
+    rows = measure_engine(shape, options, weights, write)
     if options.deterministic:
         options.deterministic = False
         rows = [replace(one, metric=f"{one.metric}, deterministic", goal=None) for one in rows]
         rows += measure_engine(shape, options, weights)
     print_rows(rows)
-    write_result(output, name, rows, device=torch.cuda.get_device_name())
+    write(rows)
     print("written to", output)
 
 
