@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import llvmlite.binding
 import pytest
 
 from tests.support.avx2_processor import features
 from tokenmill.ops.cpu import jit, machine_code
 from tokenmill.ops.cpu.cpu_features import REQUIRED_FEATURES, DotProduct, best_dot_product, supported_dot_products
+from tokenmill.ops.cpu.machine_code import Processor
 from tokenmill.ops.cpu.native_functions import NativeSyntaxError
 from tokenmill.ops.cpu.native_types import int64
 
@@ -86,13 +88,13 @@ def test_a_damaged_file_heals(empty_cache: Path, damage: Any) -> None:
 
 def test_every_processor_has_its_own_code(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert new_square().call(7) == 49
-    monkeypatch.setattr(llvmlite.binding, "get_host_cpu_features", features)
-    assert not new_square().read()
-    monkeypatch.undo()
-    monkeypatch.setenv("TOKENMILL_CACHE", str(empty_cache))
-    assert new_square().read()
-    monkeypatch.setattr(llvmlite.binding, "get_host_cpu_name", lambda: "i386")
-    assert not new_square().read()
+    this = machine_code.host_processor()
+    for other in (Processor("haswell", this.features), Processor(this.name, features().flatten())):
+        monkeypatch.setattr(machine_code, "host_processor", partial(copy, other))
+        assert not new_square().read()
+        assert new_square().call(7) == 49
+        assert new_square().read()
+    assert len(kept_files(empty_cache)) == 3
 
 
 def test_what_a_function_takes_from_its_closure_is_in_the_key() -> None:
