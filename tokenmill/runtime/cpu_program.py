@@ -103,7 +103,7 @@ class CpuExecutor:
         self._logits = memory.floats(package.program.output.name, arrays.max_num_rows)
         writer = OpWriter(
             memory,
-            CpuWeights(package.program.weights, package.weights, memory),
+            CpuWeights(package.program, package.weights, memory),
             StepPlaces(
                 arrays, self._step.ctypes.data, self._caches, layer_caches(package.program), num_threads, deterministic
             ),
