@@ -18,7 +18,7 @@ from tokenmill.program.package import EnginePackage
 from tokenmill.runtime.cpu_program import CpuExecutor
 from tokenmill.runtime.program_loading import StepLimits
 
-pytestmark = pytest.mark.spec("D3")
+pytestmark = pytest.mark.spec("H1")
 
 LIMITS = StepLimits(max_batch_size=2, max_num_tokens=16, max_seq_len=64, num_blocks=8, tokens_per_block=16)
 

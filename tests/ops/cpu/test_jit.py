@@ -19,6 +19,8 @@ from tokenmill.ops.cpu.machine_code import Processor
 from tokenmill.ops.cpu.native_functions import NativeSyntaxError
 from tokenmill.ops.cpu.native_types import int64
 
+pytestmark = pytest.mark.spec("H1")
+
 PROGRAM = """
 from tokenmill.ops.cpu.walker import lead_step
 print(lead_step.read())
@@ -57,9 +59,8 @@ def test_the_next_process_reads_the_cache(empty_cache: Path) -> None:
 
 def test_first_starts_at_the_same_time(empty_cache: Path) -> None:
     programs = [start_program() for _ in range(3)]
-    for program in programs:
-        _, errors = program.communicate(timeout=120)
-        assert (program.returncode, errors) == (0, "")
+    errors = [program.communicate(timeout=120)[1] for program in programs]
+    assert [(program.returncode, text) for program, text in zip(programs, errors, strict=True)] == [(0, "")] * 3
     (kept,) = kept_files(empty_cache)
     assert machine_code.read_code(kept) is not None
 
