@@ -11,7 +11,6 @@ import pytest
 
 from tests.checkpoints.gguf_files import tiny_model, write_model
 from tests.support.changed_checkpoints import EXPECTED, ROWS, changed_checkpoint
-from tests.support.tiny_checkpoint import write_tiny_model
 from tokenmill.builder.build import build
 from tokenmill.builder.engine import Engine
 from tokenmill.builder.packing import pack_weight
@@ -22,11 +21,6 @@ from tokenmill.models.config import ModelConfig
 from tokenmill.runtime.session import Session
 
 pytestmark = pytest.mark.spec("D6")
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="module")

@@ -241,6 +241,60 @@ def test_ctrl_c_ends_everything(model_dir: Path) -> None:
         assert not Path(facts["folder"]).exists()
 
 
+IN_PROCESS = """
+    import signal, time
+    from llvmlite.binding.ffi import lib
+    from tokenmill import LLM, KvCacheConfig, SamplingParams
+    from tokenmill.runtime import cpu_program
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def say_and_sleep(*arguments):
+        with lib._lock:
+            print("now", flush=True)
+            time.sleep(1000)
+
+    def start():
+        cache = KvCacheConfig(max_tokens=17_000)
+        return LLM({model!r}, dtype="float32", device="cpu", num_threads=3, kv_cache_config=cache)
+
+"""
+MOMENTS = {
+    "kernels are compiled": """
+        cpu_program.compile_all = say_and_sleep
+        start()
+    """,
+    "the caller waits for something else": """
+        params = SamplingParams(max_tokens=16_000, ignore_eos=True, bad_token_ids=[319])
+        results = [start().generate_async("rain", params, streaming=True)]
+        next(results[0])
+        say_and_sleep()
+    """,
+    "tokens are awaited": """
+        llm = start()
+        print("now", flush=True)
+        llm.generate("rain", SamplingParams(max_tokens=16_000, ignore_eos=True, bad_token_ids=[319]))
+    """,
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_ctrl_c_ends_a_script_while(model_dir: Path, moment: str) -> None:
+    code = textwrap.dedent(IN_PROCESS).format(model=str(model_dir)) + textwrap.dedent(MOMENTS[moment])
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "now\n"
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=10.0)
+        finally:
+            process.kill()
+    assert process.returncode in (1, -signal.SIGINT)
+    assert errors.count("Traceback") == 1, errors
+    assert errors.rstrip().endswith("KeyboardInterrupt")
+
+
 def test_a_fork_of_the_caller_ends_nothing(model_dir: Path) -> None:
     ending = """
         if os.fork() == 0:

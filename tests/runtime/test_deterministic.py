@@ -3,7 +3,6 @@ steps are cut and whatever is computed beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 
 from tests.models.test_logits import CASES
 from tests.runtime.test_cpu_program import LIMITS, Sequences
-from tests.support.single_thread import single_thread
 from tests.support.tiny_checkpoint import VOCAB_SIZE, write_tiny_model
 from tests.support.tiny_models import random_tokens, tiny_hf_model
 from tokenmill import LLM, KvCacheConfig, SamplingParams, SchedulerConfig
@@ -24,12 +22,6 @@ from tokenmill.runtime.cpu_program import CpuExecutor
 from tokenmill.runtime.model_loader import check_deterministic
 
 pytestmark = pytest.mark.spec("H3")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with single_thread():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +102,6 @@ DEVICES = [
         pytest.param({"device": "cuda", "dtype": "bfloat16", **changes}, id=name, marks=pytest.mark.gpu)
         for name, changes in {
             "gpu": {},
-            "gpu-program": {"backend": "engine"},
             "gpu-eager": {"enable_cuda_graphs": False},
             "gpu-fp8": {"quantization": "fp8"},
         }.items()
@@ -150,6 +141,13 @@ def test_a_prompt_has_the_same_answer_in_any_company(model_dir: Path, options: d
 def test_the_torch_backend_on_a_cpu_is_refused(model_dir: Path) -> None:
     with pytest.raises(UnsupportedFeatureError, match="backend='engine'") as caught:
         LLM(model_dir, device="cpu", backend="torch", deterministic=True)
+    assert caught.value.field == "deterministic"
+
+
+@pytest.mark.gpu
+def test_programs_that_compute_in_float32_on_a_gpu_are_refused(model_dir: Path) -> None:
+    with pytest.raises(UnsupportedFeatureError, match="float32") as caught:
+        LLM(model_dir, device="cuda", backend="engine", dtype="bfloat16", deterministic=True)
     assert caught.value.field == "deterministic"
 
 

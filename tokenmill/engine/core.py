@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from tokenmill.engine.events import EngineEvent
-from tokenmill.engine.plan import BatchPlan, Runner, StepOutput
+from tokenmill.engine.plan import BatchPlan, RepeatingRunner, Runner, StepOutput
 from tokenmill.engine.request import GenerationRequest
 from tokenmill.engine.scheduler import Scheduler
 from tokenmill.engine.step_recorder import StepRecorder
-from tokenmill.errors import EngineError, TokenmillError
+from tokenmill.errors import DeviceFaultError, EngineError, OutOfMemoryError, TokenmillError
 from tokenmill.outputs import FinishReason
 from tokenmill.telemetry.stats import EngineStats
 
@@ -52,7 +53,7 @@ class EngineCore:
         try:
             output = self.runner.run(plan)
         except Exception as error:  # the boundary between the engine and a model: its requests fail, others go on
-            return self._fail(plan, error)
+            return self._fail(plan, error, nothing_follows=True)
         return self._commit(plan, output)
 
     def step_overlapped(self) -> list[EngineEvent]:
@@ -66,7 +67,7 @@ class EngineCore:
         try:
             self._launched = plan, self.runner.launch(plan)
         except Exception as error:  # see step
-            return self._fail(plan, error)
+            return self._fail(plan, error, nothing_follows=True)
         return []
 
     def _collect(self, plan: BatchPlan, pending: Any) -> list[EngineEvent]:
@@ -88,11 +89,22 @@ class EngineCore:
             self._recorder.end(plan, self.scheduler.stats())
         return events
 
-    def _fail(self, plan: BatchPlan, error: Exception) -> list[EngineEvent]:
-        events = self.scheduler.fail(plan, _as_engine_error(error))
+    def _fail(self, plan: BatchPlan, error: Exception, *, nothing_follows: bool = False) -> list[EngineEvent]:
+        """The step could not be done. Without memory it is tried again, unless a later one is under way already."""
+        if isinstance(error, DeviceFaultError):
+            raise error  # no step will ever work again
+        if isinstance(error, OutOfMemoryError) and nothing_follows:
+            events = self.scheduler.retry(plan, error)
+        else:
+            events = self.scheduler.fail(plan, _as_engine_error(error))
         if self._recorder is not None:
             self._recorder.end(plan, self.scheduler.stats())
         return events
+
+    def interrupt_when(self, is_interrupted: Callable[[], bool]) -> None:
+        """Steps are not repeated while `is_interrupted()`, which must be quick: somebody waits for this thread."""
+        if isinstance(self.runner, RepeatingRunner):
+            self.runner.interrupt_when(is_interrupted)
 
     def validate(self, request: GenerationRequest) -> None:
         """Raises `UserError` if the request can never run. Changes nothing; safe on any thread."""

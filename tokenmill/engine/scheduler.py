@@ -56,6 +56,7 @@ class Scheduler:
         self._num_plans = 0
         self._num_arrivals = 0
         self._num_sequences = 0
+        self._num_tokens_without_memory = 0  # of a plan that there was no memory for; none as large was done since
         self._admission = Admission(settings, kv, self._placement, clock)
 
     # From callers
@@ -108,6 +109,8 @@ class Scheduler:
         draft = PlanDraft(self._num_plans, self._settings.max_num_tokens)
         self._continue_running(draft)
         self._admission.admit_waiting(draft)
+        if self._settings.max_repeats > 1 and not self._placement.waiting and draft.is_decoding:
+            draft.max_repeats = self._find_repeats(draft)
         self._kv.end_plan()
         plan = draft.build()
         if plan.rows:
@@ -120,6 +123,8 @@ class Scheduler:
         assert next(iter(self._in_flight)) == plan.step, f"step {plan.step} is committed before an earlier one"
         sequences = self._in_flight.pop(plan.step)
         now = self._count_step()
+        if plan.num_tokens >= self._num_tokens_without_memory:
+            self._num_tokens_without_memory = 0
         for sequence, row, result in zip(sequences, plan.rows, output.rows, strict=True):
             if sequence.status is not SequenceStatus.FINISHED:
                 self._commit_row(plan.step, sequence, row, result, now)
@@ -131,6 +136,26 @@ class Scheduler:
         for sequence in self._in_flight.pop(plan.step):
             if sequence.status is not SequenceStatus.FINISHED:
                 self._ledger.fail(sequence.request, error)
+        return self._ledger.take_events()
+
+    def retry(self, plan: BatchPlan, error: TokenmillError) -> list[EngineEvent]:
+        """There was no memory for the plan, the last one made: its sequences wait, to be computed anew.
+
+        If that happens again before a step as large is done, the request with most tokens in the plan ends with
+        `error`: each time there is less to compute, so that it comes to an end.
+        """
+        self._count_step()
+        sequences = self._in_flight.pop(plan.step)
+        if self._num_tokens_without_memory:
+            largest = max(range(len(plan.rows)), key=lambda index: plan.rows[index].num_tokens)
+            if sequences[largest].status is not SequenceStatus.FINISHED:
+                self._ledger.fail(sequences[largest].request, error)
+        self._num_tokens_without_memory = plan.num_tokens
+        for sequence, row in zip(sequences, plan.rows, strict=True):
+            if sequence.status is SequenceStatus.RUNNING:
+                sequence.length -= row.sample  # the token that the plan would have sampled
+                self._placement.preempt(sequence, plan.step + 1, discard=True)
+                self._ledger.counters.num_preemptions += 1
         return self._ledger.take_events()
 
     def take_events(self) -> list[EngineEvent]:
@@ -198,6 +223,27 @@ class Scheduler:
                 num_tokens = sequence.length - sequence.num_scheduled_tokens
                 draft.add_row(sequence, min(num_tokens, draft.num_tokens_left))
 
+    def _find_repeats(self, draft: PlanDraft) -> int:
+        """How often the step may be repeated: no sequence grows beyond its end, or its blocks and those that are free.
+
+        Nobody gives up blocks for it. Sequences whose siblings wait for them are not kept from telling their token.
+        """
+        found = self._settings.max_repeats
+        for sequence in draft.sequences:
+            most = 1 if sequence.request.siblings_are_pending else 1 + sequence.max_length - sequence.length
+            found = min(found, most)
+        for sequence in draft.sequences if found > 1 else ():
+            num_tokens = sequence.num_scheduled_tokens + found - 1
+            if num_tokens > sequence.num_block_tokens:
+                start = self._kv.num_blocks_of(sequence.id)
+                block_ids = self._kv.extend(sequence.id, num_tokens)
+                if block_ids is None:
+                    found = 1 + sequence.num_block_tokens - sequence.num_scheduled_tokens
+                else:
+                    sequence.num_block_tokens += len(block_ids) * self._kv.tokens_per_block
+                    draft.add_blocks(sequence, start, block_ids)
+        return found
+
     def _extend(self, sequence: Sequence, draft: PlanDraft) -> bool:
         """Append a block to a running sequence's table; on shortage others give up theirs, worst rank first.
 
@@ -241,3 +287,11 @@ class Scheduler:
             if request.siblings_are_pending and row.sample:
                 self._placement.enqueue_siblings(request)
         self._ledger.deliver(sequence, row, result, now)
+        for token_id in result.more_token_ids:
+            if sequence.status is SequenceStatus.FINISHED:
+                return  # what came after its end is nobody's
+            sequence.length += 1
+            sequence.num_scheduled_tokens += 1
+            sequence.num_computed_tokens = sequence.num_scheduled_tokens
+            self._kv.cache_computed(sequence.id, sequence.token_ids, sequence.num_computed_tokens)
+            self._ledger.deliver_next(sequence, token_id)

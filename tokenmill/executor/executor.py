@@ -51,7 +51,7 @@ from tokenmill.outputs import FinishReason
 from tokenmill.sampling_params import SamplingParams
 from tokenmill.telemetry.stats import EngineStats, IterationStats
 
-_HURRY_SECONDS: Final = 2.0
+HURRY_SECONDS: Final = 2.0
 """How long the end waits for a step when somebody waits for the end: after Ctrl-C and when the process ends."""
 
 ProgressCallback = Callable[[str, int, int], None]
@@ -275,7 +275,7 @@ class GenerationExecutor(ABC):
 
     def _at_exit(self) -> None:
         """To be registered by who has something to end."""
-        self._end(0.0, _HURRY_SECONDS)
+        self._end(0.0, HURRY_SECONDS)
 
     def __enter__(self) -> Self:
         return self
@@ -286,7 +286,7 @@ class GenerationExecutor(ABC):
         if exc_type is None:
             self.shutdown()
         else:
-            self._end(0.0, _HURRY_SECONDS)
+            self._end(0.0, HURRY_SECONDS)
 
     # ---- what differs ----------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ import zmq
 from tokenmill.config import LlmArgs
 from tokenmill.engine.request import GenerationRequest
 from tokenmill.errors import InvalidParameterError, ProtocolError, TokenmillError
+from tokenmill.executor import waiting
 from tokenmill.executor.coordinator import Coordinator
 from tokenmill.executor.description import EngineDescription
 from tokenmill.executor.dispatch import prefix_keys
@@ -129,7 +130,7 @@ class GenerationExecutorProxy(GenerationExecutor):
             self._tokenizer.load()
         while True:
             try:
-                error = self._coordinator.started.get(timeout=0.05 if on_progress else None)
+                error = waiting.get(self._coordinator.started, 0.05 if on_progress else None)
             except queue.Empty:
                 self._show_progress(on_progress)
                 continue

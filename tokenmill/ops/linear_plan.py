@@ -8,19 +8,29 @@ one choice of blocks is good for every layer of an 8B model, so there is a rule 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
-NUM_MULTIPROCESSORS = 132
 MAX_SPLITS = 8
 MIN_PROGRAMS = 96
 """Fewer programs than this leave too much of the device idle: input features are split until there are as many."""
 MIN_BLOCKS_PER_SPLIT = 4
 MATVEC_BLOCK_OUT = 4
+MATVEC_BLOCK_IN = 2048
 MATVEC_ELEMENTS_PER_WARP = 2048
-MATVEC_WARPS_IN_FLIGHT = 16
-"""Warps of `matvec` that a multiprocessor holds: its registers allow no more."""
+MATVEC_ELEMENTS_PER_WARP_OF_LONG_ROWS = 4096
 MIN_MATVEC_PROGRAMS = 768
+"""Narrower outputs are cut into smaller blocks of features."""
+MAX_WALKED_FEATURES = 8192
+"""Rows up to this length are held in registers, if that leaves no more than a quarter of a power of two idle."""
+MAX_WALKED_OUTPUT = 65536
+"""Of wider outputs (a head's) the programs that are not resident at first would run alone at the end."""
+ELEMENTS_PER_WALKING_WARP = 512
+WALKING_WARPS_PER_MULTIPROCESSOR: Mapping[int, int] = MappingProxyType({1: 32, 2: 48})
+WALKING_BLOCK_OUT: Mapping[int, int] = MappingProxyType({1: 4, 2: 2})
+"""By bytes of a weight."""
 MIN_BLOCK_ROWS = 16
 
 
@@ -31,8 +41,8 @@ class StreamPlan(NamedTuple):
         kernel: what computes it.
         block_out, block_in: output and input features that a program holds at a time.
         block_rows: rows that a program computes (`small_batch`), a power of two.
-        prefetched_lines: cache lines of each output feature, after the first block, that a program asks for while the
-            kernel before it still runs (`matvec`).
+        programs_per_multiprocessor: programs that walk over all output features and hold the whole row (`matvec`);
+            0: each block of output features has its program, which walks over the row.
         num_warps: warps of a program.
         num_stages: blocks of input features in flight (`small_batch`).
         num_splits: programs that share the input features of one block of output features (`small_batch`).
@@ -45,11 +55,11 @@ class StreamPlan(NamedTuple):
     num_stages: int = 1
     num_splits: int = 1
     block_rows: int = 1
-    prefetched_lines: int = 0
+    programs_per_multiprocessor: int = 0
 
 
 class SmallBatchBlocks(NamedTuple):
-    """Blocks of `small_batch` up to a number of rows, for outputs up to a number of features."""
+    """Blocks of `small_batch` up to a number of rows, for outputs and inputs up to a number of features."""
 
     max_rows: int
     block_in: int
@@ -58,6 +68,7 @@ class SmallBatchBlocks(NamedTuple):
     num_warps: int = 4
     max_block_rows: int = 128
     max_out_features: int = 2**31
+    max_in_features: int = 2**31
 
 
 SMALL_BATCH_16BIT = (
@@ -69,6 +80,8 @@ SMALL_BATCH_FP8 = (
     SmallBatchBlocks(64, 256, 4),
     SmallBatchBlocks(128, 256, 6, max_block_rows=64, max_out_features=5120),
     SmallBatchBlocks(128, 256, 4, max_out_features=8192),
+    SmallBatchBlocks(256, 256, 4, max_block_rows=64, max_out_features=2048),
+    SmallBatchBlocks(256, 128, 4, max_out_features=5120, max_in_features=2048),
     SmallBatchBlocks(256, 256, 4, max_out_features=5120),
 )
 """Both operands float8; the first line that fits counts. What none covers is the library's: of many rows it shares the
@@ -80,31 +93,35 @@ MAX_COUNTED_ROW_BLOCKS = 4
 
 @lru_cache(maxsize=4096)
 def matvec_plan(out_features: int, in_features: int, weight_bytes: int) -> StreamPlan:
-    """The plan for one row of bfloat16 or float16 and a weight [O, I] of `weight_bytes` an element."""
-    block_out = MATVEC_BLOCK_OUT
+    """The plan for one row of bfloat16 or float16 and a weight [O, I] of `weight_bytes` an element.
+
+    Programs that walk over the features prepare the row (its norm, say) once for all of them; a row too long to be held
+    is walked over, with a program for each block of features.
+    """
+    whole_row = _power_of_two_from(in_features)
+    is_long = whole_row > MAX_WALKED_FEATURES
+    is_full = 3 * whole_row <= 4 * in_features
+    walks_features = is_full and not is_long and out_features <= MAX_WALKED_OUTPUT and weight_bytes <= 2
+    block_out = WALKING_BLOCK_OUT[weight_bytes] if walks_features else MATVEC_BLOCK_OUT
     while block_out > 1 and out_features // block_out < MIN_MATVEC_PROGRAMS:
         block_out //= 2
-    wide, narrow = (2048, 1024) if weight_bytes > 1 else (1024, 2048)
-    block_in = narrow if _occupancy(out_features, narrow) > 1.1 * _occupancy(out_features, wide) else wide
-    block_in = min(block_in, _power_of_two_from(in_features))
+    if walks_features:
+        num_warps = max(1, whole_row // ELEMENTS_PER_WALKING_WARP)
+        programs = max(1, WALKING_WARPS_PER_MULTIPROCESSOR[weight_bytes] // num_warps)
+        return StreamPlan("matvec", block_out, whole_row, num_warps, programs_per_multiprocessor=programs)
+    block_in = min(MATVEC_BLOCK_IN, whole_row)
     while in_features % block_in and block_in > 512 and in_features % 512 == 0:
         block_in //= 2
-    num_warps = max(1, block_out * block_in // MATVEC_ELEMENTS_PER_WARP)
-    return StreamPlan("matvec", block_out, block_in, num_warps)
-
-
-def _occupancy(out_features: int, block_in: int) -> float:
-    """How full the device is on average while programs of `block_in` columns come and go in waves."""
-    features_in_flight = NUM_MULTIPROCESSORS * MATVEC_WARPS_IN_FLIGHT * MATVEC_ELEMENTS_PER_WARP // block_in
-    waves = out_features / features_in_flight
-    return waves / -(-out_features // features_in_flight)
+    per_warp = MATVEC_ELEMENTS_PER_WARP_OF_LONG_ROWS if is_long else MATVEC_ELEMENTS_PER_WARP
+    return StreamPlan("matvec", block_out, block_in, max(1, block_out * block_in // per_warp))
 
 
 @lru_cache(maxsize=4096)
 def small_batch_plan(num_rows: int, out_features: int, in_features: int, weight_bytes: int) -> StreamPlan:
     """The plan for some rows and a weight [O, I] of their type, `weight_bytes` an element."""
     for blocks in SMALL_BATCH_FP8 if weight_bytes == 1 else SMALL_BATCH_16BIT:
-        if 0 < num_rows <= blocks.max_rows and out_features <= blocks.max_out_features:
+        is_within = out_features <= blocks.max_out_features and in_features <= blocks.max_in_features
+        if 0 < num_rows <= blocks.max_rows and is_within:
             block_rows = min(blocks.max_block_rows, max(MIN_BLOCK_ROWS, _power_of_two_from(num_rows)))
             num_blocks = -(-out_features // blocks.block_out) * -(-num_rows // block_rows)
             return StreamPlan(
@@ -119,12 +136,12 @@ def small_batch_plan(num_rows: int, out_features: int, in_features: int, weight_
     return StreamPlan("library")
 
 
-def num_splits_for(num_blocks: int, num_blocks_in: int) -> int:
+def num_splits_for(num_blocks: int, num_blocks_in: int, min_programs: int = MIN_PROGRAMS) -> int:
     """A power of two, for blocks of the result and of input features: programs enough, but some work for each."""
     num_splits = 1
     while (
         num_splits < MAX_SPLITS
-        and num_blocks * num_splits < MIN_PROGRAMS
+        and num_blocks * num_splits < min_programs
         and num_blocks_in // (2 * num_splits) >= MIN_BLOCKS_PER_SPLIT
     ):
         num_splits *= 2
@@ -156,6 +173,8 @@ class InvariantPlan(NamedTuple):
 
 INVARIANT_FEATURES = 64
 """Output features of a program of few rows; splits are chosen for them."""
+INVARIANT_PROGRAMS = 200
+"""Programs of few rows: one and a half for each multiprocessor, which holds one at a time."""
 MAX_INVARIANT_STREAM_ROWS = 128
 """Rows up to which a program reads weights that nobody else needs: narrow tiles, a program for each split."""
 
@@ -168,7 +187,7 @@ def invariant_plan(num_rows: int, out_features: int, in_features: int, weight_by
     """
     block_in = 256 // weight_bytes
     num_blocks_in = -(-in_features // block_in)
-    num_splits = num_splits_for(-(-out_features // INVARIANT_FEATURES), num_blocks_in)
+    num_splits = num_splits_for(-(-out_features // INVARIANT_FEATURES), num_blocks_in, INVARIANT_PROGRAMS)
     split_size = -(-num_blocks_in // num_splits) * block_in
     if num_rows <= MAX_INVARIANT_STREAM_ROWS:
         block_rows = min(128, max(MIN_BLOCK_ROWS, _power_of_two_from(num_rows)))

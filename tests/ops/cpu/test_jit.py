@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.avx2_processor import features
+from tests.support.older_processor import AVX2, FEATURES, Features
 from tokenmill.ops.cpu import jit, machine_code
 from tokenmill.ops.cpu.cpu_features import REQUIRED_FEATURES, DotProduct, best_dot_product, supported_dot_products
 from tokenmill.ops.cpu.machine_code import Processor
@@ -89,8 +89,8 @@ def test_a_damaged_file_heals(empty_cache: Path, damage: Any) -> None:
 
 def test_every_processor_has_its_own_code(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert new_square().call(7) == 49
-    this = machine_code.host_processor()
-    for other in (Processor("haswell", this.features), Processor(this.name, features().flatten())):
+    this, older = machine_code.host_processor(), Features(dict.fromkeys(FEATURES[AVX2], True))
+    for other in (Processor("haswell", this.features), Processor(this.name, older.flatten())):
         monkeypatch.setattr(machine_code, "host_processor", partial(copy, other))
         assert not new_square().read()
         assert new_square().call(7) == 49

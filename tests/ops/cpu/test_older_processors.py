@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.older_processor import environment
 
 ROOT = Path(__file__).parents[3]
 SELECTED = (
@@ -25,9 +26,9 @@ def test_kernels_with_avx2() -> None:
     """Attention and products use other tiles there, and have no bfloat16 instruction."""
     tests = [f"tests/ops/cpu/{name}" for name in SELECTED]
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "tests.support.avx2_processor", *tests],
+        [sys.executable, "-m", "pytest", "-q", "-p", "tests.support.older_processor", *tests],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=280,

@@ -19,7 +19,7 @@ from tokenmill.ops.cpu.dot_product import DotSum, Loop, Writer
 from tokenmill.ops.cpu.layout import GROUP_BYTES, GROUP_SIZE
 from tokenmill.ops.cpu.native_types import int64, literal, none
 from tokenmill.ops.cpu.packing import ENCODINGS, ROW_BLOCK, Encoding
-from tokenmill.ops.cpu.simd import F32, F32X16, I32, I32X16, I64, constant, operation
+from tokenmill.ops.cpu.simd import F32, F32X16, I32, I32X16, I64, constant, extend_half, operation
 
 F16X16: Final = ir.VectorType(ir.HalfType(), 16)
 VECTOR_BYTES: Final = 64
@@ -79,7 +79,7 @@ class GroupReader:
     def _floats(self, group: ir.Value, offset: int) -> ir.Value:
         if self._encoding.scale_bytes == 4:
             return self._writer.load(F32X16, group, offset)
-        return self._writer.builder.fpext(self._writer.load(F16X16, group, offset), F32X16)
+        return extend_half(self._writer.builder, self._writer.load(F16X16, group, offset))
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from typing import Any, Final, TypeAlias
 
 from llvmlite import ir
 
+from tokenmill.ops.cpu.cpu_features import converts_half
 from tokenmill.ops.cpu.native_types import LANES as LANES
 from tokenmill.ops.cpu.native_types import Operation, Signature, Type
 from tokenmill.ops.cpu.native_types import float32 as float32
@@ -72,6 +73,32 @@ def load_vector(builder: ir.IRBuilder, address: ir.Value, element: ir.Type, alig
 def store_vector(builder: ir.IRBuilder, address: ir.Value, value: ir.Value) -> None:
     """Write 16 elements at an address."""
     builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=1)
+
+
+def extend_half(builder: ir.IRBuilder, half: ir.Value) -> ir.Value:
+    """float16, one or a vector, as float32. Without an instruction for it LLVM calls a function that is not there."""
+    is_vector = isinstance(half.type, ir.VectorType)
+
+    def like(element: ir.Type) -> ir.Type:
+        return ir.VectorType(element, half.type.count) if is_vector else element
+
+    def number(value: float, element: ir.Type = I32) -> ir.Constant:
+        return ir.Constant(like(element), [value] * half.type.count if is_vector else value)
+
+    if converts_half():
+        return builder.fpext(half, like(F32))
+    bits = builder.zext(builder.bitcast(half, like(I16)), like(I32))
+    magnitude = builder.and_(bits, number(0x7FFF))
+    shifted = builder.shl(magnitude, number(13))
+    normal = builder.add(shifted, number(112 << 23))  # the exponent counts from -127 instead of -15
+    small = builder.fmul(builder.uitofp(magnitude, like(F32)), number(2.0**-24, F32))
+    result = builder.select(
+        builder.icmp_unsigned("<", magnitude, number(0x400)), builder.bitcast(small, like(I32)), normal
+    )
+    is_infinite = builder.icmp_unsigned(">=", magnitude, number(0x7C00))  # or not a number
+    result = builder.select(is_infinite, builder.or_(shifted, number(0x7F800000)), result)
+    sign = builder.shl(builder.and_(bits, number(0x8000)), number(16))
+    return builder.bitcast(builder.or_(result, sign), like(F32))
 
 
 def lane_mask(builder: ir.IRBuilder, count: ir.Value) -> ir.Value:

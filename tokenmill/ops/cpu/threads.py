@@ -82,7 +82,7 @@ class ThreadPool:
             raise InvalidParameterError(f"num_threads is {num_threads}.", field="num_threads", remedy="Give 1 or more.")
         self.num_threads = num_threads
         self._num_spins = num_spins
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._lead = walker.lead_step.call
         self._start()
 
@@ -101,8 +101,9 @@ class ThreadPool:
         return nanoseconds
 
     def close(self) -> None:
-        """End the threads. A pool that is closed cannot run."""
-        self._close()
+        """End the threads, after the step that is under way. A pool that is closed cannot run."""
+        with self._lock:
+            self._close()
 
     def _run(self, ops: OpList, times: int) -> None:
         with self._lock:
@@ -121,10 +122,12 @@ class ThreadPool:
         self._words = memory[skip : skip + walker.CONTROL_SIZE]
         self._control = self._words.ctypes.data
         self._process = os.getpid()
+        # What workers do, and what ends them, is compiled now: later the compiler may be at work on another thread.
+        work, release = walker.work.call, walker.release_workers.call
         threads = [
             threading.Thread(
                 target=_work,
-                args=(self._words, thread, self.num_threads, self._num_spins),
+                args=(work, self._words, thread, self.num_threads, self._num_spins),
                 name=f"tokenmill-cpu-{thread}",
                 daemon=True,
             )
@@ -132,20 +135,24 @@ class ThreadPool:
         ]
         for thread in threads:
             thread.start()
-        # What ends a pool is compiled now: at exit the compiler may be at work on another thread, for seconds.
-        release = walker.release_workers.call
         self._close = weakref.finalize(self, _stop, self._words, threads, self._lock, release, os.getpid())
 
 
-def _work(words: npt.NDArray[np.int64], thread: int, num_threads: int, num_spins: int) -> None:
+def _work(
+    work: Callable[[int, int, int, int], None],
+    words: npt.NDArray[np.int64],
+    thread: int,
+    num_threads: int,
+    num_spins: int,
+) -> None:
     """A worker's life; it keeps the control block alive as long as it may look at it."""
-    walker.work.call(words.ctypes.data, thread, num_threads, num_spins)
+    work(words.ctypes.data, thread, num_threads, num_spins)
 
 
 def _stop(
     words: npt.NDArray[np.int64],
     threads: list[threading.Thread],
-    lock: threading.Lock,
+    lock: threading.RLock,
     release: Callable[[int], None],
     process: int,
 ) -> None:
