@@ -141,13 +141,15 @@ def _embedding(writer: OpWriter, operation: Operation, one: bool) -> Iterator[Op
     name, y = operation.weights["table"], operation.outputs["y"]
     table = writer.weights[name]
     num_rows, columns = table.shape
+    address, packed = writer.weights.table(name)
     arguments = embedding_arguments(
         token_ids=writer.memory.address(operation.inputs["token_ids"]),
-        table=writer.weights.rows(name),
+        table=address,
         table_format=table.format,
         num_rows=num_rows,
         columns=columns,
         output=writer.place(y),
+        packed=packed,
         scale=_number(operation.attributes["scale"]),
     )
     yield Op(embedding, arguments)

@@ -93,6 +93,8 @@ class CpuExecutor:
         # What the head reads must outlive it: logits of further rows may be asked for after the step.
         memory = ProgramMemory(package.program, arrays, apart=[buffer.name for buffer in self._parts.hidden])
         self._memory = memory
+        if package.region is not None:
+            memory.pages.adopt(package.region)
         self._caches = _allocate_caches(package.program, num_blocks, arrays.tokens_per_block, cache_dtype, memory.pages)
         self._step = np.zeros(STEP_SIZE, np.int64)
         self._step[_QUERY_STARTS] = arrays.query_start.ctypes.data
@@ -103,7 +105,7 @@ class CpuExecutor:
         self._most_likely: Integers = memory.pages.take(4 * arrays.max_num_rows).view(np.int32)
         writer = OpWriter(
             memory,
-            CpuWeights(package.program.weights, package.weights, memory),
+            CpuWeights(package.program, package.weights, memory),
             StepPlaces(
                 arrays, self._step.ctypes.data, self._caches, layer_caches(package.program), num_threads, deterministic
             ),

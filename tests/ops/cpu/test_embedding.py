@@ -11,7 +11,7 @@ from tests.support.packed_linear import file_blocks, make_weight
 from tokenmill.errors import UnsupportedFeatureError
 from tokenmill.ops.cpu.embedding import embedding, embedding_arguments
 from tokenmill.ops.cpu.linear_float import pack_float_weight
-from tokenmill.ops.cpu.packing import FORMATS
+from tokenmill.ops.cpu.packing import FORMATS, pack_blocks
 
 IDS = torch.tensor([3, 0, 36, 3, 17], dtype=torch.int32)
 ROWS, COLUMNS = 37, 256
@@ -52,6 +52,28 @@ def test_rows_of_blocks(table_format: str) -> None:
 def test_packed_rows(table_format: str) -> None:
     weight, values = make_weight(table_format, ROWS, COLUMNS)
     check(weight.data, table_format, torch.from_numpy(values), packed=True)
+
+
+@pytest.mark.parametrize("table_format", BLOCK_FORMATS)
+def test_packed_rows_are_the_rows_of_the_file(table_format: str) -> None:
+    """To the bit: an engine keeps a tied embedding packed alone."""
+    raw, _ = file_blocks(table_format, ROWS, COLUMNS)
+    packed = pack_blocks(table_format, [np.ascontiguousarray(raw)], COLUMNS)
+    found = []
+    for table, is_packed in ((np.ascontiguousarray(raw), False), (packed.data, True)):
+        y = nans(len(IDS), COLUMNS)
+        arguments = embedding_arguments(
+            token_ids=IDS.data_ptr(),
+            table=table.ctypes.data,
+            table_format=table_format,
+            num_rows=ROWS,
+            columns=COLUMNS,
+            output=matrix(y, 0),
+            packed=is_packed,
+        )
+        run_ops([(embedding, arguments)], len(IDS))
+        found.append(y)
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("columns", [40, 64])

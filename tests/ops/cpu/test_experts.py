@@ -190,7 +190,7 @@ class Run:
         )
         self.memory = ProgramMemory(program, arrays, ["x", "logits", "y"])
         contents = {name: rows.reshape(-1) for name, rows in one.encoded.items()}
-        weights = CpuWeights(program.weights, contents, self.memory)
+        weights = CpuWeights(program, contents, self.memory)
         self._places = StepPlaces(arrays, 0, (), (), num_threads)
         entries = OpWriter(self.memory, weights, self._places).write(program.operations[0], one=False)
         self.ops = OpList(len(entries))
