@@ -195,7 +195,7 @@ class Run:
         entries = OpWriter(self.memory, weights, self._places).write(program.operations[0], one=False)
         self.ops = OpList(len(entries))
         for op in entries:
-            self.ops.append(op.kernel, *op.arguments, barrier=op.barrier)
+            op.append_to(self.ops)
 
     def __call__(self, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         num_tokens = len(x)
