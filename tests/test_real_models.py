@@ -171,7 +171,7 @@ def text_tokens(tokenizer: Any, count: int) -> list[int]:
     ],
 )
 def test_engines_are_near_float_math_on_the_same_values(alias: str, quantization: str, kv_cache_dtype: str) -> None:
-    """The file's own 4-bit values, int8, and floats, with both types of cache: logits of 1,000 positions of text against
+    """The file's own 4-bit values, int8, and floats, with both types of cache: logits of 1,000 tokens of text against
     float math on these values."""
     path = model_file(alias)
     token_list = text_tokens(load_tokenizer(path), 1000)
@@ -182,7 +182,7 @@ def test_engines_are_near_float_math_on_the_same_values(alias: str, quantization
 
 
 def compared(found: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
-    """Relative error of logits less their mean, of which the softmax sees nothing; agreement of the likeliest tokens."""
+    """Relative error of logits less their mean, which no softmax sees; agreement of the likeliest tokens."""
     found, exact = (one - one.mean(1, keepdim=True) for one in (found, exact))
     error = ((found - exact).norm() / exact.norm()).item()
     return error, (found.argmax(1) == exact.argmax(1)).float().mean().item()
