@@ -28,7 +28,7 @@ from tokenmill.runtime.step_arrays import StepArrays
 pytestmark = pytest.mark.spec("E2")
 
 MAX_TOKENS = 300
-FORMATS = (*CAN_ENCODE, "q4_k", "q6_k")
+FORMATS = (*CAN_ENCODE, "q2_k", "q4_k", "q6_k")
 
 
 # ---- who goes where --------------------------------------------------------------------------------------------------
