@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.tiny_checkpoint import write_tiny_model
 from tokenmill import LLM, KvCacheConfig, RequestOutput, SamplingParams
 from tokenmill.engine.core import EngineCore
 from tokenmill.engine.events import EngineEvent
@@ -20,11 +19,6 @@ from tokenmill.engine.events import EngineEvent
 pytestmark = pytest.mark.spec("A1")
 
 TEXTS = ["the quick brown fox", "a stitch in time", "rain"]
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

@@ -208,7 +208,7 @@ class LlmArgs(StrictModel):
     max_queue_size: int = Field(default=4096, ge=1)
     """Most requests that may wait; one more is refused with `QueueFullError`."""
     num_threads: int | None = Field(default=None, ge=1)
-    """CPU threads for tensor work; None: torch's default."""
+    """CPU threads for tensor work; None: one for each core."""
     num_replicas: int = Field(default=0, ge=0, le=64)
     """Worker processes, each with a copy of the model; 0: the engine runs in the caller's process."""
     num_postprocess_workers: int = Field(default=0, ge=0, le=64)

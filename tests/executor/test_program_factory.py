@@ -11,30 +11,16 @@ import pytest
 from tests.support.single_thread import single_thread
 from tests.support.tiny_checkpoint import write_tiny_model
 from tests.support.tiny_programs import tiny_package
-from tokenmill import LLM, KvCacheConfig, SamplingParams, SchedulerConfig
+from tests.support.ways import GREEDY, NO_REUSE, PROMPTS, WAYS
+from tokenmill import LLM, SamplingParams
 from tokenmill.builder.build import build
 from tokenmill.checkpoints.base import open_checkpoint
-from tokenmill.config import CapacitySchedulerPolicy
 from tokenmill.errors import InvalidParameterError, PromptTooLongError, UnsupportedFeatureError
 from tokenmill.program.package import EnginePackage
 
 pytestmark = pytest.mark.spec("D1", "H3")
 
-LENGTHS = (1, 2, 7, 31, 32, 33, 64, 100, 150, 3, 17)
-PROMPTS = [[(7 * index + 13 * length) % 300 for index in range(length)] for length in LENGTHS]
-GREEDY = SamplingParams(max_tokens=40, ignore_eos=True)
-NO_REUSE = KvCacheConfig(max_tokens=8192, tokens_per_block=16, enable_block_reuse=False)
-
-WAYS: dict[str, dict[str, Any]] = {
-    "as it is": {},
-    "chunked": {"max_num_tokens": 24},
-    "one at a time": {"max_batch_size": 1},
-    "prefix cache": {"kv_cache_config": KvCacheConfig(max_tokens=8192, tokens_per_block=16)},
-    "preempted": {
-        "kv_cache_config": KvCacheConfig(max_tokens=480, tokens_per_block=16),
-        "scheduler_config": SchedulerConfig(capacity_scheduler_policy=CapacitySchedulerPolicy.MAX_UTILIZATION),
-    },
-}
+CPU_WAYS: dict[str, dict[str, Any]] = {"as it is": {}, **WAYS}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -75,11 +61,11 @@ def torch_llm(model_dir: Path) -> Iterator[LLM]:
         yield llm
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", CPU_WAYS)
 @pytest.mark.spec("A2")
 def test_greedy_tokens_are_those_of_the_torch_backend(torch_llm: LLM, engine_dir: Path, way: str) -> None:
     expected = tokens_of(torch_llm)
-    with make_llm(engine_dir, **WAYS[way]) as llm:
+    with make_llm(engine_dir, **CPU_WAYS[way]) as llm:
         assert llm.description.backend == "engine"
         assert tokens_of(llm) == expected
         if way == "preempted":
@@ -163,7 +149,8 @@ def test_what_a_backend_cannot_do_is_refused(model_dir: Path, changes: dict[str,
 def test_quantizing_changes_the_logits_a_little(model_dir: Path, torch_llm: LLM) -> None:
     params = SamplingParams(max_tokens=1, logprobs=0)
     exact: Any = torch_llm.generate(PROMPTS, params, use_tqdm=False)
-    with make_llm(model_dir, device="cpu", quantization="int8") as llm:
+    cache = NO_REUSE.model_copy(update={"dtype": "float32"})  # of the weights alone
+    with make_llm(model_dir, device="cpu", quantization="int8", kv_cache_config=cache) as llm:
         found: Any = llm.generate(PROMPTS, params, use_tqdm=False)
     differences = [
         abs(one.outputs[0].cumulative_logprob - other.outputs[0].cumulative_logprob)
@@ -172,6 +159,12 @@ def test_quantizing_changes_the_logits_a_little(model_dir: Path, torch_llm: LLM)
     ]
     assert len(differences) >= len(PROMPTS) - 2
     assert 0.0 < max(differences) < 0.5
+
+
+@pytest.mark.parametrize(("quantization", "dtype"), [("none", "float32"), ("int8", "bfloat16"), ("q4_1", "bfloat16")])
+def test_the_cache_of_quantized_models_is_bfloat16(model_dir: Path, quantization: str, dtype: str) -> None:
+    config = build(model_dir, device="cpu", quantization=quantization, capture="dispatch", opt_level=1).config
+    assert config.kv_cache_dtype == dtype
 
 
 def test_prompts_longer_than_the_engine_was_built_for_are_refused(model_dir: Path, tmp_path: Path) -> None:

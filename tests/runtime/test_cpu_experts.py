@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from tests.runtime.test_cpu_program import (
     run_steps,
     torch_executor_of,
 )
-from tests.support.single_thread import single_thread
 from tests.support.tiny_checkpoint import VOCAB_SIZE, write_tokenizer
 from tests.support.tiny_models import random_tokens, relative_error, tiny_hf_model
 from tokenmill import LLM, KvCacheConfig, SamplingParams
@@ -40,12 +38,6 @@ OPTIONS: dict[str, Any] = {"capture": "dispatch", "max_seq_len": 320, "opt_level
 GREEDY = SamplingParams(max_tokens=24, ignore_eos=True)
 CACHE = KvCacheConfig(max_tokens=2048, tokens_per_block=16)
 PROMPTS = [random_tokens(length, seed=length, vocab_size=300) for length in (1, 5, 33, 70)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with single_thread():
-        yield
 
 
 def write_model_dir(folder: Path, case: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch
 
 from tests.models.test_logits import COMPILED_CASES
 from tests.support.programs import captured, compiled, program_weights
-from tests.support.single_thread import single_thread
 from tests.support.tiny_checkpoint import VOCAB_SIZE, write_tiny_model
 from tests.support.tiny_models import random_tokens, relative_error, tiny_hf_model
 from tests.support.tiny_programs import tiny_package
@@ -28,12 +27,6 @@ from tokenmill.runtime.program_loading import StepLimits, allocate_program_cache
 
 pytestmark = pytest.mark.spec("C1", "E4")
 TOLERANCE = 1e-4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with single_thread():
-        yield
 
 
 class Sequences:

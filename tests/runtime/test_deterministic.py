@@ -3,7 +3,6 @@ steps are cut and whatever is computed beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 
 from tests.models.test_logits import CASES
 from tests.runtime.test_cpu_program import LIMITS, Sequences
-from tests.support.single_thread import single_thread
 from tests.support.tiny_checkpoint import VOCAB_SIZE, write_tiny_model
 from tests.support.tiny_models import random_tokens, tiny_hf_model
 from tokenmill import LLM, KvCacheConfig, SamplingParams, SchedulerConfig
@@ -24,12 +22,6 @@ from tokenmill.runtime.cpu_program import CpuExecutor
 from tokenmill.runtime.model_loader import check_deterministic
 
 pytestmark = pytest.mark.spec("H3")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with single_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

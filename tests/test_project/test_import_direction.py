@@ -62,6 +62,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "executor.description": ("models", "runtime"),  # the numbers of a model and its memory plan; no torch in either
     "executor.engine_factory": (  # where an engine is put together from its parts; nothing else sees both halves
         "attention",
+        "attention.base",
         "checkpoints",
         "engine",
         "executor.backend_choice",
@@ -161,6 +162,8 @@ LATE_OWN_IMPORTS: dict[str, str] = {
     "tokenmill.executor.worker": "torch loads while a thread loads the tokenizer",
     "tokenmill.executor.__main__": "a process loads what its kind needs; postprocessing needs no engine",
     "tokenmill.ops": "the Triton kernels load triton, which only tensors on a GPU need",
+    "tokenmill.builder.engine": "the CPU's kernels load llvmlite, which an engine for a GPU does not need",
+    "tokenmill.runtime.warm_up": "the Triton kernels load triton, which only engines on a GPU need",
     "tokenmill.runtime.program_loading": "the CPU's kernels load llvmlite, which an engine on a GPU does not need",
     "tokenmill.checkpoints.base": "`open_checkpoint` picks among readers that are derived from this module's",
     "tokenmill.tokenization.chat_template": "the environment derives from jinja2's, which completions never need",

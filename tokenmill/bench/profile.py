@@ -114,7 +114,7 @@ def check_profiling(llm: LLM) -> None:
         raise InvalidParameterError(
             "An engine in a worker process cannot be profiled from here.",
             field="profile",
-            remedy="Leave out --num-replicas.",
+            remedy="Leave out num_replicas.",
         )
 
 

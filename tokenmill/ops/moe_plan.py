@@ -22,9 +22,8 @@ class GroupedPlan(NamedTuple):
         block_rows: rows of a tile, all of one expert; a power of two from 16 on.
         gate_up_warps, gate_up_stages: of a program of the first product, which holds 128 features of gate and of up.
         gate_up_bytes: bytes of each feature's weights in one stage of the first product.
-        down_out: output features of a program of the second product.
+        down_out: output features of a program of the second product, which has `SCALE_GROUP` bytes in a stage.
         down_warps, down_stages: of the second product.
-        down_chunks: times `SCALE_GROUP` bytes of each feature's weights in one of its stages.
     """
 
     block_rows: int
@@ -34,7 +33,6 @@ class GroupedPlan(NamedTuple):
     down_out: int
     down_warps: int
     down_stages: int
-    down_chunks: int = 1
 
 
 class PairPlan(NamedTuple):
@@ -46,10 +44,10 @@ class PairPlan(NamedTuple):
 
 
 GROUPED_PLANS: Final = (
-    (20.0, GroupedPlan(16, 8, 3, 256, 128, 4, 2, down_chunks=2)),
+    (20.0, GroupedPlan(16, 8, 3, 256, 128, 4, 4)),
     (32.0, GroupedPlan(32, 4, 3, 256, 128, 4, 4)),
     (48.0, GroupedPlan(64, 4, 4, 128, 128, 4, 4)),
-    (float("inf"), GroupedPlan(128, 8, 4, 128, 256, 8, 3)),
+    (float("inf"), GroupedPlan(128, 8, 4, 128, 256, 8, 4)),
 )
 """By the mean number of rows that an expert has, up to that of each line."""
 

@@ -193,7 +193,6 @@ def _sums_of_rows(
     inside: tl.tensor,  # [block_out] features
     columns: tl.tensor,  # [block_in]
     in_features: tl.tensor,
-    num_chunks: tl.constexpr,
     num_stages: tl.constexpr,
     scale_kind: tl.constexpr,
     scales_rows: tl.constexpr,
@@ -207,19 +206,17 @@ def _sums_of_rows(
         of_features = tl.load(weight_scale + inside)
         if scales_rows:
             of_rows = tl.load(x_scale)
-    for first in tl.range(0, in_features, num_chunks * columns.shape[0], num_stages=num_stages):
-        for chunk in tl.static_range(num_chunks):  # neighbours in memory, asked for together
-            start = first + chunk * columns.shape[0]
-            is_column = columns < in_features - start
-            v = load_block(values + start, is_column[:, None], is_even)
-            w = load_block(weights + start, is_column[None, :], is_even)
-            if scale_kind == NO_SCALES or scales_rows:
-                total = _product(total, w, v, None, None, is_interpreted)
-            else:
-                of_block = None
-                if scale_kind == BLOCK_SCALES:
-                    of_block = block_scales(weight_scale, inside, start, in_features)
-                total = _product(total, w, v, of_block, tl.load(x_scale + start // GROUP), is_interpreted)
+    for start in tl.range(0, in_features, columns.shape[0], num_stages=num_stages):
+        is_column = columns < in_features - start
+        v = load_block(values + start, is_column[:, None], is_even)
+        w = load_block(weights + start, is_column[None, :], is_even)
+        if scale_kind == NO_SCALES or scales_rows:
+            total = _product(total, w, v, None, None, is_interpreted)
+        else:
+            of_block = None
+            if scale_kind == BLOCK_SCALES:
+                of_block = block_scales(weight_scale, inside, start, in_features)
+            total = _product(total, w, v, of_block, tl.load(x_scale + start // GROUP), is_interpreted)
     if scale_kind == FEATURE_SCALES:
         total *= of_features[:, None]
         if scales_rows:
@@ -246,7 +243,6 @@ def _rows_kernel(
     block_out: tl.constexpr,
     block_in: tl.constexpr,
     num_stages: tl.constexpr,
-    num_chunks: tl.constexpr,
     scale_kind: tl.constexpr,
     scales_rows: tl.constexpr,
     is_even: tl.constexpr,
@@ -275,7 +271,7 @@ def _rows_kernel(
         x_scale += sources if scales_rows else sources * ((in_features + GROUP - 1) // GROUP)
     total = _sums_of_rows(
         x + sources[None, :] * x_stride + columns[:, None], x_scale, weight, weight_scale, inside, columns,
-        in_features, num_chunks, num_stages, scale_kind, scales_rows, is_even, is_interpreted,
+        in_features, num_stages, scale_kind, scales_rows, is_even, is_interpreted,
     )  # fmt: skip
     if shares is not None:
         total *= tl.load(shares + sources)[None, :]
@@ -426,7 +422,6 @@ def _launch_rows(
         block_out=block_out,
         block_in=block_in,
         num_stages=plan.down_stages,
-        num_chunks=plan.down_chunks if in_features % (plan.down_chunks * block_in) == 0 else 1,
         scale_kind=scale_kind_of(matrix),
         scales_rows=scales is not None and scales.dim() == 1,
         is_even=in_features % block_in == 0,
