@@ -26,6 +26,7 @@ from tokenmill.ops.cpu.norm import rms_norm, rms_norm_arguments
 from tokenmill.ops.cpu.packing import FORMATS
 from tokenmill.ops.cpu.quantize import quantize, quantize_arguments
 from tokenmill.ops.cpu.rope import RopeOp, rope_write_cache, rotation, rotation_arguments
+from tokenmill.ops.cpu.threads import OpList
 from tokenmill.program.program import AttributeValue, Operand, Operation
 from tokenmill.runtime.cpu_experts import ExpertResources, expert_ops
 from tokenmill.runtime.cpu_memory import ProgramMemory
@@ -36,11 +37,21 @@ from tokenmill.runtime.step_arrays import StepArrays
 
 
 class Op(NamedTuple):
-    """An entry of the op list."""
+    """An entry of the op list. Arguments that are functions stand for their addresses."""
 
     kernel: NativeFunction
-    arguments: tuple[int, ...]
+    arguments: tuple[int | NativeFunction, ...]
     barrier: bool = True
+
+    @property
+    def functions(self) -> list[NativeFunction]:
+        """All that must be compiled before the op is run."""
+        return [self.kernel, *(one for one in self.arguments if isinstance(one, NativeFunction))]
+
+    def append_to(self, ops: OpList) -> None:
+        """Make it the next entry; what is not compiled yet is compiled now."""
+        numbers = (one.address if isinstance(one, NativeFunction) else one for one in self.arguments)
+        ops.append(self.kernel, *numbers, barrier=self.barrier)
 
 
 @dataclass(frozen=True, slots=True)

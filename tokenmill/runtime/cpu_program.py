@@ -205,14 +205,15 @@ def _write_lists(
             *((operation, op) for operation in head for op in writer.write(operation, one=num_rows == 1)),
             *((parts.head[-1], op) for op in choice if num_rows),
         ]
-    functions = [*STEP_FUNCTIONS, *(op.kernel for entries in written.values() for _, op in entries)]
+    of_ops = (function for entries in written.values() for _, op in entries for function in op.functions)
+    functions = [*STEP_FUNCTIONS, *of_ops]
     compile_all(functions, num_usable_cores(), lambda done, total: on_progress("kernels", done, total))
     body_names = {operation.name for operation in parts.body}
     lists = {}
     for sizes, entries in written.items():
         ops = OpList(len(entries))
         for _, op in entries:
-            ops.append(op.kernel, *op.arguments, barrier=op.barrier)
+            op.append_to(ops)
         names = tuple(operation.name for operation, _ in entries)
         lists[sizes] = _StepList(ops, sum(name in body_names for name in names), names)
     return lists

@@ -11,11 +11,11 @@ from tests.support.packed_linear import file_blocks, make_weight
 from tokenmill.errors import UnsupportedFeatureError
 from tokenmill.ops.cpu.embedding import embedding, embedding_arguments
 from tokenmill.ops.cpu.linear_float import pack_float_weight
-from tokenmill.ops.cpu.packing import FORMATS, pack_blocks
+from tokenmill.ops.cpu.packing import BLOCK_READERS, FORMATS, pack_blocks
 
 IDS = torch.tensor([3, 0, 36, 3, 17], dtype=torch.int32)
 ROWS, COLUMNS = 37, 256
-BLOCK_FORMATS = ("q4_0", "q4_1", "q5_0", "q8_0", "q4_k", "q6_k")
+BLOCK_FORMATS = tuple(BLOCK_READERS)
 
 
 def check(table: np.ndarray, table_format: str, values: torch.Tensor, *, packed: bool) -> None:
@@ -105,5 +105,5 @@ def test_rows_of_int8_group32() -> None:
 
 
 def test_an_unknown_format_is_refused() -> None:
-    with pytest.raises(UnsupportedFeatureError, match="q3_k"):
-        embedding_arguments(token_ids=0, table=0, table_format="q3_k", num_rows=1, columns=256, output=(0, 0))
+    with pytest.raises(UnsupportedFeatureError, match="iq4_nl"):
+        embedding_arguments(token_ids=0, table=0, table_format="iq4_nl", num_rows=1, columns=256, output=(0, 0))

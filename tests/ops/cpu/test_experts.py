@@ -28,7 +28,7 @@ from tokenmill.runtime.step_arrays import StepArrays
 pytestmark = pytest.mark.spec("E2")
 
 MAX_TOKENS = 300
-FORMATS = (*CAN_ENCODE, "q4_k", "q6_k")
+FORMATS = (*CAN_ENCODE, "q2_k", "q4_k", "q6_k")
 
 
 # ---- who goes where --------------------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ class Run:
         entries = OpWriter(self.memory, weights, self._places).write(program.operations[0], one=False)
         self.ops = OpList(len(entries))
         for op in entries:
-            self.ops.append(op.kernel, *op.arguments, barrier=op.barrier)
+            op.append_to(self.ops)
 
     def __call__(self, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         num_tokens = len(x)
