@@ -96,8 +96,7 @@ class ProgramRunner(SlotRunner):
         while len(found) < repeats and not self._is_interrupted():
             if self._clock() - started + duration > MAX_REPEAT_SECONDS:
                 break
-            self._executor.arrays.advance(found[-1])
-            self._executor.run()
+            self._executor.repeat()
             following = self._executor.most_likely()
             if following.min() < 0:
                 break

@@ -27,7 +27,14 @@ from tokenmill.ops.cpu.attention_arguments import (
     query_len,
     scratch_bytes,
 )
-from tokenmill.ops.cpu.attention_decode import combine_row, decode_split, list_split, num_splits, prefetch_split
+from tokenmill.ops.cpu.attention_decode import (
+    combine_row,
+    decode_split,
+    list_split,
+    num_splits,
+    prefetch_split,
+    split_groups,
+)
 from tokenmill.ops.cpu.attention_prefill import prefill_tile
 from tokenmill.ops.cpu.attention_tiles import GROUP, QUERY_TILE, VECTOR_BYTES
 from tokenmill.ops.cpu.cache_layout import CacheLocation, kv_len
@@ -108,7 +115,7 @@ def total_cost(row: int) -> int:
     for sequence in range(num_rows(step)):
         length = query_len(step, sequence)
         if length == 1:
-            total += num_splits(row, sequence) * (ITEM_COST + DECODE_GROUPS)
+            total += num_splits(row, sequence) * (ITEM_COST + split_groups(row, sequence))
         elif length > 1:
             for tile in range((length * query_heads(row) + QUERY_TILE - 1) // QUERY_TILE):
                 total += tile_cost(row, sequence, tile)
@@ -134,7 +141,7 @@ def attention(thread: int, num_threads: int, row: int) -> None:
         tiles = (length * query_heads(row) + QUERY_TILE - 1) // QUERY_TILE if length > 1 else 0
         for kv_head in range(argument(row, NUM_KV_HEADS)):
             for item in range(splits + tiles):
-                cost = tile_cost(row, sequence, item) if length > 1 else ITEM_COST + DECODE_GROUPS
+                cost = tile_cost(row, sequence, item) if length > 1 else ITEM_COST + split_groups(row, sequence)
                 middle = (2 * done + cost) * num_threads
                 done += cost
                 if middle < begin or middle >= end:
