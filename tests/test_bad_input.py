@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.tiny_checkpoint import VOCAB_SIZE, write_tiny_model
+from tests.support.tiny_checkpoint import VOCAB_SIZE
 from tokenmill import LLM, KvCacheConfig, SamplingParams
 from tokenmill.errors import (
     CheckpointError,
@@ -32,11 +32,6 @@ from tokenmill.errors import (
 pytestmark = pytest.mark.spec("F1", "H2")
 
 SMALL_CACHE = KvCacheConfig(max_tokens=256, tokens_per_block=16)
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.tiny_checkpoint import write_tiny_model
 from tokenmill import LLM, KvCacheConfig, RequestOutput, SamplingParams
+from tokenmill.engine.core import EngineCore
+from tokenmill.engine.events import EngineEvent
 
 pytestmark = pytest.mark.spec("A1")
 
 TEXTS = ["the quick brown fox", "a stitch in time", "rain"]
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -97,12 +94,37 @@ def test_streams_in_threads_and_event_loops_add_up_to_the_whole(llm: LLM) -> Non
     assert asyncio.run(stream()) == (whole.text, whole.token_ids)
     parts = [output.outputs[0].text_diff for output in llm.generate_async(TEXTS[1], params, streaming=True)]
     assert "".join(parts) == whole.text
-    assert parts  # a fast engine may be done before anybody reads
 
     async def wait() -> str:
         return (await llm.generate_async(TEXTS[1], params)).outputs[0].text
 
     assert asyncio.run(wait()) == whole.text
+
+
+def test_a_stream_gives_each_step_as_it_ends(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = llm.generate(TEXTS[1], SamplingParams(max_tokens=20, ignore_eos=True)).outputs[0]
+    was_read = threading.Event()
+    advance = EngineCore.advance
+    has_given = False
+
+    def advance_when_read(engine: EngineCore) -> list[EngineEvent]:
+        nonlocal has_given
+        assert not has_given or was_read.wait(30.0), "the reader got nothing of a step that has ended"
+        was_read.clear()
+        events = advance(engine)
+        has_given = bool(events)
+        return events
+
+    monkeypatch.setattr(EngineCore, "advance", advance_when_read)
+    texts, counts = [], []
+    result = llm.generate_async(TEXTS[1], SamplingParams(max_tokens=20, ignore_eos=True), streaming=True)
+    for output in result:
+        texts.append(output.outputs[0].text_diff)
+        counts.append(len(output.outputs[0].token_ids_diff))
+        was_read.set()
+    assert "".join(texts) == whole.text
+    assert [count for count in counts if count] == [1] * 20
+    assert sum(bool(text) for text in texts) > 5
 
 
 def test_logprobs_are_those_of_transformers(llm: LLM, reference: Any) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from tests.support.tiny_checkpoint import write_tiny_model
 from tokenmill.llmapi import LLM
 
 pytestmark = pytest.mark.spec("H6")
@@ -52,11 +51,6 @@ with LLM(
         assert entry.logprob <= 0 and entry.rank >= 1
     print(output.request_id, output.finished, output.outputs[0].finish_reason, output.outputs[0].cumulative_logprob)
 """
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

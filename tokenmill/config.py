@@ -195,6 +195,10 @@ class LlmArgs(StrictModel):
     """The paged cache."""
     scheduler_config: SchedulerConfig = Field(default_factory=SchedulerConfig)
     """Admission and order."""
+    deterministic: bool = False
+    """Give a prompt the same greedy tokens whatever else is computed beside it, in however many steps, with the prefix
+    cache or without, preempted or not: every number is computed in one way for all batches, which costs speed. On a
+    CPU with the engine backend, on a GPU in 16 bits."""
     enable_cuda_graphs: bool = True
     """Replay decode steps from CUDA graphs, on a GPU."""
     disable_overlap_scheduler: bool = False
@@ -204,7 +208,7 @@ class LlmArgs(StrictModel):
     max_queue_size: int = Field(default=4096, ge=1)
     """Most requests that may wait; one more is refused with `QueueFullError`."""
     num_threads: int | None = Field(default=None, ge=1)
-    """CPU threads for tensor work; None: torch's default."""
+    """CPU threads for tensor work; None: one for each core."""
     num_replicas: int = Field(default=0, ge=0, le=64)
     """Worker processes, each with a copy of the model; 0: the engine runs in the caller's process."""
     num_postprocess_workers: int = Field(default=0, ge=0, le=64)

@@ -8,12 +8,7 @@ matrix rate of the H100 80GB (SXM). `--tune` tries other tiles and prints the be
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
-import shlex
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,13 +20,13 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.runtime.errors import PTXASError
 
+from benchmarks.result_file import describe_run, write_document
 from tokenmill.attention.base import AttentionMetadata, AttentionSpec, LayerCache
 from tokenmill.attention.triton import TritonAttention
 from tokenmill.attention.triton_common import Result
 from tokenmill.attention.triton_decode import DecodeTiles, decode_attention
 from tokenmill.attention.triton_kv_write import write_kv_triton
 from tokenmill.attention.triton_prefill import PrefillTiles, prefill_attention
-from tokenmill.version import __version__
 
 BYTES_PER_SECOND = 3.06e12
 BFLOAT16_FLOPS = 798e12
@@ -323,7 +318,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tune", action="store_true", help="try tiles first")
     parser.add_argument("--only", default="", help="works whose name contains this")
-    parser.add_argument("--commit", default=None, help="what is measured, where the copy has no history of its own")
     parser.add_argument("--output", type=Path, default=RESULTS, help="results file")
     arguments = parser.parse_args()
     decode = [work for work in DECODE if arguments.only in work.name]
@@ -335,27 +329,9 @@ def main() -> None:
             tune_prefill(work)
     write = [work for work in WRITE if arguments.only in work.name]
     rows = [*map(measure_decode, decode), *map(measure_prefill, prefill), *map(measure_write, write)]
-    commit = arguments.commit
-    if commit is None:
-        git = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    report = {
-        "benchmark": "gpu.attention",
-        "device": torch.cuda.get_device_name(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit,
-        "command": shlex.join(["python", "-m", "benchmarks.gpu.attention", *sys.argv[1:]]),
-        "versions": {
-            "tokenmill": __version__,
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "cuda": torch.version.cuda,
-            "python": platform.python_version(),
-        },
-        "rows": rows,
-    }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    versions = {"triton": triton.__version__, "cuda": str(torch.version.cuda)}
+    document = describe_run("gpu.attention", torch.cuda.get_device_name(), **versions)
+    write_document(arguments.output, {**document, "rows": rows})
 
 
 if __name__ == "__main__":

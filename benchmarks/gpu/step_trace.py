@@ -1,19 +1,27 @@
-"""`StepTrace`: where the time of an engine's steps goes: device, gaps, host. For `llama8b --trace`.
+"""What stands between an engine and its runner to see where the time of steps goes, for `llama8b`.
 
-It stands between an engine and its runner, and notes for each step its size, how it was run, the host's time to launch
-it and to wait for it, and the device's clock at its beginning and end.
+`StepTrace` (`--trace`) notes for each step its size, how it was run, the host's time to launch it and to wait for it,
+and the device's clock at its beginning and end. `DecodeWindow` (`--profile`) profiles some decode steps and nothing
+before or after them.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
+from torch._C._autograd import DeviceType
 
+from tokenmill import LLM
+from tokenmill.bench.kernels import Kernel, StepTable, step_table
+from tokenmill.bench.limits import measure_limits
+from tokenmill.bench.step_kinds import linear_nbytes
 from tokenmill.engine.plan import BatchPlan, StepOutput
+from tokenmill.program.costs import StepSize
 
 
 @dataclass
@@ -112,3 +120,83 @@ class StepTrace:
         if size not in graphs._captured:
             return "first"
         return "capture" if graphs._captured[size] is None else "replay"
+
+
+class DecodeWindow:
+    """A `Runner` that profiles the kernels of some decode steps of another one.
+
+    Args:
+        runner: a `ModelRunner`.
+        num_rows: rows of the steps that count.
+        num_skipped: such steps before the window opens.
+        num_steps: such steps in the window.
+    """
+
+    def __init__(self, runner: Any, num_rows: int, *, num_skipped: int = 8, num_steps: int = 32) -> None:
+        self._runner = runner
+        self._num_rows = num_rows
+        self._num_skipped = num_skipped
+        self._num_steps = num_steps
+        self._num_seen = 0
+        self._lens: list[float] = []
+        self._profile: torch.profiler.profile | None = None
+
+    def launch(self, plan: BatchPlan) -> Any:
+        """Start the step; opens and closes the window."""
+        is_decode = len(plan.rows) == self._num_rows == plan.num_tokens
+        if is_decode and self._num_seen == self._num_skipped:
+            torch.cuda.synchronize()
+            self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+            self._profile.start()
+        if is_decode and self._num_skipped <= self._num_seen < self._num_skipped + self._num_steps:
+            self._lens.append(statistics.mean(row.start + 1 for row in plan.rows))
+        pending = self._runner.launch(plan)
+        if is_decode:
+            self._num_seen += 1
+            if self._num_seen == self._num_skipped + self._num_steps:
+                assert self._profile is not None
+                torch.cuda.synchronize()
+                self._profile.stop()
+        return pending
+
+    def collect(self, pending: Any) -> StepOutput:
+        """Wait for the step and read what it gave."""
+        output: StepOutput = self._runner.collect(pending)
+        return output
+
+    def run(self, plan: BatchPlan) -> StepOutput:
+        """Launch and collect."""
+        return self.collect(self.launch(plan))
+
+    def table(self, llm: LLM) -> StepTable:
+        """What the operations of a step take beside the limits of the device, which is idle now."""
+        assert self._profile is not None and self._num_seen >= self._num_skipped + self._num_steps
+        kernels = [
+            Kernel(event.name, event.time_range.start, event.time_range.elapsed_us())
+            for event in self._profile.events() or ()
+            if event.device_type == DeviceType.CUDA and not event.name.startswith("Mem")
+        ]
+        description, nbytes = llm.description, linear_nbytes(llm)
+        step = StepSize(
+            num_tokens=self._num_rows,
+            num_rows=self._num_rows,
+            num_sequences=self._num_rows,
+            context_len=round(statistics.mean(self._lens)),
+            cache_nbytes=getattr(torch, description.cache_dtype).itemsize,
+        )
+        limits = measure_limits(torch.device(description.device), float8=nbytes == 1.0)
+        title = f"Decode steps of {self._num_rows} sequences, {step.context_len:,} tokens of context"
+        return step_table(title, kernels, self._num_steps, description.model, step, limits, linear_nbytes=nbytes)
+
+    def report(self, num_kernels: int = 26) -> None:
+        """Print the kernels of one step, longest first."""
+        assert self._profile is not None and self._num_seen >= self._num_skipped + self._num_steps
+        events = sorted(self._profile.key_averages(), key=lambda event: -event.device_time_total)
+        steps = self._num_steps
+        total = sum(event.device_time_total for event in events) / steps
+        print(
+            f"kernels of a decode step of {self._num_rows} rows, context {statistics.mean(self._lens):.0f} tokens,"
+            f" mean of {steps}: {sum(event.count for event in events) / steps:.0f} launches, {total:.1f} us in all"
+        )
+        for event in events[:num_kernels]:
+            print(f"{event.device_time_total / steps:10.1f} us {event.count / steps:6.1f} x  {event.key[:100]}")

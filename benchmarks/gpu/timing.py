@@ -4,18 +4,16 @@ launch gaps nor the L2 cache decide. Used by the scripts of this folder.
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 import triton
+
+from benchmarks.result_file import describe_run, write_document
 
 ROTATED_BYTES = 200 * 2**20
 """Inputs of all calls together, several times the 50 MB of L2."""
@@ -90,15 +88,5 @@ def host_time(call: Callable[[], object], *, repeats: int = 100) -> float:
 
 def write_results(benchmark: str, rows: Sequence[Row], path: Path) -> None:
     """Write the figures with what they were taken on."""
-    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    document = {
-        "benchmark": benchmark,
-        "device": torch.cuda.get_device_name(),
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": head.stdout.strip() if head.returncode == 0 else None,
-        "command": f"python -m benchmarks.gpu.{benchmark} {' '.join(sys.argv[1:])}".strip(),
-        "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "triton": triton.__version__},
-        "rows": [asdict(row) for row in rows],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    document = describe_run(benchmark, torch.cuda.get_device_name(), triton=triton.__version__)
+    write_document(path, {**document, "rows": [asdict(row) for row in rows]})

@@ -26,7 +26,8 @@ from triton.runtime.errors import OutOfResources
 from benchmarks.gpu.timing import graph_time, num_sets
 from tokenmill.ops.linear_plan import MIN_BLOCK_ROWS, StreamPlan, num_splits_for
 from tokenmill.ops.triton.fp8 import per_token_quantize_fp8
-from tokenmill.ops.triton.linear import matvec, small_batch
+from tokenmill.ops.triton.linear import small_batch
+from tokenmill.ops.triton.matvec import matvec
 
 SHAPES = {
     "qkv": (6144, 4096),

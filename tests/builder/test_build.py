@@ -223,11 +223,6 @@ def test_the_demo_models_are_used_as_they_are(alias: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module")
 def engine(model_dir: Path) -> Engine:
     return build(model_dir, **ROWS)
 

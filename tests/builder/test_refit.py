@@ -9,17 +9,11 @@ import pytest
 
 from tests.checkpoints.gguf_files import tiny_model, write_model
 from tests.support.changed_checkpoints import EXPECTED, ROWS, changed_checkpoint
-from tests.support.tiny_checkpoint import write_tiny_model
 from tokenmill.builder.build import build
 from tokenmill.builder.engine import Engine
 from tokenmill.errors import CheckpointError
 
 pytestmark = pytest.mark.spec("D6")
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.tiny_checkpoint import write_tiny_model
 from tokenmill import Engine
 from tokenmill.builder.build import build
 from tokenmill.builder.linear_tuning import linear_shapes, linear_tunables
@@ -74,11 +73,6 @@ def test_only_what_is_not_known_is_measured() -> None:
 
 
 # ---- a real program --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ QUANTIZABLE = ("BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0",
 
 _HF_TYPE = {
     "llama": gguf.MODEL_ARCH.LLAMA,
+    "mixtral": gguf.MODEL_ARCH.LLAMA,
     "qwen2": gguf.MODEL_ARCH.QWEN2,
     "qwen3": gguf.MODEL_ARCH.QWEN3,
     "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE,
@@ -28,6 +30,16 @@ _SHAPES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
 }
+
+
+EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "head_dim": 16,
+}
+"""What a tiny model with experts has besides, and what its file says of them."""
+EXPERTS_METADATA = {"add_expert_count": 4, "add_expert_used_count": 2, "add_expert_feed_forward_length": 64}
 
 
 def tiny_model(model_type: str, **overrides: Any) -> Any:
@@ -55,8 +67,11 @@ def interleave_rotary(weight: np.ndarray, num_heads: int) -> np.ndarray:
     return weight[rows]
 
 
-def write_model(path: Path, model: Any, kind: str = "F32", **metadata: Any) -> None:
-    """Convert a model of `transformers` as llama.cpp's converter does; matrices become blocks of type `kind`."""
+def write_model(
+    path: Path, model: Any, kind: str = "F32", *, kinds: Mapping[str, str] | None = None, **metadata: Any
+) -> None:
+    """Convert a model of `transformers` as llama.cpp's converter does; matrices become blocks of type `kind`, those of
+    layers whose names are in `kinds` of the type there."""
     config = model.config
     architecture = _HF_TYPE[config.model_type]
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
@@ -82,15 +97,16 @@ def write_model(path: Path, model: Any, kind: str = "F32", **metadata: Any) -> N
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         array = tensor.numpy()
-        if config.model_type == "llama" and ".q_proj." in name:
+        if config.model_type in ("llama", "mixtral") and ".q_proj." in name:
             array = interleave_rotary(array, config.num_attention_heads)
-        if config.model_type == "llama" and ".k_proj." in name:
+        if config.model_type in ("llama", "mixtral") and ".k_proj." in name:
             array = interleave_rotary(array, config.num_key_value_heads)
         if config.model_type == "gemma3_text" and name.endswith("norm.weight"):
             array = array + 1
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert gguf_name is not None, name
-        add_tensor(writer, gguf_name, array, "F32" if array.ndim == 1 else kind)
+        own = (kinds or {}).get(gguf_name.split(".")[-2], kind)
+        add_tensor(writer, gguf_name, array, "F32" if array.ndim == 1 else own)
     finish(writer)
 
 

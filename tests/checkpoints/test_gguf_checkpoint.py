@@ -188,7 +188,7 @@ _REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "more heads than columns": ({"head_count": 64}, "odd size 0"),
     "embedding of another size": ({"embedding_length": 32}, "16 columns where the metadata says 32"),
     "nan epsilon": ({"layer_norm_rms_eps": float("nan")}, r"rms_epsilon.* is nan"),
-    "experts": ({"expert_count": 8}, "mixture of experts"),
+    "experts": ({"expert_count": 8}, r"expert_used_count.* is missing"),
     "partial rotary": ({"rope_dimension_count": 4}, "rotary embedding covers only a part"),
     "other value heads": ({"value_length": 4}, "value heads differ"),
     "heads that do not divide": ({"head_count": 4, "head_count_kv": 3}, "not a multiple"),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from tests.checkpoints.gguf_files import tiny_model, write_model
+from tests.checkpoints.gguf_files import EXPERTS, EXPERTS_METADATA, tiny_model, write_model
 from tests.support.tiny_models import CPU, all_logits, random_tokens, relative_error, sequences_for
 from tokenmill.attention.select import select_backend
 from tokenmill.checkpoints.base import open_checkpoint
@@ -16,20 +17,22 @@ from tokenmill.errors import CheckpointError
 from tokenmill.models.config import ModelConfig
 from tokenmill.runtime.model_loader import load_model
 
-SIZES = {
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "head_dim": 16,
-    "norm_topk_prob": True,
+MODELS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
+    "qwen3_moe": ({"norm_topk_prob": True, **EXPERTS}, EXPERTS_METADATA),
+    "mixtral": (
+        {"num_local_experts": 3, "num_experts_per_tok": 2},
+        {"add_expert_count": 3, "add_expert_used_count": 2},
+    ),
 }
-METADATA = {"add_expert_count": 4, "add_expert_used_count": 2, "add_expert_feed_forward_length": 32}
+"""Changes of the configuration, and what the file says of the experts."""
 
 
-def test_logits_are_those_of_transformers(tmp_path: Path) -> None:
-    hf_model = tiny_model("qwen3_moe", **SIZES)
+@pytest.mark.parametrize("model_type", MODELS)
+def test_logits_are_those_of_transformers(tmp_path: Path, model_type: str) -> None:
+    changes, metadata = MODELS[model_type]
+    hf_model = tiny_model(model_type, **changes)
     path = tmp_path / "model.gguf"
-    write_model(path, hf_model, **METADATA)
+    write_model(path, hf_model, **metadata)
     checkpoint = open_checkpoint(path)
     config = ModelConfig.from_hf(checkpoint.hf_config)
     args = LlmArgs(model=path)
@@ -43,6 +46,6 @@ def test_logits_are_those_of_transformers(tmp_path: Path) -> None:
 
 def test_a_file_that_does_not_say_how_many_experts(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
-    write_model(path, tiny_model("qwen3_moe", **SIZES))
+    write_model(path, tiny_model("qwen3_moe", norm_topk_prob=True, **EXPERTS))
     with pytest.raises(CheckpointError, match="expert_count"):
         open_checkpoint(path)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
@@ -29,6 +32,16 @@ def test_two_matrices_for_each_entry() -> None:
     assert reads == ["read"]
     assert torch.equal(parts[1].load(), whole[0, 3:])
     assert reads == ["read", "read"]  # what all parts were taken from is not kept
+
+
+def test_encoded_rows_stay_as_they_are() -> None:
+    rows = np.arange(12 * 18, dtype=np.uint8).reshape(2, -1)  # as a file holds it: the first axis, and all bytes of it
+    whole = replace(stack((2, 6, 32), []), block_type="Q4_0", load_blocks=lambda: rows)
+    parts = list(take_apart(whole, ["0.gate", "0.up", "1.gate", "1.up"]))
+    assert {part.block_type for part in parts} == {"Q4_0"}
+    blocks = [part.load_blocks() for part in parts if part.load_blocks is not None]
+    assert [block.shape for block in blocks] == [(3, 18)] * 4
+    assert np.array_equal(np.concatenate(blocks), rows.reshape(12, 18))
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 3), (6,), (2, 3)])

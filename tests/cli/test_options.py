@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tokenmill.cli.options import DEFAULT_MODEL, ModelOptions, SamplingOptions, read_config_file
+from tokenmill.cli.options import DEFAULT_MODEL, ModelOptions, SamplingOptions, ServingOptions, read_config_file
 from tokenmill.config import LlmArgs
 from tokenmill.errors import InvalidParameterError, UnknownParameterError, UserError
 
@@ -19,11 +19,17 @@ def config_file(folder: Path, text: str) -> Path:
 
 
 def test_flags_become_arguments() -> None:
-    options = ModelOptions(dtype="float32", max_batch_size=3, kv_cache_tokens=640, num_threads=2, num_replicas=1)
+    options = ServingOptions(dtype="float32", max_batch_size=3, kv_cache_tokens=640, deterministic=True, num_replicas=1)
     assert options.llm_arguments("some/model") == {
-        "model": "some/model", "dtype": "float32", "max_batch_size": 3, "num_threads": 2, "num_replicas": 1,
+        "model": "some/model", "dtype": "float32", "max_batch_size": 3, "deterministic": True, "num_replicas": 1,
         "kv_cache_config": {"max_tokens": 640},
     }  # fmt: skip
+
+
+def test_no_worker_process_is_a_choice(tmp_path: Path) -> None:
+    path = config_file(tmp_path, "num_replicas: 2\n")
+    assert ServingOptions(config=path).llm_arguments("a/model")["num_replicas"] == 2
+    assert ServingOptions(config=path, num_replicas=0).llm_arguments("a/model")["num_replicas"] == 0
 
 
 def test_without_flags_the_demo_model_runs_with_defaults() -> None:

@@ -12,6 +12,8 @@ import tempfile
 import textwrap
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -186,8 +188,10 @@ class TestStart:
 
 
 # Not under `if __name__ == "__main__"`: a worker must not run the user's script again.
+# The first call undoes what a shell does to a job in the background: it lets it ignore Ctrl-C, and all that it starts.
 SCRIPT = """
-    import json, os, sys, threading, time
+    import json, os, signal, sys, threading, time
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     from tokenmill import LLM, KvCacheConfig, SamplingParams
     from tokenmill.config import WorkerConfig
     llm = LLM({model!r}, dtype="float32", device="cpu", num_threads=1, num_replicas=1, num_postprocess_workers=1,
@@ -202,43 +206,93 @@ SCRIPT = """
 """
 
 
-def run_script(model_dir: Path, ending: str) -> tuple[subprocess.Popen[str], dict[str, Any]]:
-    """A user's script that has begun to generate, and what it says of its workers."""
+@contextmanager
+def running_script(model_dir: Path, ending: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+    """A user's script that has begun to generate, and what it says of its workers. Ends with the block."""
     code = textwrap.dedent(SCRIPT).format(model=str(model_dir)) + textwrap.dedent(ending)
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    assert process.stdout is not None
-    facts = json.loads(process.stdout.readline())
-    assert len(facts["pids"]) == 2
-    return process, facts
-
-
-def close(process: subprocess.Popen[str]) -> None:
-    assert process.stdout is not None
-    process.stdout.close()
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            assert process.stdout is not None
+            facts = json.loads(process.stdout.readline())
+            assert len(facts["pids"]) == 2
+            yield process, facts
+        finally:
+            process.kill()
 
 
 def test_no_worker_outlives_a_killed_parent(model_dir: Path) -> None:
-    process, facts = run_script(model_dir, "time.sleep(1000)")
-    os.kill(facts["pids"][0], signal.SIGSTOP)  # not even a stopped one
-    process.kill()
-    process.wait()
-    wait_until(lambda: not any(is_alive(pid) for pid in facts["pids"]), 10.0)
+    with running_script(model_dir, "time.sleep(1000)") as (process, facts):
+        os.kill(facts["pids"][0], signal.SIGSTOP)  # not even a stopped one
+        process.kill()
+        process.wait()
+        wait_until(lambda: not any(is_alive(pid) for pid in facts["pids"]), 10.0)
     assert Path(facts["folder"]).exists(), "nobody was left to remove it"
     for path in Path(facts["folder"]).iterdir():
         path.unlink()
     Path(facts["folder"]).rmdir()
-    close(process)
 
 
 def test_ctrl_c_ends_everything(model_dir: Path) -> None:
-    process, facts = run_script(model_dir, "time.sleep(1000)")
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: parent and workers get it
-    assert process.wait(60.0) != 0
-    assert not any(is_alive(pid) for pid in facts["pids"])
-    assert not Path(facts["folder"]).exists()
-    close(process)
+    with running_script(model_dir, "time.sleep(1000)") as (process, facts):
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: parent and workers get it
+        assert process.wait(20.0) != 0
+        assert not any(is_alive(pid) for pid in facts["pids"])
+        assert not Path(facts["folder"]).exists()
+
+
+IN_PROCESS = """
+    import signal, time
+    from llvmlite.binding.ffi import lib
+    from tokenmill import LLM, KvCacheConfig, SamplingParams
+    from tokenmill.runtime import cpu_program
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def say_and_sleep(*arguments):
+        with lib._lock:
+            print("now", flush=True)
+            time.sleep(1000)
+
+    def start():
+        cache = KvCacheConfig(max_tokens=17_000)
+        return LLM({model!r}, dtype="float32", device="cpu", num_threads=3, kv_cache_config=cache)
+
+"""
+MOMENTS = {
+    "kernels are compiled": """
+        cpu_program.compile_all = say_and_sleep
+        start()
+    """,
+    "the caller waits for something else": """
+        params = SamplingParams(max_tokens=16_000, ignore_eos=True, bad_token_ids=[319])
+        results = [start().generate_async("rain", params, streaming=True)]
+        next(results[0])
+        say_and_sleep()
+    """,
+    "tokens are awaited": """
+        llm = start()
+        print("now", flush=True)
+        llm.generate("rain", SamplingParams(max_tokens=16_000, ignore_eos=True, bad_token_ids=[319]))
+    """,
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_ctrl_c_ends_a_script_while(model_dir: Path, moment: str) -> None:
+    code = textwrap.dedent(IN_PROCESS).format(model=str(model_dir)) + textwrap.dedent(MOMENTS[moment])
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "now\n"
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=10.0)
+        finally:
+            process.kill()
+    assert process.returncode in (1, -signal.SIGINT)
+    assert errors.count("Traceback") == 1, errors
+    assert errors.rstrip().endswith("KeyboardInterrupt")
 
 
 def test_a_fork_of_the_caller_ends_nothing(model_dir: Path) -> None:
@@ -249,17 +303,15 @@ def test_a_fork_of_the_caller_ends_nothing(model_dir: Path) -> None:
         time.sleep(0.2)
         print(llm.generate("rain", SamplingParams(max_tokens=3, detokenize=False)).finished, flush=True)
     """
-    process, facts = run_script(model_dir, ending)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "True\n"
-    assert process.wait(20.0) == 0
-    assert not Path(facts["folder"]).exists()
-    close(process)
+    with running_script(model_dir, ending) as (process, facts):
+        assert process.stdout is not None
+        assert process.stdout.readline() == "True\n"
+        assert process.wait(20.0) == 0
+        assert not Path(facts["folder"]).exists()
 
 
 def test_a_script_that_just_ends_leaves_nothing(model_dir: Path) -> None:
-    process, facts = run_script(model_dir, "")
-    assert process.wait(20.0) == 0
-    assert not any(is_alive(pid) for pid in facts["pids"])
-    assert not Path(facts["folder"]).exists()
-    close(process)
+    with running_script(model_dir, "") as (process, facts):
+        assert process.wait(20.0) == 0
+        assert not any(is_alive(pid) for pid in facts["pids"])
+        assert not Path(facts["folder"]).exists()

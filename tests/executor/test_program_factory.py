@@ -11,30 +11,16 @@ import pytest
 from tests.support.single_thread import single_thread
 from tests.support.tiny_checkpoint import write_tiny_model
 from tests.support.tiny_programs import tiny_package
-from tokenmill import LLM, KvCacheConfig, SamplingParams, SchedulerConfig
+from tests.support.ways import GREEDY, NO_REUSE, PROMPTS, WAYS
+from tokenmill import LLM, SamplingParams
 from tokenmill.builder.build import build
 from tokenmill.checkpoints.base import open_checkpoint
-from tokenmill.config import CapacitySchedulerPolicy
 from tokenmill.errors import InvalidParameterError, PromptTooLongError, UnsupportedFeatureError
 from tokenmill.program.package import EnginePackage
 
 pytestmark = pytest.mark.spec("D1", "H3")
 
-LENGTHS = (1, 2, 7, 31, 32, 33, 64, 100, 150, 3, 17)
-PROMPTS = [[(7 * index + 13 * length) % 300 for index in range(length)] for length in LENGTHS]
-GREEDY = SamplingParams(max_tokens=40, ignore_eos=True)
-NO_REUSE = KvCacheConfig(max_tokens=8192, tokens_per_block=16, enable_block_reuse=False)
-
-WAYS: dict[str, dict[str, Any]] = {
-    "as it is": {},
-    "chunked": {"max_num_tokens": 24},
-    "one at a time": {"max_batch_size": 1},
-    "prefix cache": {"kv_cache_config": KvCacheConfig(max_tokens=8192, tokens_per_block=16)},
-    "preempted": {
-        "kv_cache_config": KvCacheConfig(max_tokens=480, tokens_per_block=16),
-        "scheduler_config": SchedulerConfig(capacity_scheduler_policy=CapacitySchedulerPolicy.MAX_UTILIZATION),
-    },
-}
+CPU_WAYS: dict[str, dict[str, Any]] = {"as it is": {}, **WAYS}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -75,11 +61,11 @@ def torch_llm(model_dir: Path) -> Iterator[LLM]:
         yield llm
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", CPU_WAYS)
 @pytest.mark.spec("A2")
 def test_greedy_tokens_are_those_of_the_torch_backend(torch_llm: LLM, engine_dir: Path, way: str) -> None:
     expected = tokens_of(torch_llm)
-    with make_llm(engine_dir, **WAYS[way]) as llm:
+    with make_llm(engine_dir, **CPU_WAYS[way]) as llm:
         assert llm.description.backend == "engine"
         assert tokens_of(llm) == expected
         if way == "preempted":

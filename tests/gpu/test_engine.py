@@ -2,51 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from tests.support.tiny_checkpoint import write_tiny_model
-from tokenmill import LLM, KvCacheConfig, SamplingParams, SchedulerConfig
-from tokenmill.config import CapacitySchedulerPolicy
+from tests.support.ways import GREEDY, NO_REUSE, PROMPTS, WAYS
+from tokenmill import LLM, KvCacheConfig, SamplingParams
 from tokenmill.layers.linear import LinearBase
 
 pytestmark = [pytest.mark.gpu, pytest.mark.spec("H3")]
 
-LENGTHS = (1, 2, 7, 31, 32, 33, 64, 100, 150, 200, 3, 17)
-PROMPTS = [[(7 * index + 13 * length) % 300 for index in range(length)] for length in LENGTHS]
-GREEDY = SamplingParams(max_tokens=40, ignore_eos=True)
-NO_REUSE = KvCacheConfig(max_tokens=8192, tokens_per_block=16, enable_block_reuse=False)
-
-WAYS: dict[str, dict[str, Any]] = {
+GPU_WAYS: dict[str, dict[str, Any]] = {
     "graphs and overlap": {},
     "eager": {"enable_cuda_graphs": False},
     "graphs, no overlap": {"disable_overlap_scheduler": True},
     "eager, no overlap": {"enable_cuda_graphs": False, "disable_overlap_scheduler": True},
-    "chunked": {"max_num_tokens": 24},
-    "one at a time": {"max_batch_size": 1},
-    "prefix cache": {"kv_cache_config": KvCacheConfig(max_tokens=8192, tokens_per_block=16)},
-    "preempted": {
-        "kv_cache_config": KvCacheConfig(max_tokens=480, tokens_per_block=16),
-        "scheduler_config": SchedulerConfig(capacity_scheduler_policy=CapacitySchedulerPolicy.MAX_UTILIZATION),
-    },
+    **WAYS,
 }
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _exact_float32() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def make_llm(model_dir: Path, **changes: Any) -> LLM:
@@ -65,9 +38,9 @@ def expected(model_dir: Path) -> list[list[int]]:
         return tokens_of(llm)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", GPU_WAYS)
 def test_greedy_tokens_are_those_of_the_cpu(model_dir: Path, expected: list[list[int]], way: str) -> None:
-    with make_llm(model_dir, **WAYS[way]) as llm:
+    with make_llm(model_dir, **GPU_WAYS[way]) as llm:
         assert llm.description.device.startswith("cuda")
         assert tokens_of(llm) == expected
         if way == "preempted":

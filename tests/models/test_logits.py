@@ -72,7 +72,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3_soft_capped_logits": ("gemma3_text", {"final_logit_softcapping": 5.0, "attention_bias": True}),
 }
 COMPILED_CASES = {name: case for name, case in CASES.items() if case[0] not in TINY_MOE}
-"""Those that the builder compiles."""
+"""Those with one MLP in each layer."""
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -1,3 +1,5 @@
+"""The most likely tokens: of every implementation, on the CPU, in triton's interpreter and on a GPU."""
+
 from __future__ import annotations
 
 import math
@@ -5,39 +7,60 @@ import math
 import pytest
 import torch
 
-from tokenmill.ops.argmax import IMPLEMENTATIONS, NUM_PARTS, argmax, choose
+from tokenmill.ops.argmax import IMPLEMENTATIONS, TokenPlaces, choose, most_likely
 
-SIZE = 4 * NUM_PARTS
+SIZES = [1, 7, 300, pytest.param(5000, id="several blocks"), pytest.param(128256, marks=pytest.mark.gpu)]
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_first_of_the_largest(name: str, dtype: torch.dtype, device: str) -> None:
-    x = torch.randn(7, SIZE, generator=torch.Generator().manual_seed(3)).round().to(dtype)  # many equal ones
-    largest, index = IMPLEMENTATIONS[name](x.to(device))
-    expected = [row.index(max(row)) for row in x.tolist()]
-    assert index.tolist() == expected
-    assert index.dtype == torch.int64
-    assert largest.tolist() == [max(row) for row in x.tolist()]
+@pytest.mark.parametrize("size", SIZES)
+def test_the_first_of_the_largest(name: str, dtype: torch.dtype, size: int, device: str) -> None:
+    x = torch.randn(7, size, generator=torch.Generator().manual_seed(3)).round().to(dtype)  # many equal ones
+    token_ids, invalid = IMPLEMENTATIONS[name](x.to(device), None)
+    assert token_ids.tolist() == [row.index(max(row)) for row in x.tolist()]
+    assert token_ids.dtype == torch.int64 and invalid.dtype == torch.bool
+    assert not invalid.any()
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_rows_that_are_no_distribution_show(name: str, device: str) -> None:
-    x = torch.zeros(3, SIZE, device=device)
+def test_rows_that_are_no_distribution_are_invalid(name: str, device: str) -> None:
+    x = torch.zeros(4, 128, device=device)
     x[0, 77], x[1, 5] = math.nan, math.inf
     x[2] = -math.inf
-    largest, index = IMPLEMENTATIONS[name](x)
-    assert largest.isnan().tolist() == [True, False, False]
-    assert largest[1:].isinf().all()
-    assert index[:2].tolist() == [77, 5]
+    x[3, 9], x[3, 11] = 3e38, -math.inf
+    token_ids, invalid = IMPLEMENTATIONS[name](x, None)
+    assert invalid.tolist() == [True, True, True, False]
+    assert token_ids.tolist() == [0, 0, 0, 9]
 
 
-def test_slices_of_wider_rows(device: str) -> None:
-    x = torch.arange(5 * 2 * SIZE, device=device).float().view(5, 2 * SIZE)[:, :SIZE]
-    for find in IMPLEMENTATIONS.values():
-        assert find(x)[1].tolist() == [SIZE - 1] * 5
-    assert argmax(x[:0])[1].shape == (0,)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_tokens_go_to_their_places(name: str, device: str) -> None:
+    table = torch.full((4, 9), -1, dtype=torch.int64, device=device)
+    x = torch.zeros(3, 50, device=device)
+    x[0, 4], x[1, 49], x[2, 0] = 1.0, 2.0, math.nan
+    places = TokenPlaces(table[:, :8], *torch.tensor([[2, 0, 3], [7, 0, 5]], device=device))
+    IMPLEMENTATIONS[name](x, places)
+    expected = torch.full((4, 9), -1, dtype=torch.int64)
+    expected[2, 7], expected[0, 0], expected[3, 5] = 4, 49, 0
+    assert torch.equal(table.cpu(), expected)
 
 
-def test_parts_are_for_few_rows_on_a_gpu() -> None:
-    assert choose(torch.zeros(1, SIZE)) == "torch"
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_slices_of_wider_rows_and_no_rows(name: str, device: str) -> None:
+    x = torch.arange(5 * 256, device=device).float().view(5, 256)
+    assert IMPLEMENTATIONS[name](x[:, :128], None)[0].tolist() == [127] * 5
+    assert IMPLEMENTATIONS[name](x[:, ::2], None)[0].tolist() == [127] * 5
+    assert most_likely(x[:0])[0].shape == (0,)
+
+
+def test_many_rows_share_the_device_in_larger_parts(device: str) -> None:
+    x = torch.zeros(600, 5000, device=device)
+    x[torch.arange(600), torch.arange(600) * 8] = 1.0
+    assert IMPLEMENTATIONS["triton"](x[:: 1 if device == "cuda" else 100], None)[0].tolist() == list(
+        range(0, 4800, 8 if device == "cuda" else 800)
+    )
+
+
+def test_who_chooses_on_a_cpu() -> None:
+    assert choose(torch.device("cpu")) == "torch"

@@ -10,6 +10,7 @@ import torch
 
 from tests.support.expert_weights import WeightKind, random_experts, random_routing
 from tests.support.triton_kernels import TOLERANCES, relative_error
+from tokenmill.ops.fp8 import per_token_quantize_fp8
 from tokenmill.ops.linear import PackedWeight
 from tokenmill.ops.moe import (
     ExpertMatrix,
@@ -82,6 +83,41 @@ def test_float8_experts(kind: WeightKind, num_tokens: int) -> None:
     assert relative_error(actual, run_experts_reference(x, routing, weights)) < 5e-3
     error = relative_error(actual, by_hand(x, routing, weights))
     assert error < 1e-5 if num_tokens <= 4 else 1e-5 < error < 0.06
+
+
+def test_static_scales_of_inputs() -> None:
+    """Every step in plain torch: x and what is between the projections are rounded to multiples of the given scales."""
+    of_x, of_inner = 0.004, 0.003  # x beyond 448 * 0.004 is cut off
+    weights = dataclasses.replace(
+        random_experts(4, 40, 24, torch.float32, "features"),
+        input_scales=(torch.tensor([of_x]), torch.tensor([of_inner])),
+    )
+    x = torch.randn(6, 40, generator=torch.Generator().manual_seed(2))
+    routing = random_routing(6, 4, 2)
+
+    def rounded(values: torch.Tensor, scale: float) -> torch.Tensor:
+        return (values / scale).clamp(-448, 448).to(torch.float8_e4m3fn).double() * scale
+
+    expected = torch.zeros(6, 40, dtype=torch.float64)
+    for token in range(6):
+        for expert, share in zip(routing.experts[token].tolist(), routing.weights[token].tolist(), strict=True):
+            gate, up = (weights.gate_up.dequantized(expert, torch.float32).double() @ rounded(x[token], of_x)).chunk(2)
+            inner = rounded((gate * gate.sigmoid() * up).float(), of_inner)
+            expected[token] += share * (weights.down.dequantized(expert, torch.float32).double() @ inner)
+    assert relative_error(run_experts(x, routing, weights), expected) < 5e-3  # single steps of float8
+    assert relative_error(run_experts_reference(x, routing, weights), expected) < 5e-3
+    dynamic = dataclasses.replace(weights, input_scales=None)
+    assert relative_error(run_experts(x, routing, dynamic), expected) > 0.02
+    assert not weights.takes_quantized(6) and dynamic.takes_quantized(6)
+
+
+def test_rows_quantized_beforehand() -> None:
+    weights = random_experts(4, 160, 24, torch.float32, "features")
+    x = torch.randn(6, 160, generator=torch.Generator().manual_seed(2))
+    routing, quantized = random_routing(6, 4, 2), per_token_quantize_fp8(x)
+    assert weights.takes_quantized(6) and not weights.takes_quantized(4)
+    given = run_experts(torch.full_like(x, float("nan")), routing, weights, quantized)
+    assert torch.equal(given, run_experts(x, routing, weights))
 
 
 def test_a_rank_adds_its_own_experts_only() -> None:

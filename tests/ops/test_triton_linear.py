@@ -11,7 +11,8 @@ from tokenmill.ops.linear import StreamedWeight, linear, linear_streamed, new_ar
 from tokenmill.ops.linear_plan import StreamPlan, matvec_plan, num_arrivals, small_batch_plan
 
 pytest.importorskip("triton")
-from tokenmill.ops.triton.linear import matvec, small_batch
+from tokenmill.ops.triton.linear import small_batch
+from tokenmill.ops.triton.matvec import matvec
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 SHAPES = [(1, 1), (3, 40), (37, 70), (64, 64)]  # output and input features

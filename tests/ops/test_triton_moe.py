@@ -9,7 +9,7 @@ import torch
 
 from tests.support.expert_weights import WeightKind, quantized_matrix, random_experts, random_routing
 from tests.support.triton_kernels import relative_error
-from tokenmill.ops.fp8 import QuantizedRows, per_token_quantize_reference
+from tokenmill.ops.fp8 import QuantizedRows, per_token_quantize_reference, static_quantize_reference
 from tokenmill.ops.moe import (
     ExpertMatrix,
     quantize_groups_fp8,
@@ -113,6 +113,17 @@ def test_tiles(num_tokens: int, hidden: int, device: str) -> None:
     assert relative_error(actual, run_experts_reference(x, routing, weights)) < TOLERANCE["plain"]
 
 
+@pytest.mark.parametrize("num_tokens", [3, 20])
+def test_float32_is_exact(num_tokens: int, device: str) -> None:
+    """Programs of built engines may compute in float32, inside graphs: the host must not be asked."""
+    weights = random_experts(4, 160, 128, torch.float32, "plain", device)
+    x = torch.randn(num_tokens, 160, generator=torch.Generator().manual_seed(3)).to(device)
+    routing = random_routing(num_tokens, 4, 2, device)
+    expected = run_experts_reference(x, routing, weights)
+    assert relative_error(run_tiles(x, routing, weights, TINY_PLAN), expected) < 1e-5
+    assert relative_error(run_pairs(x, routing, weights, *PAIR_PLANS), expected) < 1e-5
+
+
 @pytest.mark.parametrize("kind", ["features", "blocks"])
 def test_tiles_of_float8(kind: WeightKind, device: str) -> None:
     """Product by product, since the interpreter rounds to float8 badly (`test_triton_rows.check_quantized`)."""
@@ -156,6 +167,23 @@ def test_rows_with_one_scale_each(device: str) -> None:
         assert relative_error(inner[pair], gate * gate.sigmoid() * up) < 6e-3
         exact = weights.down.dequantized(expert, torch.float32).double() @ dequantized(given)[pair]
         assert relative_error(out[pair], exact * routing.weights.flatten()[pair]) < 6e-3
+
+
+def test_static_scales_of_inputs(device: str) -> None:
+    """Both products take one scale for all rows, which the checkpoint gave."""
+    scales = torch.tensor([0.02], device=device), torch.tensor([0.03], device=device)
+    weights = dataclasses.replace(random_experts(4, 160, 256, BF16, "features", device), input_scales=scales)
+    routing = random_routing(9, 4, 2, device)
+    x = torch.randn(9, 160, generator=torch.Generator().manual_seed(3)).to(device, BF16)
+    exact = torch.zeros(9, 160, dtype=torch.float64, device=device)
+    for pair, expert in enumerate(routing.experts.flatten().tolist()):
+        row = dequantized(static_quantize_reference(x[pair // 2 : pair // 2 + 1], scales[0]))[0]
+        gate, up = (weights.gate_up.dequantized(expert, torch.float32).double() @ row).chunk(2)
+        inner = dequantized(static_quantize_reference((gate * gate.sigmoid() * up).bfloat16()[None], scales[1]))[0]
+        matrix = weights.down.dequantized(expert, torch.float32).double()
+        exact[pair // 2] += matrix @ inner * routing.weights.flatten()[pair]
+    # The interpreter rounds to float8 badly: `test_triton_rows.check_quantized`.
+    assert relative_error(run_tiles(x, routing, weights, TINY_PLAN), exact) < (0.02 if device == "cuda" else 0.2)
 
 
 def dequantized(rows: QuantizedRows) -> torch.Tensor:

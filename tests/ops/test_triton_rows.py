@@ -9,7 +9,7 @@ from tests.support.triton_kernels import TOLERANCES, relative_error
 from tokenmill.ops.activation import gelu_tanh_and_mul_reference, silu_and_mul_reference
 from tokenmill.ops.fp8 import per_token_quantize_reference
 from tokenmill.ops.rms_norm import add_rms_norm_reference, rms_norm_reference
-from tokenmill.ops.rope import apply_rope_reference
+from tokenmill.ops.rope import apply_rope_reference, rotation_torch
 
 pytest.importorskip("triton")
 from tokenmill.ops.triton import activation, fp8, kv_cache, rms_norm, rope
@@ -112,6 +112,9 @@ def test_fused_quantization_is_the_separate_one(shape: tuple[int, int], device: 
     normalized, expected_total = rms_norm.add_rms_norm(x, residual, weight, 1e-5)
     assert torch.equal(total, expected_total)
     check_quantized((values, scales), normalized)
+    plain, values, scales, total = rms_norm.add_rms_norm_both(x, residual, weight, 1e-5)
+    assert torch.equal(plain, normalized) and torch.equal(total, expected_total)
+    check_quantized((values, scales), normalized)
     gate_up = torch.cat((x, residual), dim=1)
     check_quantized(activation.silu_and_mul_fp8(gate_up), activation.silu_and_mul(gate_up))
     check_quantized(activation.gelu_tanh_and_mul_fp8(gate_up), activation.gelu_tanh_and_mul(gate_up))
@@ -136,6 +139,17 @@ def angles(num_tokens: int, head_dim: int, device: str) -> tuple[torch.Tensor, t
     turns = normal((num_tokens, head_dim // 2), torch.float32, device, 7)
     cos = torch.cat((turns.cos(), turns.cos()), dim=-1)[:, None]
     return cos, torch.cat((-turns.sin(), turns.sin()), dim=-1)[:, None]
+
+
+@pytest.mark.parametrize(("num_tokens", "half"), [(0, 2), (1, 1), (7, 6), pytest.param(300, 64, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("factor", [1.0, 1.3])
+def test_rotation(num_tokens: int, half: int, factor: float, device: str) -> None:
+    positions = (torch.arange(num_tokens, device=device) * 977) % 131072
+    frequencies = (500000.0 ** -(torch.arange(half) / half)).to(device)
+    actual, expected = (find(positions, frequencies, factor) for find in (rope.rotation, rotation_torch))
+    for one, other in zip(actual, expected, strict=True):
+        assert one.shape == other.shape == (num_tokens, 1, 2 * half)
+        torch.testing.assert_close(one, other, rtol=0.0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -17,13 +18,15 @@ from tokenmill.config import LlmArgs
 from tokenmill.errors import CheckpointError, UnsupportedFeatureError
 from tokenmill.layers.context import LayerContext
 from tokenmill.layers.linear import MergedColumnLinear
+from tokenmill.layers.moe import SparseMoe
 from tokenmill.layers.weights import finalize_weights, weight_targets
 from tokenmill.models.base import CausalLM
 from tokenmill.models.config import ModelConfig
 from tokenmill.ops.block_fp8 import BlockScaledWeight, block_scaled_linear
 from tokenmill.ops.fp8 import static_quantize_fp8
+from tokenmill.ops.moe import run_experts_reference
 from tokenmill.quantization.checkpoint_format import Fp8Format
-from tokenmill.quantization.fp8_checkpoint import BlockFp8Linear, ScaledFp8Linear
+from tokenmill.quantization.fp8_checkpoint import BlockFp8Linear, CheckpointFp8Experts, ScaledFp8Linear
 from tokenmill.quantization.select import methods_for
 from tokenmill.runtime.model_loader import load_model
 
@@ -89,6 +92,41 @@ def test_a_stack_of_merged_projections_keeps_each_ones_scale() -> None:
     torch.testing.assert_close(layer.gate_up_proj(x), rows.values.float() * 0.02 @ exact.T, atol=1e-5, rtol=1e-5)
     assert isinstance(layer.gate_up_proj.method, ScaledFp8Linear)
     assert not layer.gate_up_proj.takes_quantized(3)
+
+
+def test_experts_take_the_largest_static_scale() -> None:
+    """One for gate and up of all experts, one for their down projections."""
+    stored = Fp8Format(weight_scales="matrix", static_inputs=True, scale_shape=(1,))
+    _, method = methods_for(None, stored)
+    context = LayerContext(dtype=torch.float32, device=CPU, backend=select_backend("auto", CPU), experts_method=method)
+    layer = torch.nn.Module()
+    layer.moe = SparseMoe(32, 16, num_experts=3, top_k=2, activation="silu", normalize=True, context=context)
+    generator = torch.Generator().manual_seed(0)
+    targets = weight_targets(layer)
+    for name, target in targets.items():
+        if name.endswith("input_scale"):
+            target.load(torch.rand(1, generator=generator) * 0.01 + 0.005)
+        elif name.endswith("weight_scale"):
+            target.load(torch.rand(1, generator=generator) * 0.1)
+        else:
+            target.load(torch.randn(target.shape, generator=generator))
+    given = {name: target.destination.clone() for name, target in targets.items() if name.endswith("input_scale")}
+    finalize_weights(layer)
+    experts = layer.moe.experts.method
+    assert isinstance(experts, CheckpointFp8Experts)
+    weights = experts._weights
+    assert weights is not None and weights.input_scales is not None
+    largest = [
+        max(float(scale) for name, scale in given.items() if ("down_proj" in name) == is_down)
+        for is_down in (False, True)
+    ]
+    assert [float(scale) for scale in weights.input_scales] == largest
+    x = torch.randn(7, 32, generator=generator)
+    routing = layer.moe.gate(x)
+    expected = run_experts_reference(x, routing, weights)
+    assert relative_error(layer.moe(x), expected) < 5e-3
+    without = run_experts_reference(x, routing, dataclasses.replace(weights, input_scales=None))
+    assert relative_error(without, expected) > 0.01
 
 
 def test_blocks_must_end_where_projections_do() -> None:

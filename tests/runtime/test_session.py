@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.single_thread import single_thread
-from tests.support.tiny_checkpoint import VOCAB_SIZE, write_tiny_model
+from tests.support.tiny_checkpoint import VOCAB_SIZE
 from tests.support.tiny_models import random_tokens
 from tokenmill.builder.build import build
 from tokenmill.errors import InvalidParameterError, UnknownParameterError
@@ -20,17 +18,6 @@ from tokenmill.runtime.session import Session
 pytestmark = pytest.mark.spec("C1", "D5")
 
 DEBUG = "model.layers.1.mlp.down_proj"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with single_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

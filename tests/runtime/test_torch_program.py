@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 from tests.models.test_logits import COMPILED_CASES
 from tests.support.paged_cache import PagedSequences
 from tests.support.programs import captured, compiled, program_weights
-from tests.support.single_thread import single_thread
 from tests.support.tiny_models import random_tokens, relative_error, tiny_hf_model
 from tests.support.tiny_programs import tiny_program
 from tokenmill.attention.cpu import CpuAttention
@@ -22,12 +20,6 @@ from tokenmill.runtime.torch_program import TorchProgram
 
 pytestmark = pytest.mark.spec("C1")
 TOLERANCE = 1e-4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with single_thread():
-        yield
 
 
 @pytest.fixture(scope="module", params=COMPILED_CASES)

@@ -30,7 +30,7 @@ def write_tiny_model(
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer_size = _write_tokenizer(folder, chat_template)
+    tokenizer_size = write_tokenizer(folder, chat_template)
     assert tokenizer_size < VOCAB_SIZE
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
@@ -51,7 +51,38 @@ def write_tiny_model(
     return folder
 
 
-def _write_tokenizer(folder: Path, chat_template: bool) -> int:
+def write_tiny_moe_model(folder: Path) -> Path:
+    """Like `write_tiny_model`, a Qwen 3 mixture of 8 experts, 2 for each token."""
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(folder, chat_template=True)
+    config = Qwen3MoeConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        moe_intermediate_size=48,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=4096,
+        initializer_range=0.3,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def write_tokenizer(folder: Path, chat_template: bool) -> int:
+    """Write a byte-level tokenizer; its number of tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

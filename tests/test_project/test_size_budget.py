@@ -29,13 +29,6 @@ class Exemption(NamedTuple):
 
 # Key: "<path>" for a file, "<path>::<qualified name>" for a function or class.
 EXEMPTIONS: dict[str, Exemption] = {
-    "tokenmill/ops/triton/moe_tiles.py::_gate_up_kernel": Exemption(
-        date(2026, 11, 22),
-        "a kernel with a line for each argument; its two sums live in registers from the first load to the last store",
-    ),
-    "tokenmill/ops/triton/moe_tiles.py::_rows_kernel": Exemption(
-        date(2026, 11, 22), "a kernel with a line for each argument; three kinds of scales share one loop"
-    ),
     "tokenmill/config.py::LlmArgs": Exemption(
         date(2026, 11, 22), "one field for each argument of LLM; what belongs together is nested already"
     ),

@@ -10,13 +10,13 @@ import torch
 from tokenmill.attention.base import AttentionBackend
 from tokenmill.attention.cpu import CpuAttention
 from tokenmill.attention.reference import ReferenceAttention
-from tokenmill.errors import InvalidParameterError, did_you_mean
+from tokenmill.errors import InvalidParameterError, UnsupportedFeatureError, did_you_mean
 
 
-def _triton() -> AttentionBackend:
+def _triton(*, batch_invariant: bool = False) -> AttentionBackend:
     from tokenmill.attention.triton import TritonAttention
 
-    return TritonAttention()
+    return TritonAttention(batch_invariant=batch_invariant)
 
 
 BACKENDS: Mapping[str, Callable[[], AttentionBackend]] = MappingProxyType(
@@ -25,15 +25,17 @@ BACKENDS: Mapping[str, Callable[[], AttentionBackend]] = MappingProxyType(
 """Backends by name."""
 
 
-def select_backend(name: str, device: torch.device) -> AttentionBackend:
+def select_backend(name: str, device: torch.device, *, batch_invariant: bool = False) -> AttentionBackend:
     """A new backend object for one model.
 
     Args:
         name: a name in `BACKENDS`, or `auto` for the fastest that the device has.
         device: where the model runs.
+        batch_invariant: give a token the same bits in any company.
 
     Raises:
         InvalidParameterError: no such backend, or not on this device (`field` is `attn_backend`).
+        UnsupportedFeatureError: the backend cannot be invariant.
     """
     if name == "auto":
         name = "triton" if device.type == "cuda" else "cpu"
@@ -49,4 +51,12 @@ def select_backend(name: str, device: torch.device) -> AttentionBackend:
             field="attn_backend",
             remedy="Use 'auto' or 'cpu', or run the model on an NVIDIA GPU.",
         )
+    if batch_invariant:
+        if name != "triton":
+            raise UnsupportedFeatureError(
+                f"The attention backend '{name}' does not compute a token in the same way in every batch.",
+                field="deterministic",
+                remedy="Leave attn_backend at 'auto', or deterministic at False.",
+            )
+        return _triton(batch_invariant=True)
     return BACKENDS[name]()

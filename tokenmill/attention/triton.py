@@ -10,16 +10,12 @@ from __future__ import annotations
 import torch
 
 from tokenmill.attention.base import AttentionMetadata, AttentionSpec, LayerCache
-from tokenmill.attention.triton_common import Result
+from tokenmill.attention.triton_common import Result, Turning
 from tokenmill.attention.triton_decode import choose_num_splits, decode_attention, decode_tiles
+from tokenmill.attention.triton_invariant import invariant_attention
 from tokenmill.attention.triton_kv_write import write_kv_triton
 from tokenmill.attention.triton_prefill import prefill_attention
 from tokenmill.ops.platform import num_multiprocessors
-
-INVARIANT_SPLIT_TOKENS = 512
-"""Tokens of each part of a row's context when a row's result must not depend on the batch."""
-
-LARGEST = 1 << 30
 
 
 def first_row_without_history(metadata: AttentionMetadata) -> int:
@@ -35,8 +31,8 @@ class TritonAttention:
     """Attention by Triton kernels.
 
     Args:
-        batch_invariant: cut every row's context in the same places whatever else is in the batch, so that a decode row
-            gives the same bits alone and in company. Costs speed in small batches.
+        batch_invariant: give a token the same bits whatever else is in the batch, in a prompt or in decode, with its
+            context cached or not (`triton_invariant`). Costs speed.
     """
 
     name = "triton"
@@ -54,19 +50,33 @@ class TritonAttention:
         metadata: AttentionMetadata,
         *,
         sinks: torch.Tensor | None = None,  # [H]
+        turning: tuple[torch.Tensor, torch.Tensor] | None = None,  # [T, 1, D] each
     ) -> torch.Tensor:  # [T, H, D]
-        """See `AttentionBackend.forward`. `sinks`: a learned score per head that takes probability and has no value."""
+        """See `AttentionBackend.forward` and `TurnsHeads.forward`.
+
+        `sinks`: a learned score per head that takes probability and has no value.
+        """
         assert metadata.block_tables.stride(-1) == 1, "block tables must be contiguous along the blocks"
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        if self.batch_invariant:
+            invariant_attention(spec, query, key, value, cache, metadata, Result(output, None, sinks))
+            return output
         num_decode = metadata.num_decode_rows
         if num_decode:
             rows = slice(num_decode)
-            self._decode(spec, query[rows], key[rows], value[rows], cache, metadata, Result(output[rows], None, sinks))
+            angles = None if turning is None else Turning(*turning)
+            result = Result(output[rows], None, sinks)
+            self._decode(spec, query[rows], key[rows], value[rows], angles, cache, metadata, result)
         if len(metadata.query_lens) > num_decode:
+            assert turning is None, "prompts are turned before"
             rest = slice(num_decode, None)
             keys, values = write_kv_triton(spec, key[rest], value[rest], cache, metadata.slot_mapping[rest])
             self._prefill(spec, query[rest], keys, values, cache, metadata, Result(output[rest], None, sinks))
         return output
+
+    def turns_heads(self, metadata: AttentionMetadata) -> bool:
+        """Steps of decode rows alone: turning costs their kernel less than a launch of its own."""
+        return not self.batch_invariant and metadata.num_decode_rows == len(metadata.query_lens)
 
     def _prefill(
         self,
@@ -97,7 +107,7 @@ class TritonAttention:
                     result._replace(output=result.output[tokens]),
                     rows=rows,
                     has_history=has_history,
-                    max_query_len=LARGEST if self.batch_invariant else max(metadata.query_lens[rows]),
+                    max_query_len=max(metadata.query_lens[rows]),
                 )
 
     def _decode(
@@ -106,6 +116,7 @@ class TritonAttention:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
+        turning: Turning | None,
         cache: LayerCache,
         metadata: AttentionMetadata,
         result: Result,
@@ -114,21 +125,8 @@ class TritonAttention:
         if spec.sliding_window is not None:
             max_kv_len = min(max_kv_len, spec.sliding_window)
         tiles = decode_tiles(spec.head_dim, cache[0].element_size())
-        fixed = INVARIANT_SPLIT_TOKENS if self.batch_invariant else 0
-        if fixed:  # a window may begin within a tile, which adds to its tokens
-            num_splits = -(-(max_kv_len + tiles.block_n) // fixed)
-        else:
-            num_programs = query.shape[0] * spec.num_kv_heads
-            num_splits = choose_num_splits(num_programs, max_kv_len, num_multiprocessors(query.device), tiles)
+        num_programs = query.shape[0] * spec.num_kv_heads
+        num_splits = choose_num_splits(num_programs, max_kv_len, num_multiprocessors(query.device), tiles)
         decode_attention(
-            spec,
-            query,
-            key,
-            value,
-            cache,
-            metadata,
-            result,
-            num_splits=num_splits,
-            fixed_split_tokens=fixed,
-            tiles=tiles,
+            spec, query, key, value, cache, metadata, result, num_splits=num_splits, tiles=tiles, turning=turning
         )

@@ -83,7 +83,7 @@ class BuildConfig(StrictModel):
             raise UnsupportedFeatureError(
                 f"max_beam_width={self.max_beam_width}: this version has no beam search.",
                 field="max_beam_width",
-                remedy="Set it to 1.",
+                remedy="Set it to 1; SamplingParams(n=..., best_of=...) gives several answers.",
             )
         if self.kv_cache_type != "paged":
             raise UnsupportedFeatureError(

@@ -74,7 +74,18 @@ def choose_formats(
         else:
             formats[name] = FALLBACK
             notices.add(f"of {num_columns} columns cannot be {wanted}: stored as {FALLBACK}")
+    _unify_stacks(graph, formats, notices)
     return FormatChoice(formats, notices.lines(), _summary(formats[name] for name in linear))
+
+
+def _unify_stacks(graph: Graph, formats: dict[str, str], notices: _Notices) -> None:
+    """The matrices of a layer's experts lie in one weight, which has one format."""
+    for weight in graph.weights.values():
+        found = sorted({formats[part.name] for part in weight.parts if part.name in formats})
+        if len(found) > 1:
+            for part in weight.parts:
+                formats[part.name] = FALLBACK
+                notices.add(f"of experts that are partly {' and partly '.join(found)}: stored as {FALLBACK}")
 
 
 def _routers(graph: Graph) -> list[str]:

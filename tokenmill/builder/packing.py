@@ -1,6 +1,6 @@
 """From a program and a checkpoint to the bytes of an engine's weights.
 
-On a CPU, quantized weights of `linear` are packed for its integer kernels (layout `packed`, see
+On a CPU, quantized weights of `linear` and `experts` are packed for the integer kernels (layouts `packed...`, see
 `ops/cpu/packing.py`); everything else, and all weights of engines for a GPU, are plain rows. Called when an engine is
 built and when it is given new weights.
 """
@@ -25,6 +25,11 @@ PACKED: Final = "packed"
 """Packed for the integer kernels: blocks of 16 rows."""
 PACKED_GATED: Final = "packed_gated"
 """The same with gate and up rows alternating, for products with an activation."""
+PACKED_EXPERTS: Final = "packed_experts"
+PACKED_GATED_EXPERTS: Final = "packed_gated_experts"
+"""The same for each expert's matrix by itself, one after the other."""
+
+_EXPERT_LAYOUTS: Final = {"gate_up": PACKED_GATED_EXPERTS, "down": PACKED_EXPERTS}
 
 ProgressCallback = Callable[[str, int, int], None]
 """Called with a weight's name, the values that are done, and all values."""
@@ -57,8 +62,10 @@ def _is_shared(name: str, weights: Mapping[str, Weight], chosen: Mapping[str, We
 
 
 def _layout(operation: Operation, role: str, weight: Weight) -> str:
-    if (operation.kind, role) != ("linear", "weight") or not WEIGHT_FORMATS[weight.format].is_quantized:
+    if operation.kind not in ("linear", "experts") or not WEIGHT_FORMATS[weight.format].is_quantized:
         return ROWS
+    if operation.kind == "experts":
+        return _EXPERT_LAYOUTS[role]
     return PACKED_GATED if "activation" in operation.attributes else PACKED
 
 
@@ -99,12 +106,27 @@ def pack_weight(weight: Weight, source: WeightSource) -> Bytes:
     """The bytes of a weight in its format and layout, out of a checkpoint."""
     if weight.layout == ROWS:
         return np.ascontiguousarray(source.encoded(weight)).reshape(-1)
+    if weight.layout in _EXPERT_LAYOUTS.values():
+        return _packed_experts(weight, source)
     gated = weight.layout == PACKED_GATED
     halves = list(_halves(weight)) if gated else [weight]
     if weight.format in BLOCK_READERS:
         parts = [source.encoded(half) for half in halves]
         return pack_blocks(weight.format, parts, weight.shape[1], gated=gated).data
     return pack_floats(weight.format, [source.values(half) for half in halves], gated=gated).data
+
+
+def _packed_experts(weight: Weight, source: WeightSource) -> Bytes:
+    """Each expert's matrix packed; an expert is one part of the weight, or two: gate and up."""
+    gated = weight.layout == PACKED_GATED_EXPERTS
+    step = 2 if gated else 1
+    packed: list[Bytes] = []
+    for first in range(0, len(weight.parts), step):
+        parts = weight.parts[first : first + step]
+        shape = (sum(part.num_rows for part in parts), weight.shape[1])
+        layout = PACKED_GATED if gated else PACKED
+        packed.append(pack_weight(replace(weight, parts=parts, shape=shape, layout=layout), source))
+    return np.concatenate(packed)
 
 
 def _halves(weight: Weight) -> Iterator[Weight]:

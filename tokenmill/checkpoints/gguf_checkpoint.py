@@ -120,7 +120,9 @@ class GgufCheckpoint:
     def _row_order(self, name: str) -> np.ndarray[Any, np.dtype[np.int64]] | None:
         """For each row of the Hugging Face tensor, where it is in the file: from the order of rotated pairs to that of
         rotated halves. None: they are in order."""
-        if self.hf_config["model_type"] != "llama" or not re.search(r"\.attn_[qk]\.(weight|bias)$", name):
+        if self.hf_config["model_type"] not in ("llama", "mixtral") or not re.search(
+            r"\.attn_[qk]\.(weight|bias)$", name
+        ):
             return None
         num_rows = self.file.tensors[name].shape[0]
         num_heads = self.hf_config["num_attention_heads" if ".attn_q." in name else "num_key_value_heads"]

@@ -14,7 +14,8 @@ import numpy as np
 from tokenmill.checkpoints.gguf_reader import GgufFile
 from tokenmill.errors import CheckpointError
 
-# GGUF architecture: model_type and class name of Hugging Face. Mistral files call themselves llama.
+# GGUF architecture: model_type and class name of Hugging Face. Mistral files call themselves llama, as do those of
+# Mixtral, which has experts.
 _ARCHITECTURES: Final = {
     "llama": ("llama", "LlamaForCausalLM"),
     "qwen2": ("qwen2", "Qwen2ForCausalLM"),
@@ -22,6 +23,7 @@ _ARCHITECTURES: Final = {
     "qwen3moe": ("qwen3_moe", "Qwen3MoeForCausalLM"),
     "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
 }
+_LLAMA_WITH_EXPERTS: Final = ("mixtral", "MixtralForCausalLM")
 _GEMMA3_PATTERN: Final = 6  # every sixth layer sees the whole context
 _GEMMA3_27B_LAYERS: Final = 62
 
@@ -42,6 +44,8 @@ def hf_config_from_gguf(file: GgufFile) -> dict[str, Any]:
     """
     keys = _Keys(file)
     model_type, class_name = _ARCHITECTURES[keys.architecture]
+    if model_type == "llama" and keys.get("expert_count"):
+        model_type, class_name = _LLAMA_WITH_EXPERTS
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise keys.invalid("it has no tensor 'token_embd.weight' of two dimensions")
@@ -69,8 +73,8 @@ def hf_config_from_gguf(file: GgufFile) -> dict[str, Any]:
     if config["num_hidden_layers"] > len(file.tensors):
         raise keys.invalid(f"it claims {config['num_hidden_layers']} layers with {len(file.tensors)} tensors")
     _refuse_unsupported(keys, config)
-    if model_type == "qwen3_moe":
-        config.update(_experts(keys))
+    if model_type in ("qwen3_moe", "mixtral"):
+        config.update(_experts(keys, model_type))
     if model_type == "llama":
         config["mlp_bias"] = "blk.0.ffn_gate.bias" in file.tensors
     config.update(_gemma3(keys, config) if model_type == "gemma3_text" else {"hidden_act": "silu"})
@@ -141,7 +145,7 @@ def _refuse_unsupported(keys: _Keys, config: dict[str, Any]) -> None:
     head_dim: int = config["head_dim"]
     if head_dim < 2 or head_dim % 2:
         raise keys.invalid(f"its attention heads have the odd size {head_dim}")
-    if config["model_type"] != "qwen3_moe" and keys.get("expert_count") not in (None, 0):
+    if config["model_type"] not in ("qwen3_moe", "mixtral") and keys.get("expert_count") not in (None, 0):
         raise keys.invalid("it is a mixture of experts, which is not supported")
     if keys.integer("rope.dimension_count", head_dim) != head_dim:
         raise keys.invalid("its rotary embedding covers only a part of each head, which is not supported")
@@ -151,8 +155,13 @@ def _refuse_unsupported(keys: _Keys, config: dict[str, Any]) -> None:
         raise keys.invalid("its number of attention heads is not a multiple of its key and value heads")
 
 
-def _experts(keys: _Keys) -> dict[str, Any]:
+def _experts(keys: _Keys, model_type: str) -> dict[str, Any]:
     """Every layer has experts, whose shares sum up to 1."""
+    if model_type == "mixtral":
+        return {
+            "num_local_experts": keys.integer("expert_count"),
+            "num_experts_per_tok": keys.integer("expert_used_count"),
+        }
     return {
         "num_experts": keys.integer("expert_count"),
         "num_experts_per_tok": keys.integer("expert_used_count"),

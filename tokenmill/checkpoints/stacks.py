@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 
 from tokenmill.checkpoints.base import LazyTensor
@@ -14,7 +16,8 @@ from tokenmill.errors import CheckpointError
 def take_apart(stack: LazyTensor, names: Sequence[str]) -> Iterator[LazyTensor]:
     """The tensors `names` in `stack`, whose first two axes [S, D, ...] run over all of their rows.
 
-    The stack is read when the first of them is, and kept until all have been.
+    The stack is read when the first of them is, and kept until all have been; rows that are encoded as blocks can be
+    read as they are.
 
     Raises:
         CheckpointError: the rows cannot be shared out evenly.
@@ -29,7 +32,8 @@ def take_apart(stack: LazyTensor, names: Sequence[str]) -> Iterator[LazyTensor]:
     part_shape = (shape[0] * shape[1] // len(names), shape[2])
     shared = _Shared(stack, (len(names), *part_shape))
     for index, name in enumerate(names):
-        yield LazyTensor(name, part_shape, stack.dtype, partial(shared.part, index))
+        blocks = None if stack.load_blocks is None else partial(shared.blocks, index)
+        yield LazyTensor(name, part_shape, stack.dtype, partial(shared.part, index), stack.block_type, blocks)
 
 
 class _Shared:
@@ -50,3 +54,10 @@ class _Shared:
         if not self._num_left:
             self._loaded = None
         return part
+
+    def blocks(self, index: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """Encoded rows of a part. They are views of the file, so nothing is kept."""
+        assert self._stack.load_blocks is not None
+        num_parts, num_rows, _ = self._shape
+        rows = self._stack.load_blocks().reshape(num_parts * num_rows, -1)
+        return rows[index * num_rows : (index + 1) * num_rows]

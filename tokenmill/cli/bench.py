@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenmill.cli.command import EXIT_FAILURE, command, examples
 from tokenmill.cli.console import print_error, print_note, stderr_console, stdout_console
 from tokenmill.cli.loading import loaded_llm
+from tokenmill.cli.option_kinds import number, word
 from tokenmill.cli.options import DEFAULT_MODEL, ModelOptions
 from tokenmill.errors import InvalidParameterError, UserError
 
@@ -49,33 +50,14 @@ NumIterations = Annotated[
     int, typer.Option("--num-iterations", "--num-requests", metavar="N", min=1, help="Requests, one after the other.")
 ]
 NumRequests = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        min=1,
-        help="Requests to send.",
-        rich_help_panel=_WORKLOAD_PANEL,
-        show_default="64, or the data set's lines",
-    ),
+    int | None, number("Requests to send.", panel=_WORKLOAD_PANEL, default="64, or the data set's lines")
 ]
 Concurrency = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        min=1,
-        help="Most requests under way at once.",
-        rich_help_panel=_WORKLOAD_PANEL,
-        show_default="no limit",
-    ),
+    int | None, number("Most requests under way at once.", panel=_WORKLOAD_PANEL, default="no limit")
 ]
 RequestRate = Annotated[
     float | None,
-    typer.Option(
-        metavar="R",
-        help="Requests a second, arriving at random (Poisson).",
-        rich_help_panel=_WORKLOAD_PANEL,
-        show_default="all at once",
-    ),
+    word("R", "Requests a second, arriving at random (Poisson).", panel=_WORKLOAD_PANEL, default="all at once"),
 ]
 
 
@@ -97,20 +79,14 @@ class WorkloadOptions:
     ] = 128
     dataset: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE.jsonl",
-            help='Lines such as {"prompt": "...", "output_tokens": 64}, or "input_ids".',
-            rich_help_panel=_WORKLOAD_PANEL,
+        word(
+            "FILE.jsonl",
+            'Lines such as {"prompt": "...", "output_tokens": 64}, or "input_ids".',
+            panel=_WORKLOAD_PANEL,
         ),
     ] = None
-    warmup: Annotated[
-        int,
-        typer.Option(metavar="N", min=0, help="Requests sent before, not measured.", rich_help_panel=_WORKLOAD_PANEL),
-    ] = 2
-    seed: Annotated[
-        int,
-        typer.Option(metavar="N", min=0, help="Of the random prompts and arrivals.", rich_help_panel=_WORKLOAD_PANEL),
-    ] = 0
+    warmup: Annotated[int, number("Requests sent before, not measured.", panel=_WORKLOAD_PANEL, at_least=0)] = 2
+    seed: Annotated[int, number("Of the random prompts and arrivals.", panel=_WORKLOAD_PANEL, at_least=0)] = 0
     prefix_cache: Annotated[
         bool | None,
         typer.Option(
@@ -120,14 +96,12 @@ class WorkloadOptions:
             show_default="on for a data set, off for random prompts",
         ),
     ] = None
-    report_json: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the report, with every request, as JSON.")
-    ] = None
+    report_json: Annotated[Path | None, word("FILE", "Write the report, with every request, as JSON.")] = None
     profile: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Run a part of it again under a profiler: print a table of kernels, write a timeline for Perfetto.",
+        word(
+            "FILE",
+            "Run a part of it again under a profiler: print a table of kernels, write a timeline for Perfetto.",
         ),
     ] = None
 

@@ -6,9 +6,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
-from tokenmill.cli.options import read_table
+from tokenmill.cli.option_kinds import number, switch, word
+from tokenmill.cli.options import MODEL_CONTEXT, read_table
 
 _SIZES = "Largest sizes"
 _NUMBERS = "Formats"
@@ -19,109 +18,58 @@ _BUILDER = "Builder"
 class BuildOptions:
     """How the engine is built."""
 
-    max_batch_size: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Sequences at a time.", rich_help_panel=_SIZES, show_default="64"),
-    ] = None
-    max_num_tokens: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Tokens of one step.", rich_help_panel=_SIZES, show_default="2048"),
-    ] = None
+    max_batch_size: Annotated[int | None, number("Sequences at a time.", panel=_SIZES, default="64")] = None
+    max_num_tokens: Annotated[int | None, number("Tokens of one step.", panel=_SIZES, default="2048")] = None
     max_input_len: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", min=1, help="Tokens of a prompt.", rich_help_panel=_SIZES, show_default="max-seq-len less one"
-        ),
+        int | None, number("Tokens of a prompt.", panel=_SIZES, default="max-seq-len less one")
     ] = None
     max_seq_len: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=2,
-            help="Tokens of prompt and answer.",
-            rich_help_panel=_SIZES,
-            show_default="the model's context",
-        ),
+        int | None, number("Tokens of prompt and answer.", panel=_SIZES, default=MODEL_CONTEXT, at_least=2)
     ] = None
     dtype: Annotated[
         str | None,
-        typer.Option(
-            metavar="TYPE",
-            help="Weights that are not quantized: auto, float32 or bfloat16.",
-            rich_help_panel=_NUMBERS,
-            show_default="auto",
-        ),
+        word("TYPE", "Weights that are not quantized: auto, float32 or bfloat16.", panel=_NUMBERS, default="auto"),
     ] = None
     quantization: Annotated[
         str | None,
-        typer.Option(
-            metavar="FORMAT",
-            help="Linear weights: auto (the file's own), none, int8, int8_channel, q4_0, q4_1, q5_0 or q8_0.",
-            rich_help_panel=_NUMBERS,
-            show_default="auto",
+        word(
+            "FORMAT",
+            "Linear weights: auto (the file's own), none, int8, int8_channel, q4_0, q4_1, q5_0 or q8_0.",
+            panel=_NUMBERS,
+            default="auto",
         ),
     ] = None
     kv_cache_dtype: Annotated[
         str | None,
-        typer.Option(
-            metavar="TYPE",
-            help="Cached keys and values: auto, float32 or bfloat16.",
-            rich_help_panel=_NUMBERS,
-            show_default="auto",
-        ),
+        word("TYPE", "Cached keys and values: auto, float32 or bfloat16.", panel=_NUMBERS, default="auto"),
     ] = None
-    device: Annotated[
-        str | None,
-        typer.Option(metavar="DEVICE", help="auto, cpu or cuda.", rich_help_panel=_BUILDER, show_default="auto"),
-    ] = None
+    device: Annotated[str | None, word("DEVICE", "auto, cpu or cuda.", panel=_BUILDER, default="auto")] = None
     opt_level: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            help="0: no passes; 1: all passes; 2: measure kernel variants too.",
-            rich_help_panel=_BUILDER,
-            show_default="2",
+        number(
+            "0: no passes; 1: all passes; 2: measure kernel variants too.", panel=_BUILDER, default="2", at_least=None
         ),
     ] = None
-    disable_pass: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="Leave a pass out; may be repeated.", rich_help_panel=_BUILDER),
-    ] = None
+    disable_pass: Annotated[list[str] | None, word("NAME", "Leave a pass out; may be repeated.", panel=_BUILDER)] = None
     debug_output: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME", help="Keep an operation's result after a step; may be repeated.", rich_help_panel=_BUILDER
-        ),
+        list[str] | None, word("NAME", "Keep an operation's result after a step; may be repeated.", panel=_BUILDER)
     ] = None
     strip_weights: Annotated[
-        bool,
-        typer.Option("--strip-weights", help="Leave the weights out, for tokenmill refit.", rich_help_panel=_BUILDER),
+        bool, switch("--strip-weights", "Leave the weights out, for tokenmill refit.", panel=_BUILDER)
     ] = False
     timing_cache: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Measured kernel variants, read and added to.",
-            rich_help_panel=_BUILDER,
-            show_default="in the cache folder",
-        ),
+        word("FILE", "Measured kernel variants, read and added to.", panel=_BUILDER, default="in the cache folder"),
     ] = None
     num_threads: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Threads to measure with.",
-            rich_help_panel=_BUILDER,
-            show_default="one for each core",
-        ),
+        int | None, number("Threads to measure with.", panel=_BUILDER, default="one for each core")
     ] = None
     config: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="YAML file with fields of BuildConfig, such as 'passes' and 'profiles'. Flags win over it.",
-            rich_help_panel=_BUILDER,
+        word(
+            "FILE",
+            "YAML file with fields of BuildConfig, such as 'passes' and 'profiles'. Flags win over it.",
+            panel=_BUILDER,
         ),
     ] = None
 

@@ -23,8 +23,5 @@ def loaded_llm(arguments: dict[str, Any]) -> Iterator[LLM]:
     with progress("Starting"):
         from tokenmill.llm import LLM  # imports torch, which takes a second or more: after the arguments were checked
 
-    llm = LLM(**arguments)  # shows its own progress
-    try:
+    with LLM(**arguments) as llm:  # shows its own progress
         yield llm
-    finally:
-        llm.shutdown()

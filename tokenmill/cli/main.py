@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import Annotated
+from contextlib import suppress
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -61,4 +63,17 @@ def main() -> None:
     try:
         build_app()()
     except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
+        _end_at_once()
+    except SystemExit as ending:
+        if ending.code == EXIT_INTERRUPTED:
+            _end_at_once()
+        raise
+
+
+def _end_at_once() -> NoReturn:
+    """End the process after Ctrl-C. What there was to close is closed; other threads may still be loading or compiling,
+    and the interpreter's own end, which takes most of a second, could find them in code that cannot be ended."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # nobody reads it any more
+            stream.flush()
+    os._exit(EXIT_INTERRUPTED)

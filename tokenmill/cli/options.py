@@ -7,13 +7,12 @@ command line and the Python API refuse the same things with the same words.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
+from tokenmill.cli.option_kinds import number, switch, word
 from tokenmill.errors import InvalidParameterError, UnknownParameterError, UserError
 
 if TYPE_CHECKING:
@@ -29,6 +28,12 @@ DEFAULT_MAX_TOKENS = 1024
 ONE_SEQUENCE: Mapping[str, Any] = MappingProxyType({"max_batch_size": 1})
 """Defaults of `run` and `chat`: a cache for one sequence is small, and allocated at once."""
 
+MODEL_CONTEXT = "the model's context"
+"""The default of a longest sequence, as help shows it."""
+
+_OF_THE_PROGRAM = ("config", "kv_cache_tokens")
+"""Options that are no arguments of `LLM` under their own names."""
+
 _MODEL_PANEL = "Model and engine"
 _SAMPLING_PANEL = "Sampling"
 
@@ -38,118 +43,51 @@ class ModelOptions:
     """How the model is loaded and the engine sized."""
 
     dtype: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TYPE",
-            help="auto, float32, bfloat16 or float16.",
-            rich_help_panel=_MODEL_PANEL,
-            show_default="auto",
-        ),
+        str | None, word("TYPE", "auto, float32, bfloat16 or float16.", panel=_MODEL_PANEL, default="auto")
     ] = None
-    device: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DEVICE", help="auto, cpu, cuda or cuda:N.", rich_help_panel=_MODEL_PANEL, show_default="auto"
-        ),
-    ] = None
+    device: Annotated[str | None, word("DEVICE", "auto, cpu, cuda or cuda:N.", panel=_MODEL_PANEL, default="auto")] = (
+        None
+    )
     max_batch_size: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Most sequences that run at the same time.",
-            show_default="64; run, chat: 1",
-            rich_help_panel=_MODEL_PANEL,
-        ),
+        number("Most sequences that run at the same time.", panel=_MODEL_PANEL, default="64; run, chat: 1"),
     ] = None
     max_seq_len: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            min=2,
-            help="Longest prompt plus answer, in tokens.",
-            rich_help_panel=_MODEL_PANEL,
-            show_default="the model's context",
-        ),
+        number("Longest prompt plus answer, in tokens.", panel=_MODEL_PANEL, default=MODEL_CONTEXT, at_least=2),
     ] = None
     max_num_tokens: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Most tokens computed in one step.",
-            show_default="2048; on a CPU: 512",
-            rich_help_panel=_MODEL_PANEL,
-        ),
+        number("Most tokens computed in one step.", panel=_MODEL_PANEL, default="2048; on a CPU: 512"),
     ] = None
     kv_cache_tokens: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Size of the KV cache in tokens.",
-            rich_help_panel=_MODEL_PANEL,
-            show_default="from free memory",
-        ),
+        int | None, number("Size of the KV cache in tokens.", panel=_MODEL_PANEL, default="from free memory")
     ] = None
     backend: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="auto, engine (compiled) or torch.",
-            rich_help_panel=_MODEL_PANEL,
-            show_default="auto",
-        ),
-    ] = None
-    attn_backend: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Attention backend.", rich_help_panel=_MODEL_PANEL, show_default="auto"),
+        str | None, word("NAME", "auto, engine (compiled) or torch.", panel=_MODEL_PANEL, default="auto")
     ] = None
     load_format: Annotated[
         str | None,
-        typer.Option(
-            metavar="FORMAT",
-            help="auto, or dummy: random weights of the right shape.",
-            rich_help_panel=_MODEL_PANEL,
-            show_default="auto",
-        ),
+        word("FORMAT", "auto, or dummy: random weights of the right shape.", panel=_MODEL_PANEL, default="auto"),
     ] = None
     quantization: Annotated[
         str | None,
-        typer.Option(
-            metavar="FORMAT",
-            help="Quantize while loading: fp8 (torch), int8, q4_0, ... (engine).",
-            rich_help_panel=_MODEL_PANEL,
-            show_default="none",
+        word(
+            "FORMAT",
+            "Quantize while loading: fp8 (torch), int8, q4_0, ... (engine).",
+            panel=_MODEL_PANEL,
+            default="none",
         ),
     ] = None
-    num_replicas: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=0,
-            help="Worker processes that each run the model and are restarted when they die; 0: this process.",
-            rich_help_panel=_MODEL_PANEL,
-            show_default="0",
-        ),
-    ] = None
+    deterministic: Annotated[
+        bool, switch("--deterministic", "Same greedy tokens in every batch; slower.", panel=_MODEL_PANEL)
+    ] = False
     num_threads: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="CPU threads for tensor work.",
-            show_default="torch's choice",
-            rich_help_panel=_MODEL_PANEL,
-        ),
+        int | None, number("CPU threads for tensor work.", panel=_MODEL_PANEL, default="one for each core")
     ] = None
     config: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE.yaml",
-            help="Any argument of LLM, nested as in Python; flags win over it.",
-            rich_help_panel=_MODEL_PANEL,
-        ),
+        word("FILE.yaml", "Any argument of LLM, nested as in Python; flags win over it.", panel=_MODEL_PANEL),
     ] = None
 
     def llm_arguments(self, model: str | None, **defaults: Any) -> dict[str, Any]:
@@ -160,12 +98,8 @@ class ModelOptions:
         """
         from_file = {} if self.config is None else read_config_file(self.config)
         arguments = _merged(defaults, from_file)
-        names = (
-            "dtype", "device", "max_batch_size", "max_seq_len", "max_num_tokens", "backend", "attn_backend",
-            "load_format",
-            "num_threads", "quantization", "num_replicas",
-        )  # fmt: skip
-        flags = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        flags = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _OF_THE_PROGRAM}
+        flags = {name: value for name, value in flags.items() if value is not None and value is not False}
         if self.kv_cache_tokens is not None:
             flags["kv_cache_config"] = {"max_tokens": self.kv_cache_tokens}
         if model is not None:
@@ -174,6 +108,21 @@ class ModelOptions:
         arguments.setdefault("model", DEFAULT_MODEL)
         checked_arguments(arguments)
         return arguments
+
+
+@dataclass(frozen=True, slots=True)
+class ServingOptions(ModelOptions):
+    """The same for a program that serves many for long."""
+
+    num_replicas: Annotated[
+        int | None,
+        number(
+            "Worker processes that each run the model and are restarted when they die; 0: this process.",
+            panel=_MODEL_PANEL,
+            default="0",
+            at_least=0,
+        ),
+    ] = None
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -243,54 +192,24 @@ class SamplingOptions:
     """How tokens are chosen and when an answer ends."""
 
     max_tokens: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Most tokens of an answer.",
-            rich_help_panel=_SAMPLING_PANEL,
-            show_default=str(DEFAULT_MAX_TOKENS),
-        ),
+        int | None, number("Most tokens of an answer.", panel=_SAMPLING_PANEL, default=str(DEFAULT_MAX_TOKENS))
     ] = None
     temperature: Annotated[
-        float | None,
-        typer.Option(
-            metavar="X", help="0 takes the most likely token; higher is freer.", rich_help_panel=_SAMPLING_PANEL
-        ),
+        float | None, word("X", "0 takes the most likely token; higher is freer.", panel=_SAMPLING_PANEL)
     ] = None
     top_k: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Sample from the k most likely tokens.", rich_help_panel=_SAMPLING_PANEL),
+        int | None, number("Sample from the k most likely tokens.", panel=_SAMPLING_PANEL, at_least=None)
     ] = None
     top_p: Annotated[
-        float | None,
-        typer.Option(
-            metavar="X",
-            help="Sample from the likeliest tokens up to this probability.",
-            rich_help_panel=_SAMPLING_PANEL,
-        ),
+        float | None, word("X", "Sample from the likeliest tokens up to this probability.", panel=_SAMPLING_PANEL)
     ] = None
     min_p: Annotated[
-        float | None,
-        typer.Option(
-            metavar="X",
-            help="Drop tokens below this share of the best one's probability.",
-            rich_help_panel=_SAMPLING_PANEL,
-        ),
+        float | None, word("X", "Drop tokens below this share of the best one's probability.", panel=_SAMPLING_PANEL)
     ] = None
-    repetition_penalty: Annotated[
-        float | None,
-        typer.Option(metavar="X", help="Above 1: repeat less.", rich_help_panel=_SAMPLING_PANEL),
-    ] = None
-    seed: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Makes sampling repeatable.", rich_help_panel=_SAMPLING_PANEL),
-    ] = None
+    repetition_penalty: Annotated[float | None, word("X", "Above 1: repeat less.", panel=_SAMPLING_PANEL)] = None
+    seed: Annotated[int | None, number("Makes sampling repeatable.", panel=_SAMPLING_PANEL, at_least=None)] = None
     stop: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="TEXT", help="End the answer before this text; may be repeated.", rich_help_panel=_SAMPLING_PANEL
-        ),
+        list[str] | None, word("TEXT", "End the answer before this text; may be repeated.", panel=_SAMPLING_PANEL)
     ] = None
 
     def sampling_parameters(self) -> dict[str, Any]:

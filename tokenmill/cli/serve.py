@@ -11,7 +11,7 @@ import typer
 
 from tokenmill.cli.command import command, examples
 from tokenmill.cli.loading import loaded_llm
-from tokenmill.cli.options import DEFAULT_MODEL, ModelOptions
+from tokenmill.cli.options import DEFAULT_MODEL, ServingOptions
 
 _EPILOG = examples(
     ("Serve the demo model on port 8000 of this machine", "tokenmill serve"),
@@ -60,7 +60,7 @@ def serve(
     log_level: Annotated[
         LogLevel, typer.Option(help="How much the server says on stderr; info is a line for each request.")
     ] = LogLevel.WARNING,
-    model_options: ModelOptions,
+    model_options: ServingOptions,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API: chat and text completions, health, Prometheus metrics.
 

@@ -61,15 +61,14 @@ def _reason_against_engine(args: LlmArgs, device: torch.device, model: ModelConf
         (args.quantization == "fp8", "quantization='fp8' is of the torch backend"),
         (args.dtype == "float16", "engines have no float16"),
         (args.kv_cache_config.dtype not in ("auto", "float32", "bfloat16"), "its cache is float32 or bfloat16"),
-        (model.moe is not None and device.type == "cpu", "its kernels for a CPU have no experts"),
         (args.attn_backend != "auto", f"attn_backend='{args.attn_backend}' is of the torch backend"),
     ):
         if problem:
             return reason
     if device.type != "cpu":
         return None
-    if find_spec("numba") is None:
-        return "its kernels need the package numba"
+    if find_spec("llvmlite") is None:
+        return "its kernels need the package llvmlite"
     if model.head_dim % 8 or model.head_dim > 256:
         return f"its kernels cannot attend with heads of {model.head_dim} columns"
     return None

@@ -13,6 +13,7 @@ Sources: the names follow TensorRT-LLM's `GenerationExecutor`.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import math
 import os
@@ -23,7 +24,7 @@ from copy import copy
 from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 from tokenmill.config import LlmArgs
 from tokenmill.engine.request import GenerationRequest
@@ -49,6 +50,9 @@ from tokenmill.outputs import FinishReason
 from tokenmill.sampling_params import SamplingParams
 from tokenmill.telemetry.stats import EngineStats, IterationStats
 
+HURRY_SECONDS: Final = 2.0
+"""How long the end waits for a step when somebody waits for the end: after Ctrl-C and when the process ends."""
+
 ProgressCallback = Callable[[str, int, int], None]
 """Called while an engine starts: (what, done, total), in bytes for weights."""
 
@@ -65,6 +69,7 @@ class GenerationExecutor(ABC):
     def __init__(self, tokenizer: TokenizerSource | None, *, max_requests: int, grace_period: float) -> None:
         self._tokenizer = tokenizer
         self._grace_period = grace_period
+        self._process = os.getpid()
         self._table = RequestTable(max_requests)
         self._deadlines = DeadlineTimer(self._table, self._expire, self._table.fail)
         self._request_ids = itertools.count(1)
@@ -251,15 +256,24 @@ class GenerationExecutor(ABC):
             grace_period: seconds that running requests get; None: what the configuration says. A second call, from any
                 thread, waits for the end too; with 0 it cuts the first one's grace short.
         """
+        self._end(self._grace_period if grace_period is None else grace_period, None)
+
+    def _end(self, grace_period: float, patience: float | None) -> None:
+        if self._process != os.getpid():
+            return  # a fork of the caller's process ends; nothing here is its own
         error = ExecutorShutdownError("The executor is shut down.")
         self._table.close(error)
-        grace = self._grace_period if grace_period is None else grace_period
-        if grace > 0.0:
-            self._table.wait_until_idle(grace)
+        if grace_period > 0.0:
+            self._table.wait_until_idle(grace_period)
         for request_id in self._table.finish_all(error):
             self._cancel(request_id, "cancelled")
-        self._stop()
+        self._stop(patience)
         self._deadlines.close()
+        atexit.unregister(self._at_exit)
+
+    def _at_exit(self) -> None:
+        """To be registered by who has something to end."""
+        self._end(0.0, HURRY_SECONDS)
 
     def __enter__(self) -> Self:
         return self
@@ -267,7 +281,10 @@ class GenerationExecutor(ABC):
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.shutdown(None if exc_type is None else 0.0)
+        if exc_type is None:
+            self.shutdown()
+        else:
+            self._end(0.0, HURRY_SECONDS)
 
     # ---- what differs ----------------------------------------------------------------------------------------
 
@@ -280,8 +297,12 @@ class GenerationExecutor(ABC):
         """End a request in its engine, if it is there; if it is still open, its terminal event comes soon."""
 
     @abstractmethod
-    def _stop(self) -> None:
-        """End threads and processes, and wait for their end. All requests have ended. Twice is harmless."""
+    def _stop(self, patience: float | None) -> None:
+        """End threads and processes, and wait for their end. All requests have ended. Twice is harmless.
+
+        Args:
+            patience: seconds to wait at the most for a step that is under way; None: as long as it takes.
+        """
 
     def _expire(self, request_id: int) -> None:
         """A deadline has passed; the request may have ended before."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import queue
 import time
@@ -10,9 +11,10 @@ from collections.abc import Callable
 from tokenmill.engine.core import EngineCore
 from tokenmill.engine.request import GenerationRequest
 from tokenmill.errors import ExecutorShutdownError
+from tokenmill.executor import waiting
 from tokenmill.executor.base_worker import BaseWorker
 from tokenmill.executor.description import EngineDescription
-from tokenmill.executor.executor import GenerationExecutor, ProgressCallback
+from tokenmill.executor.executor import HURRY_SECONDS, GenerationExecutor, ProgressCallback
 from tokenmill.executor.health import ExecutorHealth, ProcessHealth, ProcessState
 from tokenmill.executor.managed_thread import ManagedThread
 from tokenmill.executor.postproc import Postprocessed, Postprocessor
@@ -66,16 +68,17 @@ class InProcessExecutor(GenerationExecutor):
         self._started: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
         self._is_abandoned = False
         self._thread = ManagedThread(self._run, name="tokenmill-engine", on_error=self._table.fail)
-        self._thread.start()
         try:
+            self._thread.start()
             if tokenizer is not None:
                 tokenizer.load()  # while the engine is built
-            error = self._started.get()
+            error = waiting.get(self._started)
             if error is not None:
                 raise error
         except BaseException:
-            self._is_abandoned = True
+            self._abandon()
             raise
+        atexit.register(self._at_exit)
 
     def _run(self) -> None:
         """Build and step. Both on one thread: torch keeps a pool of threads for each thread that computes, and with two
@@ -90,6 +93,14 @@ class InProcessExecutor(GenerationExecutor):
         self._started.put(None)
         if not self._is_abandoned:
             self._worker.run()
+
+    def _abandon(self) -> None:
+        """Nobody waits for the engine any more: its thread ends when it next reports progress, or before a step. A
+        thread that is loading libraries when the interpreter ends can bring the process down."""
+        self._is_abandoned = True
+        if hasattr(self, "_worker"):
+            self._worker.stop()
+        self._thread.join(HURRY_SECONDS)
 
     def _report(self, what: str, done: int, total: int) -> None:
         if self._is_abandoned:
@@ -148,7 +159,7 @@ class InProcessExecutor(GenerationExecutor):
                 outcome.put(None)
 
         self._worker.call(check)
-        error = outcome.get(timeout=_INTEGRITY_TIMEOUT)
+        error = waiting.get(outcome, _INTEGRITY_TIMEOUT)
         if error is not None:
             raise error
 
@@ -158,6 +169,6 @@ class InProcessExecutor(GenerationExecutor):
     def _cancel(self, request_id: int, reason: FinishReason) -> None:
         self._worker.abort(request_id, reason)
 
-    def _stop(self) -> None:
+    def _stop(self, patience: float | None) -> None:
         self._worker.stop()
-        self._thread.join()
+        self._thread.join(patience)

@@ -10,6 +10,8 @@ import logging
 import threading
 from collections.abc import Callable
 
+from tokenmill.executor.waiting import join
+
 logger = logging.getLogger(__name__)
 
 
@@ -51,7 +53,7 @@ class ManagedThread:
     def join(self, timeout: float | None = None) -> bool:
         """Wait for the end; False if it has not come in `timeout` seconds. On the thread itself: returns at once."""
         if not self.is_current and self._thread.ident is not None:
-            self._thread.join(timeout)
+            join(self._thread, timeout)
         return not self._thread.is_alive()
 
     def _run(self) -> None:

@@ -16,7 +16,12 @@ from tokenmill.models.config import ModelConfig
 from tokenmill.ops.platform import free_memory
 from tokenmill.program.package import EnginePackage
 from tokenmill.runtime.memory_planner import MeasuredMemory, MemoryRequest, plan_memory
-from tokenmill.runtime.model_loader import resolve_cache_dtype, resolve_device, resolve_max_num_tokens
+from tokenmill.runtime.model_loader import (
+    check_deterministic,
+    resolve_cache_dtype,
+    resolve_device,
+    resolve_max_num_tokens,
+)
 from tokenmill.runtime.model_runner import ModelRunner
 from tokenmill.runtime.program_executor import ProgressCallback
 from tokenmill.runtime.program_loading import (
@@ -76,6 +81,8 @@ def build_program_engine(
     )
     measured = MeasuredMemory(package.weight_nbytes, package.program.arena_bytes)
     memory = plan_memory(config, request, args.kv_cache_config, free_memory(device) // num_sharing, measured)
+    is_16_bit = all(buffer.dtype != "float32" for buffer in package.program.buffers)  # what products read
+    check_deterministic(args, "engine", device, dtype if is_16_bit else torch.float32)
     attn_backend = select_backend(args.attn_backend, device).name
     description = EngineDescription(
         model=config,
@@ -125,7 +132,7 @@ def _make_runner(
     # One more for the scratch slot.
     sampling = SlotSamplingParams(description.max_batch_size + 1, description.model.vocab_size, device)
     if device.type != "cpu":
-        program = load_torch_program(package, device, attn_backend=args.attn_backend)
+        program = load_torch_program(package, device, attn_backend=args.attn_backend, deterministic=args.deterministic)
         caches = allocate_program_caches(
             package.program, memory.num_blocks, memory.tokens_per_block, cache_dtype, device
         )
@@ -139,5 +146,12 @@ def _make_runner(
         num_blocks=memory.num_blocks,
         tokens_per_block=memory.tokens_per_block,
     )
-    executor = load_executor(package, limits, cache_dtype, num_threads=args.num_threads, on_progress=on_progress)
+    executor = load_executor(
+        package,
+        limits,
+        cache_dtype,
+        num_threads=args.num_threads,
+        on_progress=on_progress,
+        deterministic=args.deterministic,
+    )
     return ProgramRunner(executor, slots, sampling)

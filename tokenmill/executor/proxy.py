@@ -8,7 +8,6 @@ again whose worker died before anything of them was handed out, and restarts wha
 from __future__ import annotations
 
 import atexit
-import os
 import queue
 import threading
 import time
@@ -23,6 +22,7 @@ import zmq
 from tokenmill.config import LlmArgs
 from tokenmill.engine.request import GenerationRequest
 from tokenmill.errors import InvalidParameterError, ProtocolError, TokenmillError
+from tokenmill.executor import waiting
 from tokenmill.executor.coordinator import Coordinator
 from tokenmill.executor.description import EngineDescription
 from tokenmill.executor.dispatch import prefix_keys
@@ -63,7 +63,6 @@ class GenerationExecutorProxy(GenerationExecutor):
         self._by_priority = args.scheduler_config.waiting_queue_policy == "priority"
         self._progress: queue.SimpleQueue[Progress] = queue.SimpleQueue()
         self._stop_lock = threading.Lock()
-        self._pid = os.getpid()
         self._folder = IpcFolder()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
@@ -76,7 +75,7 @@ class GenerationExecutorProxy(GenerationExecutor):
             self._table, self._flow, self._replicas, self._postprocs, self._iterations, self._progress.put
         )
         self._thread = ManagedThread(self._coordinator.run, name="tokenmill-coordinator", on_error=self._on_error)
-        atexit.register(self.shutdown, 0.0)
+        atexit.register(self._at_exit)
         self._thread.start()
         try:
             self._wait_until_ready(on_progress)
@@ -131,7 +130,7 @@ class GenerationExecutorProxy(GenerationExecutor):
             self._tokenizer.load()
         while True:
             try:
-                error = self._coordinator.started.get(timeout=0.05 if on_progress else None)
+                error = waiting.get(self._coordinator.started, 0.05 if on_progress else None)
             except queue.Empty:
                 self._show_progress(on_progress)
                 continue
@@ -222,14 +221,11 @@ class GenerationExecutorProxy(GenerationExecutor):
     def _cancel(self, request_id: int, reason: FinishReason) -> None:
         self._coordinator.call(lambda: self._flow.cancel(request_id, reason, self._coordinator.clock))
 
-    def _stop(self) -> None:
-        if os.getpid() != self._pid:
-            return  # a fork of the caller's process ends; nothing here is its own
+    def _stop(self, patience: float | None) -> None:
         with self._stop_lock:
             if self._thread.is_alive:
                 self._coordinator.stop()
                 self._thread.join()
-            atexit.unregister(self.shutdown)
             self._free()
 
     def _free(self) -> None:

@@ -15,6 +15,7 @@ from tokenmill.engine.request import GenerationRequest
 from tokenmill.errors import EngineError, QueueFullError, TokenmillError
 from tokenmill.executor.postproc import OutputDelta
 from tokenmill.executor.result import GenerationResult
+from tokenmill.executor.waiting import wait_for
 from tokenmill.outputs import RequestMetrics
 from tokenmill.telemetry.stats import EngineStats
 
@@ -140,7 +141,7 @@ class RequestTable:
     def wait_until_idle(self, timeout: float) -> bool:
         """Wait for the last request to end; False if it has not within `timeout` seconds."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._entries, timeout)
+            return wait_for(self._changed, lambda: not self._entries, timeout)
 
 
 def _as_engine_error(cause: Exception) -> EngineError:

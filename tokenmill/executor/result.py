@@ -13,6 +13,7 @@ from typing import Any
 
 from tokenmill.errors import TokenmillError
 from tokenmill.executor.postproc import OutputDelta
+from tokenmill.executor.waiting import wait_for
 from tokenmill.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from tokenmill.sampling_params import SamplingParams
 
@@ -124,7 +125,7 @@ class GenerationResult:
             TimeoutError: the request has not ended in time; it goes on.
         """
         with self._changed:
-            if not self._changed.wait_for(lambda: self._done, timeout):
+            if not wait_for(self._changed, lambda: self._done, timeout):
                 raise TimeoutError(f"request {self.request_id} has not ended within {timeout} s")
             return self._final()
 
@@ -145,7 +146,7 @@ class GenerationResult:
 
     def __next__(self) -> RequestOutput:
         with self._changed:
-            self._changed.wait_for(self._readable)
+            wait_for(self._changed, self._readable)
             output = self._read()
         if output is None:
             raise StopIteration

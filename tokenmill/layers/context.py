@@ -24,6 +24,7 @@ class LayerContext:
         linear_method: makes the `LinearMethod` of each linear layer, by the layer's full name.
         experts_method: makes the `ExpertsMethod` of the experts of each layer, by their full name.
         group: the ranks over which layers are sharded.
+        batch_invariant: whether a token's numbers shall have the same bits in any company.
         expert_parallel: whether each rank holds some experts whole, instead of a part of every expert.
         prefix: full name of the module that is being built.
     """
@@ -34,6 +35,7 @@ class LayerContext:
     linear_method: LinearMethodFactory = unquantized
     experts_method: ExpertsMethodFactory = unquantized_experts
     group: ParallelGroup = field(default_factory=ParallelGroup)
+    batch_invariant: bool = False
     expert_parallel: bool = False
     prefix: str = ""
 

@@ -77,7 +77,7 @@ class LMHead(nn.Module):
         self.method: LinearMethod
         self._is_tied = tied_to is not None
         if tied_to is not None:
-            shared = UnquantizedLinear()
+            shared = UnquantizedLinear(batch_invariant=context.batch_invariant)
             shared.share_weight(tied_to.weight)
             self.method = shared
         else:

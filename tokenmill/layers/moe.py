@@ -16,9 +16,17 @@ from torch import nn
 
 from tokenmill.layers.context import LayerContext
 from tokenmill.layers.weights import Shard, WeightTarget, join_name
+from tokenmill.ops.fp8 import QuantizedRows
 from tokenmill.ops.linear import PackedWeight, StreamedWeight, linear, pack_linear_weight
 from tokenmill.ops.moe import Routing, route
-from tokenmill.quantization.base import ConvertsExpertsWhileLoading, ExpertParameter, ExpertProjection, ExpertSizes
+from tokenmill.quantization.base import (
+    ConvertsExpertsWhileLoading,
+    ExpertParameter,
+    ExpertProjection,
+    ExpertSizes,
+    PlainAndQuantized,
+    TakesQuantizedExpertRows,
+)
 
 PROJECTIONS: Final[tuple[ExpertProjection, ...]] = get_args(ExpertProjection)
 _STACKED: Final = re.compile(r"(.+\.experts)\.(gate_up_proj|gate_proj|up_proj|down_proj)(?:\.weight)?")
@@ -40,13 +48,14 @@ class Router(nn.Module):
         super().__init__()
         self.top_k = top_k
         self.normalize = normalize
+        self._batch_invariant = context.batch_invariant
         weight = torch.empty(num_experts, hidden_size, dtype=context.dtype, device=context.device)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self._prepared: torch.Tensor | PackedWeight | StreamedWeight = weight
 
     def finalize_weights(self) -> None:
         """Prepare the weight for the device."""
-        self._prepared = pack_linear_weight(self.weight.data)
+        self._prepared = pack_linear_weight(self.weight.data, batch_invariant=self._batch_invariant)
 
     def forward(self, x: torch.Tensor) -> Routing:
         """The experts of tokens [T, hidden_size]."""
@@ -84,11 +93,19 @@ class Experts(nn.Module):
             self.rank_features = intermediate_size
             self.first_expert = context.group.rank * self.num_experts
         self.method = context.experts_method(context.prefix)
+        self._quantized_method = self.method if isinstance(self.method, TakesQuantizedExpertRows) else None
         sizes = ExpertSizes(self.num_experts, hidden_size, self.rank_features)
         self._filled = self.method.create_weights(self, sizes, context.dtype, context.device)
 
-    def forward(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+    def takes_quantized(self, num_rows: int) -> bool:
+        """Whether so many rows are better given quantized too."""
+        return self._quantized_method is not None and self._quantized_method.takes_quantized(num_rows)
+
+    def forward(self, x: torch.Tensor, routing: Routing, quantized: QuantizedRows | None = None) -> torch.Tensor:
         """[T, hidden_size] to [T, hidden_size], equal on all ranks."""
+        if quantized is not None:
+            assert self._quantized_method is not None, "these rows are quantized for another layer"
+            return self.group.all_reduce(self._quantized_method.apply_quantized(x, quantized, routing))
         return self.group.all_reduce(self.method.apply(x, routing))
 
     def finalize_weights(self) -> None:
@@ -150,9 +167,18 @@ class SparseMoe(nn.Module):
         """The router reads its input as it is."""
         return False
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def can_fuse(self, x: torch.Tensor) -> bool:
+        """Router and experts both read their input: its norm has to be there."""
+        return False
+
+    def takes_both(self, num_rows: int) -> bool:
+        """Whether so many rows are better given as `PlainAndQuantized`."""
+        return self.experts.takes_quantized(num_rows)
+
+    def forward(self, x: torch.Tensor | PlainAndQuantized) -> torch.Tensor:
         """[T, hidden_size] to [T, hidden_size]."""
-        return self.experts(x, self.gate(x))  # type: ignore[no-any-return]
+        x, quantized = x if isinstance(x, PlainAndQuantized) else (x, None)
+        return self.experts(x, self.gate(x), quantized)  # type: ignore[no-any-return]
 
 
 def names_of_stack(name: str, num_experts: int) -> Sequence[str] | None:

@@ -11,7 +11,7 @@ from tokenmill.layers.norm import RMSNorm
 from tokenmill.layers.rope_config import RopeConfig
 from tokenmill.ops import captured
 from tokenmill.ops.head_norm import HeadNorm, norm_and_rope
-from tokenmill.ops.rope import apply_rope
+from tokenmill.ops.rope import apply_rope, rotation
 
 
 class Rotation(NamedTuple):
@@ -44,21 +44,14 @@ class RotaryEmbedding:
     def __init__(self, config: RopeConfig, head_dim: int, device: torch.device) -> None:
         frequencies = inverse_frequencies(config, head_dim)
         self._captured_frequencies = frequencies.tolist() if device.type == "meta" else []
-        self._frequencies = torch.cat((frequencies, frequencies)).to(device)
-        signs = torch.ones(head_dim, device="cpu")
-        signs[: head_dim // 2] = -1.0
-        self._sin_factor = (signs * config.attention_factor).to(device)
-        self._cos_factor = config.attention_factor
+        self._frequencies = frequencies.to(device)
+        self._factor = config.attention_factor
 
     def __call__(self, positions: torch.Tensor) -> Rotation:
         """Angles of positions [T] int64."""
         if positions.is_meta:
-            return Rotation(*captured.rotation(positions, self._captured_frequencies, self._cos_factor))
-        angles = positions[:, None, None].float() * self._frequencies
-        cos = angles.cos()
-        if self._cos_factor != 1.0:
-            cos = cos * self._cos_factor
-        return Rotation(cos=cos, signed_sin=angles.sin() * self._sin_factor)
+            return Rotation(*captured.rotation(positions, self._captured_frequencies, self._factor))
+        return Rotation(*rotation(positions, self._frequencies, self._factor))
 
 
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> torch.Tensor:

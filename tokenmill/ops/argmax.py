@@ -1,44 +1,62 @@
-"""The largest number of each row and where it is. Called by `sampling.sampler` on logits."""
+"""The most likely token of each row of logits, written to where the next step reads it. For `sampling.sampler`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 
-Argmax: TypeAlias = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
-NUM_PARTS = 32
-"""Parts of a row that are searched beside each other where there are few rows."""
-MAX_ROWS_IN_PARTS = 32
+class TokenPlaces(NamedTuple):
+    """Where the tokens of R rows go.
 
+    Args:
+        token_ids: [S, L] int64, the tokens of all slots.
+        slots, positions: [R] int64; distinct, but for those of the scratch slot.
+    """
 
-def argmax(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(largest [R], its index [R] int64) of x [R, V]; of equal ones the first; NaN counts as the largest."""
-    return IMPLEMENTATIONS[choose(x)](x)
-
-
-def argmax_torch(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """One search through each row."""
-    largest, index = x.max(dim=-1)
-    return largest, index
+    token_ids: torch.Tensor
+    slots: torch.Tensor
+    positions: torch.Tensor
 
 
-def argmax_in_parts(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest of each part, then the largest of those: a GPU gives each row to a few of its blocks only."""
-    of_parts, index_in_part = x.unflatten(1, (NUM_PARTS, -1)).max(dim=-1)  # type: ignore[no-untyped-call]  # [R, parts]
-    largest, part = of_parts.max(dim=-1)
-    index = index_in_part.gather(1, part[:, None]).squeeze(1) + part * (x.shape[1] // NUM_PARTS)
-    return largest, index
+MostLikely: TypeAlias = Callable[[torch.Tensor, TokenPlaces | None], tuple[torch.Tensor, torch.Tensor]]
 
 
-IMPLEMENTATIONS: Mapping[str, Argmax] = MappingProxyType({"torch": argmax_torch, "parts": argmax_in_parts})
+def most_likely(logits: torch.Tensor, places: TokenPlaces | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(token [R] int64, invalid [R] bool) of logits [R, V] of any float type; of equally likely tokens the first.
+
+    A row with NaN, or whose largest logit is infinite, is invalid and gets the token 0.
+
+    Args:
+        logits: unit stride along V.
+        places: where the tokens are written as well, token 0 of invalid rows included.
+    """
+    return IMPLEMENTATIONS[choose(logits.device)](logits, places)
 
 
-def choose(x: torch.Tensor) -> str:
-    """Name of the implementation for x [R, V]."""
-    num_rows, size = x.shape
-    in_parts = x.is_cuda and 0 < num_rows <= MAX_ROWS_IN_PARTS and size % NUM_PARTS == 0 and size > NUM_PARTS
-    return "parts" if in_parts else "torch"
+def most_likely_torch(logits: torch.Tensor, places: TokenPlaces | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition: `max` takes NaN for the largest."""
+    largest, index = logits.max(dim=-1)
+    invalid = ~largest.isfinite()
+    token_ids = index.masked_fill(invalid, 0)
+    if places is not None:
+        places.token_ids[places.slots, places.positions] = token_ids
+    return token_ids, invalid
+
+
+def most_likely_triton(logits: torch.Tensor, places: TokenPlaces | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two launches: the largest of parts of each row, then of those."""
+    from tokenmill.ops.triton import argmax as kernels
+
+    return kernels.most_likely(logits, *(places or (None, None, None)))
+
+
+IMPLEMENTATIONS: Mapping[str, MostLikely] = MappingProxyType({"torch": most_likely_torch, "triton": most_likely_triton})
+
+
+def choose(device: torch.device) -> str:
+    """Name of the implementation for logits on this device."""
+    return "triton" if device.type == "cuda" else "torch"

@@ -13,7 +13,7 @@ from types import MappingProxyType
 import torch
 
 from tokenmill.ops.moe import ExpertMatrix, choose, quantize_groups_fp8
-from tokenmill.ops.moe_plan import SCALE_GROUP, down_pair_plan
+from tokenmill.ops.moe_plan import INVARIANT_PLAN, SCALE_GROUP, down_pair_plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,18 +24,20 @@ class BlockScaledWeight:
         matrix: values [1, O, I] float8_e4m3fn, scales [1, ceil(O / 128), ceil(I / 128)] float32.
         expert: [1, 1] int32 zero, the expert of one row.
         share: [1, 1] float32 one, its share.
+        batch_invariant: give each row the same bits in any company: a single one is quantized, too.
     """
 
     matrix: ExpertMatrix
     expert: torch.Tensor
     share: torch.Tensor
+    batch_invariant: bool = False
 
     @classmethod
-    def of(cls, values: torch.Tensor, scales: torch.Tensor) -> BlockScaledWeight:
+    def of(cls, values: torch.Tensor, scales: torch.Tensor, *, batch_invariant: bool = False) -> BlockScaledWeight:
         """The weight with values [O, I] and scales [ceil(O / 128), ceil(I / 128)]."""
         device = values.device
         expert, share = torch.zeros(1, 1, dtype=torch.int32, device=device), torch.ones(1, 1, device=device)
-        return cls(ExpertMatrix(values[None], scales[None]), expert, share)
+        return cls(ExpertMatrix(values[None], scales[None]), expert, share, batch_invariant)
 
 
 def block_scaled_linear(x: torch.Tensor, weight: BlockScaledWeight, bias: torch.Tensor | None) -> torch.Tensor:
@@ -66,14 +68,15 @@ def block_scaled_linear_reference(
 
 def block_scaled_linear_triton(x: torch.Tensor, weight: BlockScaledWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """The kernels of a mixture of experts, with one expert."""
-    if x.shape[0] != 1:
+    if x.shape[0] != 1 or weight.batch_invariant:
         from tokenmill.ops.triton.moe_tiles import block_scaled_product
 
-        return block_scaled_product(quantize_groups_fp8(x), weight.matrix, bias, x.dtype)
+        plan = INVARIANT_PLAN if weight.batch_invariant else None
+        return block_scaled_product(quantize_groups_fp8(x), weight.matrix, bias, x.dtype, plan)
     from tokenmill.ops.triton.moe_pairs import project_pairs
 
-    plan = down_pair_plan(*weight.matrix.values.shape[1:])
-    product = project_pairs(x.contiguous(), weight.matrix, weight.expert, weight.share, 0, plan)
+    pair_plan = down_pair_plan(*weight.matrix.values.shape[1:])
+    product = project_pairs(x.contiguous(), weight.matrix, weight.expert, weight.share, 0, pair_plan)
     return product if bias is None else product.add_(bias)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 
 from tokenmill.ops.linear import new_arrivals
-from tokenmill.ops.linear_plan import matvec_plan, small_batch_plan
+from tokenmill.ops.linear_plan import invariant_plan, matvec_plan, small_batch_plan
 
 FP8_DTYPE = torch.float8_e4m3fn
 FP8_MAX = 448.0
@@ -40,20 +40,22 @@ class Fp8Weight:
         values: [O, I] float8_e4m3fn, contiguous.
         scales: [O] float32.
         arrivals: `linear.new_arrivals`; belongs to this weight alone.
+        batch_invariant: give each row the same bits whatever the number of rows. Single rows are quantized, too, then.
     """
 
     values: torch.Tensor
     scales: torch.Tensor
     arrivals: torch.Tensor
+    batch_invariant: bool = False
 
     @classmethod
-    def of(cls, rows: QuantizedRows) -> Fp8Weight:
+    def of(cls, rows: QuantizedRows, *, batch_invariant: bool = False) -> Fp8Weight:
         """The weight whose output features are `rows`.
 
         Filling the counters is a launch that waits for the quantization to be complete, as the kernels require that
         read weights before they wait for the kernels before them (`ops.triton.launch`).
         """
-        return cls(rows.values, rows.scales, new_arrivals(rows.values))
+        return cls(rows.values, rows.scales, new_arrivals(rows.values), batch_invariant)
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         """[O, I] in `dtype`."""
@@ -123,7 +125,7 @@ def static_quantize_triton(x: torch.Tensor, scale: torch.Tensor) -> QuantizedRow
 
 def weight_only_linear_triton(x: torch.Tensor, weight: Fp8Weight, bias: torch.Tensor | None) -> torch.Tensor:
     """One row as fast as the weight can be read. Several rows are better quantized: here they cost a wide copy."""
-    from tokenmill.ops.triton.linear import matvec
+    from tokenmill.ops.triton.matvec import matvec
 
     if x.shape[0] != 1:
         return functional.linear(x, weight.dequantized(x.dtype), bias)
@@ -134,9 +136,14 @@ def weight_only_linear_triton(x: torch.Tensor, weight: Fp8Weight, bias: torch.Te
 def scaled_linear_cuda(
     x: QuantizedRows, weight: Fp8Weight, bias: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Few rows by `ops.triton.linear`, more by cuBLAS."""
+    """Few rows by `ops.triton.linear`, more by cuBLAS; all by one kernel if they shall be invariant."""
     num_rows = x.values.shape[0]
     out_features, in_features = weight.values.shape
+    if weight.batch_invariant:
+        from tokenmill.ops.triton.linear_invariant import invariant_product
+
+        plan_of_all = invariant_plan(num_rows, out_features, in_features, 1)
+        return invariant_product(x.values, x.scales, weight.values, weight.scales, bias, plan_of_all, dtype)
     plan = small_batch_plan(num_rows, out_features, in_features, 1)
     if plan.kernel == "small_batch":
         from tokenmill.ops.triton.linear import small_batch

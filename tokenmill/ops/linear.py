@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from tokenmill.ops import captured
-from tokenmill.ops.linear_plan import matvec_plan, num_arrivals, small_batch_plan
+from tokenmill.ops.linear_plan import invariant_plan, matvec_plan, num_arrivals, small_batch_plan
 from tokenmill.ops.platform import computes_bfloat16
 
 PACKING_NUM_ROWS = 16
@@ -42,10 +42,12 @@ class StreamedWeight:
     Args:
         data: [O, I], contiguous.
         arrivals: from `new_arrivals`; belongs to this weight alone.
+        batch_invariant: give each row the same bits whatever the number of rows.
     """
 
     data: torch.Tensor
     arrivals: torch.Tensor
+    batch_invariant: bool = False
 
 
 def linear(
@@ -93,11 +95,17 @@ def linear_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
 
 
 def linear_streamed(x: torch.Tensor, weight: StreamedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Few rows by the kernels of `ops.triton.linear`, more by cuBLAS."""
-    from tokenmill.ops.triton.linear import matvec, small_batch
+    """Few rows by the kernels of `ops.triton`, more by cuBLAS; all by one kernel if they shall be invariant."""
+    from tokenmill.ops.triton.linear import small_batch
+    from tokenmill.ops.triton.matvec import matvec
 
     num_rows = x.shape[0]
     out_features, in_features = weight.data.shape
+    if weight.batch_invariant:
+        from tokenmill.ops.triton.linear_invariant import invariant_product
+
+        plan_of_all = invariant_plan(num_rows, out_features, in_features, x.element_size())
+        return invariant_product(x, None, weight.data, None, bias, plan_of_all, x.dtype)
     if num_rows == 1:
         return matvec(_rows(x), weight.data, None, bias, matvec_plan(out_features, in_features, x.element_size()))
     plan = small_batch_plan(num_rows, out_features, in_features, x.element_size())
@@ -120,11 +128,18 @@ def choose(device: torch.device, dtype: torch.dtype) -> str:
     return "onednn" if is_fast else "torch"
 
 
-def pack_linear_weight(weight: torch.Tensor) -> torch.Tensor | PackedWeight | StreamedWeight:
-    """`weight` [O, I] prepared for `linear`: packed into a copy, or itself with what its product needs, or itself."""
+def pack_linear_weight(
+    weight: torch.Tensor, *, batch_invariant: bool = False
+) -> torch.Tensor | PackedWeight | StreamedWeight:
+    """`weight` [O, I] prepared for `linear`: packed into a copy, or itself with what its product needs, or itself.
+
+    Args:
+        batch_invariant: the product shall give a row the same bits in any company; on GPUs, in 16 bits.
+    """
     implementation = choose(weight.device, weight.dtype)
     if implementation == "triton" and weight.is_contiguous():
-        return StreamedWeight(weight.detach(), new_arrivals(weight))
+        return StreamedWeight(weight.detach(), new_arrivals(weight), batch_invariant)
+    assert not batch_invariant, "no product of this device and type is known to be invariant"
     if implementation != "onednn":
         return weight
     data = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACKING_NUM_ROWS)

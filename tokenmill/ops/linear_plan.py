@@ -46,7 +46,7 @@ class StreamPlan(NamedTuple):
 
 
 class SmallBatchBlocks(NamedTuple):
-    """Blocks of `small_batch` up to a number of rows, for outputs up to a number of features."""
+    """Blocks of `small_batch` up to a number of rows, for outputs and inputs up to a number of features."""
 
     max_rows: int
     block_in: int
@@ -55,6 +55,7 @@ class SmallBatchBlocks(NamedTuple):
     num_warps: int = 4
     max_block_rows: int = 128
     max_out_features: int = 2**31
+    max_in_features: int = 2**31
 
 
 SMALL_BATCH_16BIT = (
@@ -66,6 +67,8 @@ SMALL_BATCH_FP8 = (
     SmallBatchBlocks(64, 256, 4),
     SmallBatchBlocks(128, 256, 6, max_block_rows=64, max_out_features=5120),
     SmallBatchBlocks(128, 256, 4, max_out_features=8192),
+    SmallBatchBlocks(256, 256, 4, max_block_rows=64, max_out_features=2048),
+    SmallBatchBlocks(256, 128, 4, max_out_features=5120, max_in_features=2048),
     SmallBatchBlocks(256, 256, 4, max_out_features=5120),
 )
 """Both operands float8; the first line that fits counts. What none covers is the library's: of many rows it shares the
@@ -101,7 +104,8 @@ def _occupancy(out_features: int, block_in: int) -> float:
 def small_batch_plan(num_rows: int, out_features: int, in_features: int, weight_bytes: int) -> StreamPlan:
     """The plan for some rows and a weight [O, I] of their type, `weight_bytes` an element."""
     for blocks in SMALL_BATCH_FP8 if weight_bytes == 1 else SMALL_BATCH_16BIT:
-        if 0 < num_rows <= blocks.max_rows and out_features <= blocks.max_out_features:
+        is_within = out_features <= blocks.max_out_features and in_features <= blocks.max_in_features
+        if 0 < num_rows <= blocks.max_rows and is_within:
             block_rows = min(blocks.max_block_rows, max(MIN_BLOCK_ROWS, _power_of_two_from(num_rows)))
             num_blocks = -(-out_features // blocks.block_out) * -(-num_rows // block_rows)
             return StreamPlan(
@@ -116,16 +120,66 @@ def small_batch_plan(num_rows: int, out_features: int, in_features: int, weight_
     return StreamPlan("library")
 
 
-def num_splits_for(num_blocks: int, num_blocks_in: int) -> int:
+def num_splits_for(num_blocks: int, num_blocks_in: int, min_programs: int = MIN_PROGRAMS) -> int:
     """A power of two, for blocks of the result and of input features: programs enough, but some work for each."""
     num_splits = 1
     while (
         num_splits < MAX_SPLITS
-        and num_blocks * num_splits < MIN_PROGRAMS
+        and num_blocks * num_splits < min_programs
         and num_blocks_in // (2 * num_splits) >= MIN_BLOCKS_PER_SPLIT
     ):
         num_splits *= 2
     return num_splits
+
+
+class InvariantPlan(NamedTuple):
+    """How a product is computed whose rows shall not depend on how many there are.
+
+    Args:
+        block_out, block_rows, block_in: output features, rows, and input features at a time of a program.
+        num_warps, num_stages: of a program.
+        num_splits: parts of the input features, each summed by itself, whatever the number of rows.
+        split_size: input features of a part.
+        splits_programs: whether each part has programs of its own; else one program goes through them all.
+        group_rows: blocks of rows that neighbouring programs share weights over.
+    """
+
+    block_out: int
+    block_rows: int
+    block_in: int
+    num_warps: int
+    num_stages: int
+    num_splits: int
+    split_size: int
+    splits_programs: bool
+    group_rows: int = 1
+
+
+INVARIANT_FEATURES = 64
+"""Output features of a program of few rows; splits are chosen for them."""
+INVARIANT_PROGRAMS = 200
+"""Programs of few rows: one and a half for each multiprocessor, which holds one at a time."""
+MAX_INVARIANT_STREAM_ROWS = 128
+"""Rows up to which a program reads weights that nobody else needs: narrow tiles, a program for each split."""
+
+
+@lru_cache(maxsize=4096)
+def invariant_plan(num_rows: int, out_features: int, in_features: int, weight_bytes: int) -> InvariantPlan:
+    """The plan for some rows and a weight [O, I] of their type, `weight_bytes` an element.
+
+    Splits, and with them the order of all sums, depend on the weight alone.
+    """
+    block_in = 256 // weight_bytes
+    num_blocks_in = -(-in_features // block_in)
+    num_splits = num_splits_for(-(-out_features // INVARIANT_FEATURES), num_blocks_in, INVARIANT_PROGRAMS)
+    split_size = -(-num_blocks_in // num_splits) * block_in
+    if num_rows <= MAX_INVARIANT_STREAM_ROWS:
+        block_rows = min(128, max(MIN_BLOCK_ROWS, _power_of_two_from(num_rows)))
+        num_stages = 6 if block_rows <= 32 else 4 if block_rows <= 64 else 3
+        return InvariantPlan(
+            INVARIANT_FEATURES, block_rows, block_in, 4, num_stages, num_splits, split_size, num_splits > 1
+        )
+    return InvariantPlan(128, 128, 128 // weight_bytes, 8, 4, num_splits, split_size, False, group_rows=8)
 
 
 def num_arrivals(out_features: int) -> int:

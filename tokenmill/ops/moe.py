@@ -17,9 +17,15 @@ import torch
 
 from tokenmill.ops import captured
 from tokenmill.ops.activation import gated_activation
-from tokenmill.ops.fp8 import FP8_DTYPE, QuantizedRows, per_token_quantize_fp8, per_token_quantize_reference
+from tokenmill.ops.fp8 import (
+    FP8_DTYPE,
+    QuantizedRows,
+    per_token_quantize_reference,
+    static_quantize_reference,
+)
 from tokenmill.ops.linear import PackedWeight, StreamedWeight, linear, pack_linear_weight
 from tokenmill.ops.moe_plan import (
+    INVARIANT_PLAN,
     MAX_PAIR_TOKENS,
     SCALE_GROUP,
     down_pair_plan,
@@ -75,15 +81,20 @@ class ExpertWeights:
         down: [E, H, I].
         activation: Hugging Face name of the gate's activation.
         first_expert: the routing's number of the first expert here; what is routed elsewhere adds nothing.
+        input_scales: (of x, of what is between the projections), [1] float32 each, if a checkpoint of float8 gives
+            them; None: every row is quantized with a scale of its own.
         packed: (gate_up, down) of each expert prepared for a CPU's products, in the place of the two, which are then
             empty; None: not prepared.
+        batch_invariant: give each token the same bits in any company: one way for all numbers of tokens.
     """
 
     gate_up: ExpertMatrix
     down: ExpertMatrix
     activation: str = "silu"
     first_expert: int = 0
+    input_scales: tuple[torch.Tensor, torch.Tensor] | None = None
     packed: tuple[PackedMatrices, PackedMatrices] | None = None
+    batch_invariant: bool = False
 
     @property
     def num_experts(self) -> int:
@@ -93,7 +104,15 @@ class ExpertWeights:
     def scales_inner_by_token(self, num_pairs: int) -> bool:
         """Whether what is between the projections of so many pairs has one scale a row, not one for 128 features."""
         has_feature_scales = self.down.scales is not None and not self.down.is_block_scaled
-        return has_feature_scales and scales_inner_by_token(num_pairs, self.num_experts)
+        is_static = self.input_scales is not None
+        by_token = not self.batch_invariant and scales_inner_by_token(num_pairs, self.num_experts)
+        return is_static or (has_feature_scales and by_token)
+
+    def takes_quantized(self, num_rows: int) -> bool:
+        """Whether `run_experts` quantizes so many rows, each with a scale of its own."""
+        is_dynamic = self.gate_up.values.dtype == FP8_DTYPE and self.input_scales is None
+        is_tiled = self.batch_invariant or num_rows > MAX_PAIR_TOKENS
+        return is_dynamic and not self.gate_up.is_block_scaled and is_tiled
 
     def prepared(self) -> ExpertWeights:
         """These weights as the products of their device want them; the originals may be freed."""
@@ -110,7 +129,7 @@ class ExpertWeights:
             ExpertMatrix(self.down.values.new_empty(num_experts, 0, 0)),
             self.activation,
             self.first_expert,
-            (packed, packed_down),
+            packed=(packed, packed_down),
         )
 
 
@@ -130,22 +149,26 @@ def route(logits: torch.Tensor, top_k: int, *, normalize: bool) -> Routing:
     return ROUTE_IMPLEMENTATIONS[choose(logits.device, logits.dtype)](logits, top_k, normalize)
 
 
-def run_experts(x: torch.Tensor, routing: Routing, weights: ExpertWeights) -> torch.Tensor:
+def run_experts(
+    x: torch.Tensor, routing: Routing, weights: ExpertWeights, quantized: QuantizedRows | None = None
+) -> torch.Tensor:
     """The experts' outputs, times their shares, added up.
 
-    With float8 weights up to `MAX_PAIR_TOKENS` tokens are multiplied as they are. More are quantized: x with a scale
-    for each token (for each 128 features if the weights are block-scaled), what is between the projections with a scale
-    for each token and 128 features.
+    With float8 weights up to `MAX_PAIR_TOKENS` tokens are multiplied as they are. More are quantized: by
+    `weights.input_scales` if there are any; else x with a scale for each token (for each 128 features if the weights
+    are block-scaled), what is between the projections with a scale for each token and 128 features, or, where that
+    would be slow, for each token.
 
     Args:
         x: [T, H].
         routing: of the T tokens.
         weights: of the experts that this rank holds.
+        quantized: x with a scale for each row, if it is at hand and `weights.takes_quantized(T)`.
 
     Returns:
         [T, H], of x's type; summed in float32, in the order of the routing.
     """
-    return EXPERTS_IMPLEMENTATIONS[choose(x.device, x.dtype)](x, routing, weights)
+    return EXPERTS_IMPLEMENTATIONS[choose(x.device, x.dtype)](x, routing, weights, quantized)
 
 
 def route_reference(logits: torch.Tensor, top_k: int, normalize: bool) -> Routing:
@@ -163,16 +186,14 @@ def route_triton(logits: torch.Tensor, top_k: int, normalize: bool) -> Routing:
     return Routing(*kernels.route(logits, top_k, normalize))
 
 
-def run_experts_reference(x: torch.Tensor, routing: Routing, weights: ExpertWeights) -> torch.Tensor:
+def run_experts_reference(
+    x: torch.Tensor, routing: Routing, weights: ExpertWeights, quantized: QuantizedRows | None = None
+) -> torch.Tensor:
     """The definition, one token and expert after the other, in float32."""
     activation = gated_activation(weights.activation, torch.device("cpu"), torch.float32)
     quantizes = weights.gate_up.values.dtype == FP8_DTYPE and x.shape[0] > MAX_PAIR_TOKENS
-    inputs = x
-    if quantizes:
-        inputs = (
-            _rounded_groups(x) if weights.gate_up.is_block_scaled else _dequantized(per_token_quantize_reference(x))
-        )
-    by_token = weights.scales_inner_by_token(routing.experts.numel())
+    inputs = _rounded_input(x, weights, quantized) if quantizes else x
+    num_pairs = routing.experts.numel()
     out = torch.zeros(x.shape[0], x.shape[1], dtype=torch.float32, device=x.device)
     for token, (experts, shares) in enumerate(zip(routing.experts.tolist(), routing.weights, strict=True)):
         for expert, share in zip(experts, shares, strict=True):
@@ -180,16 +201,14 @@ def run_experts_reference(x: torch.Tensor, routing: Routing, weights: ExpertWeig
             if 0 <= local < weights.num_experts:
                 gate_up = weights.gate_up.dequantized(local, torch.float32) @ inputs[token].float()
                 inner = activation(gate_up[None])
-                inner = (
-                    _rounded(inner.to(x.dtype) if by_token else inner, by_token)
-                    if quantizes
-                    else inner.to(x.dtype).float()
-                )
+                inner = _rounded_inner(inner, x.dtype, weights, num_pairs) if quantizes else inner.to(x.dtype).float()
                 out[token] += share * (weights.down.dequantized(local, torch.float32) @ inner[0])
     return out.to(x.dtype)
 
 
-def run_experts_torch(x: torch.Tensor, routing: Routing, weights: ExpertWeights) -> torch.Tensor:
+def run_experts_torch(
+    x: torch.Tensor, routing: Routing, weights: ExpertWeights, quantized: QuantizedRows | None = None
+) -> torch.Tensor:
     """Tokens sorted by expert; two products for each expert that has any. The host reads how many each has."""
     num_tokens, top_k = routing.experts.shape
     num_experts = weights.num_experts
@@ -200,11 +219,8 @@ def run_experts_torch(x: torch.Tensor, routing: Routing, weights: ExpertWeights)
     order = local.argsort(stable=True)
     counts = local.bincount(minlength=num_experts + 1)[:num_experts].tolist()
     is_float8 = weights.gate_up.values.dtype == FP8_DTYPE
-    quantizes = is_float8 and num_tokens > MAX_PAIR_TOKENS
-    inputs = x
-    if quantizes:
-        inputs = _rounded_groups(x) if weights.gate_up.is_block_scaled else _dequantized(per_token_quantize_fp8(x))
-    by_token = weights.scales_inner_by_token(num_tokens * top_k)
+    quantizes = is_float8 and (weights.batch_invariant or num_tokens > MAX_PAIR_TOKENS)
+    inputs = _rounded_input(x, weights, quantized) if quantizes else x
     rows = inputs[order[: sum(counts)] // top_k]
     activation = gated_activation(weights.activation, x.device, rows.dtype)
     outputs = [rows.new_empty(0, x.shape[1])]
@@ -213,26 +229,30 @@ def run_experts_torch(x: torch.Tensor, routing: Routing, weights: ExpertWeights)
             gate_up, down = _matrices(weights, expert, group.dtype)
             inner = activation(linear(group, gate_up))
             if quantizes:
-                inner = _rounded(inner.to(x.dtype) if by_token else inner, by_token)
+                inner = _rounded_inner(inner, x.dtype, weights, num_tokens * top_k)
             outputs.append(linear(inner, down))
     of_pairs = torch.zeros(num_tokens * top_k, x.shape[1], dtype=torch.float32, device=x.device)
     of_pairs[order[: sum(counts)]] = torch.cat(outputs).float()
     return (of_pairs.view(num_tokens, top_k, -1) * routing.weights[:, :, None]).sum(dim=1).to(x.dtype)
 
 
-def run_experts_triton(x: torch.Tensor, routing: Routing, weights: ExpertWeights) -> torch.Tensor:
+def run_experts_triton(
+    x: torch.Tensor, routing: Routing, weights: ExpertWeights, quantized: QuantizedRows | None = None
+) -> torch.Tensor:
     """Few tokens: a matrix-vector product for each token and expert. Many: tiles of one expert's tokens."""
     if x.shape[0] == 0:
         return torch.empty_like(x)
     rows = x if x.stride(1) == 1 else x.contiguous()
-    if x.shape[0] <= MAX_PAIR_TOKENS:
+    if x.shape[0] <= MAX_PAIR_TOKENS and not weights.batch_invariant:
         from tokenmill.ops.triton.moe_pairs import run_pairs
 
         hidden, size = weights.down.values.shape[1:]
         return run_pairs(rows, routing, weights, gate_up_pair_plan(size, hidden), down_pair_plan(hidden, size))
     from tokenmill.ops.triton.moe_tiles import run_tiles
 
-    return run_tiles(rows, routing, weights, grouped_plan(routing.experts.numel(), weights.num_experts))
+    num_pairs = routing.experts.numel()
+    plan = INVARIANT_PLAN if weights.batch_invariant else grouped_plan(num_pairs, weights.num_experts)
+    return run_tiles(rows, routing, weights, plan, quantized)
 
 
 def quantize_groups_fp8(x: torch.Tensor) -> QuantizedRows:
@@ -262,9 +282,22 @@ def _dequantized(rows: QuantizedRows) -> torch.Tensor:
     return rows.values.float() * rows.scales[:, None]
 
 
-def _rounded(x: torch.Tensor, by_token: bool) -> torch.Tensor:
-    """[T, D] float32: quantized with one scale a row or by groups, and back."""
-    return _dequantized(per_token_quantize_reference(x)) if by_token else _rounded_groups(x)
+def _rounded_input(x: torch.Tensor, weights: ExpertWeights, quantized: QuantizedRows | None) -> torch.Tensor:
+    """[T, H] float32: quantized as the first product takes it, and back."""
+    if quantized is not None:
+        return _dequantized(quantized)
+    if weights.input_scales is not None:
+        return _dequantized(static_quantize_reference(x, weights.input_scales[0]))
+    return _rounded_groups(x) if weights.gate_up.is_block_scaled else _dequantized(per_token_quantize_reference(x))
+
+
+def _rounded_inner(inner: torch.Tensor, dtype: torch.dtype, weights: ExpertWeights, num_pairs: int) -> torch.Tensor:
+    """[rows, I] float32: quantized as the second product takes it, and back."""
+    if weights.input_scales is not None:
+        return _dequantized(static_quantize_reference(inner.to(dtype), weights.input_scales[1]))
+    if weights.scales_inner_by_token(num_pairs):
+        return _dequantized(per_token_quantize_reference(inner.to(dtype)))
+    return _rounded_groups(inner)
 
 
 def _rounded_groups(x: torch.Tensor) -> torch.Tensor:
@@ -277,7 +310,9 @@ def _rounded_groups(x: torch.Tensor) -> torch.Tensor:
 ROUTE_IMPLEMENTATIONS: Mapping[str, Callable[[torch.Tensor, int, bool], Routing]] = MappingProxyType(
     {"reference": route_reference, "torch": route_reference, "triton": route_triton}
 )
-EXPERTS_IMPLEMENTATIONS: Mapping[str, Callable[[torch.Tensor, Routing, ExpertWeights], torch.Tensor]] = (
+EXPERTS_IMPLEMENTATIONS: Mapping[
+    str, Callable[[torch.Tensor, Routing, ExpertWeights, QuantizedRows | None], torch.Tensor]
+] = (
     MappingProxyType({
         "reference": run_experts_reference,
         "torch": run_experts_torch,
@@ -288,4 +323,5 @@ EXPERTS_IMPLEMENTATIONS: Mapping[str, Callable[[torch.Tensor, Routing, ExpertWei
 
 def choose(device: torch.device, dtype: torch.dtype) -> str:
     """Name of the implementation for tensors of this device and type."""
-    return "triton" if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) else "torch"
+    is_kernel_type = dtype in (torch.bfloat16, torch.float16, torch.float32)
+    return "triton" if device.type == "cuda" and is_kernel_type else "torch"

@@ -47,9 +47,13 @@ GROUPED_PLANS: Final = (
     (20.0, GroupedPlan(16, 8, 3, 256, 128, 4, 4)),
     (32.0, GroupedPlan(32, 4, 3, 256, 128, 4, 4)),
     (48.0, GroupedPlan(64, 4, 4, 128, 128, 4, 4)),
-    (float("inf"), GroupedPlan(128, 8, 3, 128, 128, 8, 3)),
+    (float("inf"), GroupedPlan(128, 8, 4, 128, 256, 8, 4)),
 )
 """By the mean number of rows that an expert has, up to that of each line."""
+
+
+INVARIANT_PLAN: Final = GroupedPlan(64, 4, 4, 128, 128, 4, 4)
+"""For all numbers of tokens, where a token's result shall not depend on how many there are."""
 
 
 def grouped_plan(num_pairs: int, num_experts: int) -> GroupedPlan:

@@ -1,7 +1,7 @@
 """Rotary position embedding (https://arxiv.org/abs/2104.09864) in the layout of Hugging Face checkpoints.
 
-Dimension i of a head turns together with dimension i + D/2. The angles are computed once a step by
-`layers.rope.RotaryEmbedding`; the attention layers of `models/` call `apply_rope` on query and key heads together.
+Dimension i of a head turns together with dimension i + D/2. `layers.rope.RotaryEmbedding` calls `rotation` once a
+step; the attention layers of `models/` call `apply_rope` on query and key heads together.
 """
 
 from __future__ import annotations
@@ -15,6 +15,41 @@ import torch
 from tokenmill.ops import captured
 
 Rope: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+FindRotation: TypeAlias = Callable[[torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]
+
+
+def rotation(positions: torch.Tensor, frequencies: torch.Tensor, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and signed sines of the angles of positions, as `apply_rope` takes them.
+
+    Args:
+        positions: [T] int64.
+        frequencies: [D / 2] float32, radians per position.
+        factor: on both (YaRN's attention factor).
+
+    Returns:
+        cos and signed_sin, [T, 1, D] float32.
+    """
+    return ROTATION_IMPLEMENTATIONS[choose(positions.device, frequencies.dtype)](positions, frequencies, factor)
+
+
+def rotation_torch(
+    positions: torch.Tensor, frequencies: torch.Tensor, factor: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition."""
+    angles = positions[:, None, None].float() * frequencies
+    cos, sin = angles.cos(), angles.sin()
+    if factor != 1.0:
+        cos, sin = cos * factor, sin * factor
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def rotation_triton(
+    positions: torch.Tensor, frequencies: torch.Tensor, factor: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One launch."""
+    from tokenmill.ops.triton import rope as kernels
+
+    return kernels.rotation(positions, frequencies, factor)
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
@@ -56,6 +91,10 @@ def apply_rope_triton(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tens
 
 IMPLEMENTATIONS: Mapping[str, Rope] = MappingProxyType(
     {"reference": apply_rope_reference, "torch": apply_rope_torch, "triton": apply_rope_triton}
+)
+
+ROTATION_IMPLEMENTATIONS: Mapping[str, FindRotation] = MappingProxyType(
+    {"torch": rotation_torch, "triton": rotation_triton}
 )
 
 

@@ -21,6 +21,7 @@ from tokenmill.ops.fp8 import (
     weight_only_linear,
 )
 from tokenmill.ops.moe import ExpertMatrix, ExpertWeights, Routing, run_experts
+from tokenmill.ops.row_product import OneRow, can_fuse, row_product
 from tokenmill.quantization.base import ExpertParameter, ExpertProjection, ExpertSizes, ParameterAxes
 from tokenmill.quantization.unquantized import register_experts
 
@@ -29,9 +30,14 @@ BLOCK_ELEMENTS = 16 * 2**20
 
 
 class Fp8Linear:
-    """A weight of 8-bit floats: `weight` [out_features, in_features] and `weight_scale` [out_features] on its layer."""
+    """A weight of 8-bit floats: `weight` [out_features, in_features] and `weight_scale` [out_features] on its layer.
 
-    def __init__(self) -> None:
+    Args:
+        batch_invariant: see `ops.fp8.Fp8Weight`.
+    """
+
+    def __init__(self, *, batch_invariant: bool = False) -> None:
+        self._batch_invariant = batch_invariant
         self._weight: Fp8Weight | None = None
 
     def create_weights(
@@ -58,7 +64,8 @@ class Fp8Linear:
     def process_after_loading(self, layer: nn.Module) -> None:
         """Join values and scales. A second call changes nothing."""
         values = layer.get_parameter("weight").data
-        self._weight = Fp8Weight.of(QuantizedRows(values, layer.get_buffer("weight_scale")))
+        rows = QuantizedRows(values, layer.get_buffer("weight_scale"))
+        self._weight = Fp8Weight.of(rows, batch_invariant=self._batch_invariant)
 
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """[T, in_features] to [T, out_features]."""
@@ -68,11 +75,19 @@ class Fp8Linear:
 
     def takes_quantized(self, num_rows: int) -> bool:
         """Whether so many rows are quantized: then the op before this layer may as well do it in passing."""
-        return num_rows != 1
+        return num_rows != 1 or self._batch_invariant
 
     def apply_quantized(self, x: QuantizedRows, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """Rows [T, in_features], quantized already, to [T, out_features] of type `dtype`."""
         return scaled_linear(x, self._filled, bias, dtype)
+
+    def can_fuse(self, x: torch.Tensor) -> bool:
+        """Whether `apply_fused` is there for x [T, in_features], which is one row then."""
+        return can_fuse(x, self._filled.values)
+
+    def apply_fused(self, x: OneRow, bias: torch.Tensor | None, activation: str = "") -> torch.Tensor:
+        """See `ops.row_product.row_product`."""
+        return row_product(x, self._filled.values, self._filled.scales, bias, activation)
 
     @property
     def _filled(self) -> Fp8Weight:
@@ -81,9 +96,14 @@ class Fp8Linear:
 
 
 class Fp8Experts:
-    """Experts in 8-bit floats: `gate_up_proj` [E, 2 I, H] and `down_proj` [E, H, I] with `..._scale` [E, features]."""
+    """Experts in 8-bit floats: `gate_up_proj` [E, 2 I, H] and `down_proj` [E, H, I] with `..._scale` [E, features].
 
-    def __init__(self) -> None:
+    Args:
+        batch_invariant: see `ops.moe.ExpertWeights`.
+    """
+
+    def __init__(self, *, batch_invariant: bool = False) -> None:
+        self._batch_invariant = batch_invariant
         self._weights: ExpertWeights | None = None
         self._stacks: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -116,9 +136,22 @@ class Fp8Experts:
             ExpertMatrix(layer.get_parameter("down_proj").data, layer.get_buffer("down_proj_scale")),
             activation,
             first_expert,
+            batch_invariant=self._batch_invariant,
         )
 
     def apply(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """[T, H] to [T, H]."""
+        return run_experts(x, routing, self._filled)
+
+    def takes_quantized(self, num_rows: int) -> bool:
+        """Whether so many rows are quantized, each with a scale of its own."""
+        return self._filled.takes_quantized(num_rows)
+
+    def apply_quantized(self, x: torch.Tensor, quantized: QuantizedRows, routing: Routing) -> torch.Tensor:
+        """[T, H] to [T, H], with x quantized already."""
+        return run_experts(x, routing, self._filled, quantized)
+
+    @property
+    def _filled(self) -> ExpertWeights:
         assert self._weights is not None, "process_after_loading was not called"
-        return run_experts(x, routing, self._weights)
+        return self._weights

@@ -38,9 +38,11 @@ class ScaledFp8Linear:
 
     Args:
         stored: the checkpoint's format.
+        batch_invariant: give each row the same bits in any company.
     """
 
-    def __init__(self, stored: Fp8Format) -> None:
+    def __init__(self, stored: Fp8Format, *, batch_invariant: bool = False) -> None:
+        self._batch_invariant = batch_invariant
         self._format = stored
         self._scales: dict[str, dict[int, torch.Tensor]] = {}
         self._weight: Fp8Weight | None = None
@@ -84,7 +86,7 @@ class ScaledFp8Linear:
         scales = torch.ones(values.shape[0], dtype=torch.float32, device=values.device)
         for start, part in parts:  # a scale of a matrix is good to where the next one begins
             scales[start : None if part.numel() == 1 else start + part.numel()] = part
-        self._weight = Fp8Weight.of(QuantizedRows(values, scales))
+        self._weight = Fp8Weight.of(QuantizedRows(values, scales), batch_invariant=self._batch_invariant)
         if self._format.static_inputs:
             # Merged projections see one input; with the largest scale nothing is cut off that one of them would keep.
             given = list(self._scales.get("input_scale", {}).values())
@@ -97,14 +99,14 @@ class ScaledFp8Linear:
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """[T, in_features] to [T, out_features]."""
         assert self._weight is not None, "process_after_loading was not called"
-        if x.shape[0] == 1:
+        if x.shape[0] == 1 and not self._batch_invariant:
             return weight_only_linear(x, self._weight, bias)
         rows = per_token_quantize_fp8(x) if self._input_scale is None else static_quantize_fp8(x, self._input_scale)
         return scaled_linear(rows, self._weight, bias, x.dtype)
 
     def takes_quantized(self, num_rows: int) -> bool:
         """Whether so many rows are quantized, and each with a scale of its own."""
-        return num_rows != 1 and not self._format.static_inputs
+        return (num_rows != 1 or self._batch_invariant) and not self._format.static_inputs
 
     def apply_quantized(self, x: QuantizedRows, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """Rows [T, in_features], quantized already, to [T, out_features] of type `dtype`."""
@@ -117,9 +119,11 @@ class BlockFp8Linear:
 
     Args:
         stored: the checkpoint's format.
+        batch_invariant: give each row the same bits in any company.
     """
 
-    def __init__(self, stored: Fp8Format) -> None:
+    def __init__(self, stored: Fp8Format, *, batch_invariant: bool = False) -> None:
+        self._batch_invariant = batch_invariant
         self._scale_name = stored.scale_name
         self._weight: BlockScaledWeight | None = None
 
@@ -135,7 +139,7 @@ class BlockFp8Linear:
     def process_after_loading(self, layer: nn.Module) -> None:
         """Join values and scales. A second call changes nothing."""
         values, scales = layer.get_parameter("weight").data, layer.get_parameter(self._scale_name).data
-        self._weight = BlockScaledWeight.of(values, scales)
+        self._weight = BlockScaledWeight.of(values, scales, batch_invariant=self._batch_invariant)
 
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """[T, in_features] to [T, out_features]."""
@@ -144,15 +148,22 @@ class BlockFp8Linear:
 
 
 class CheckpointFp8Experts:
-    """Experts in float8 with the checkpoint's scales. Static scales of inputs are not used: tokens get their own.
+    """Experts in float8 with the checkpoint's scales.
+
+    Static scales of inputs: one for what all experts' gate and up projections take, since a token goes to several of
+    them, and one for what the down projections take. The largest counts, so that nothing is cut off that one of them
+    would keep.
 
     Args:
         stored: the checkpoint's format.
+        batch_invariant: give each row the same bits in any company.
     """
 
-    def __init__(self, stored: Fp8Format) -> None:
+    def __init__(self, stored: Fp8Format, *, batch_invariant: bool = False) -> None:
+        self._batch_invariant = batch_invariant
         self._format = stored
         self._scales: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._input_scales: tuple[torch.Tensor, torch.Tensor] | None = None
         self._weights: ExpertWeights | None = None
 
     def create_weights(
@@ -187,8 +198,10 @@ class CheckpointFp8Experts:
         found[stored.scale_name] = ExpertParameter(of_gate, of_up, of_down, axes)
         if stored.static_inputs:
             shape = stored.scale_shape if stored.weight_scales == "matrix" else ()
-            unused = torch.ones(num_experts, *shape, dtype=torch.float32, device=device)
-            found["input_scale"] = ExpertParameter(unused, unused, unused, _NO_AXES)
+            of_x = torch.ones(2, num_experts, *shape, dtype=torch.float32, device=device)
+            of_inner = torch.ones(num_experts, *shape, dtype=torch.float32, device=device)
+            self._input_scales = of_x, of_inner
+            found["input_scale"] = ExpertParameter(of_x[0], of_x[1], of_inner, _NO_AXES)
         return found
 
     def process_after_loading(self, layer: nn.Module, activation: str, first_expert: int) -> None:
@@ -203,13 +216,36 @@ class CheckpointFp8Experts:
                 parts = scales.reshape(num_experts, -1)
                 scales = parts.repeat_interleave(num_features // parts.shape[1], dim=1)
             matrices.append(ExpertMatrix(values, scales.contiguous()))
-        self._weights = ExpertWeights(matrices[0], matrices[1], activation, first_expert)
-        self._scales = None
+        input_scales = None
+        if self._input_scales is not None:
+            of_x, of_inner = self._input_scales
+            input_scales = of_x.amax().reshape(1), of_inner.amax().reshape(1)
+        self._weights = ExpertWeights(
+            matrices[0],
+            matrices[1],
+            activation,
+            first_expert,
+            input_scales,
+            batch_invariant=self._batch_invariant,
+        )
+        self._scales = self._input_scales = None
 
     def apply(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """[T, H] to [T, H]."""
+        return run_experts(x, routing, self._filled)
+
+    def takes_quantized(self, num_rows: int) -> bool:
+        """Whether so many rows are quantized, each with a scale of its own."""
+        return self._filled.takes_quantized(num_rows)
+
+    def apply_quantized(self, x: torch.Tensor, quantized: QuantizedRows, routing: Routing) -> torch.Tensor:
+        """[T, H] to [T, H], with x quantized already."""
+        return run_experts(x, routing, self._filled, quantized)
+
+    @property
+    def _filled(self) -> ExpertWeights:
         assert self._weights is not None, "process_after_loading was not called"
-        return run_experts(x, routing, self._weights)
+        return self._weights
 
 
 def _register_scale(layer: nn.Module, name: str, shape: tuple[int, ...], device: torch.device) -> None:

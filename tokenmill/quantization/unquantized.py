@@ -9,13 +9,19 @@ from torch import nn
 
 from tokenmill.ops.linear import PackedWeight, StreamedWeight, linear, pack_linear_weight
 from tokenmill.ops.moe import ExpertMatrix, ExpertWeights, Routing, run_experts
+from tokenmill.ops.row_product import OneRow, can_fuse, row_product
 from tokenmill.quantization.base import ExpertParameter, ExpertSizes, ParameterAxes
 
 
 class UnquantizedLinear:
-    """A weight [out_features, in_features] in the model's own type."""
+    """A weight [out_features, in_features] in the model's own type.
 
-    def __init__(self) -> None:
+    Args:
+        batch_invariant: see `ops.linear.pack_linear_weight`.
+    """
+
+    def __init__(self, *, batch_invariant: bool = False) -> None:
+        self._batch_invariant = batch_invariant
         self._plain: torch.Tensor | None = None
         self._weight: torch.Tensor | PackedWeight | StreamedWeight | None = None
 
@@ -37,7 +43,7 @@ class UnquantizedLinear:
         """Prepare the weight; a plain one that was copied is freed unless another layer owns it. Repeatable."""
         if self._plain is None:
             return
-        self._weight = pack_linear_weight(self._plain.data)
+        self._weight = pack_linear_weight(self._plain.data, batch_invariant=self._batch_invariant)
         self._plain = None
         if isinstance(self._weight, PackedWeight) and "weight" in layer._parameters:
             layer.register_parameter("weight", None)
@@ -47,6 +53,15 @@ class UnquantizedLinear:
         assert self._weight is not None, "create_weights was not called"
         return linear(x, self._weight, bias)
 
+    def can_fuse(self, x: torch.Tensor) -> bool:
+        """Whether `apply_fused` is there for x [T, in_features], which is one row then."""
+        return isinstance(self._weight, StreamedWeight) and can_fuse(x, self._weight.data)
+
+    def apply_fused(self, x: OneRow, bias: torch.Tensor | None, activation: str = "") -> torch.Tensor:
+        """See `ops.row_product.row_product`."""
+        assert isinstance(self._weight, StreamedWeight), "`can_fuse` was not asked"
+        return row_product(x, self._weight.data, None, bias, activation)
+
 
 def unquantized(name: str) -> UnquantizedLinear:
     """A `LinearMethodFactory`: every layer is unquantized."""
@@ -54,9 +69,14 @@ def unquantized(name: str) -> UnquantizedLinear:
 
 
 class UnquantizedExperts:
-    """`gate_up_proj` [E, 2 I, H] and `down_proj` [E, H, I] in the model's own type."""
+    """`gate_up_proj` [E, 2 I, H] and `down_proj` [E, H, I] in the model's own type.
 
-    def __init__(self) -> None:
+    Args:
+        batch_invariant: see `ops.moe.ExpertWeights`.
+    """
+
+    def __init__(self, *, batch_invariant: bool = False) -> None:
+        self._batch_invariant = batch_invariant
         self._weights: ExpertWeights | None = None
 
     def create_weights(
@@ -72,7 +92,13 @@ class UnquantizedExperts:
         if self._weights is not None:
             return
         gate_up, down = layer.get_parameter("gate_up_proj").data, layer.get_parameter("down_proj").data
-        self._weights = ExpertWeights(ExpertMatrix(gate_up), ExpertMatrix(down), activation, first_expert).prepared()
+        self._weights = ExpertWeights(
+            ExpertMatrix(gate_up),
+            ExpertMatrix(down),
+            activation,
+            first_expert,
+            batch_invariant=self._batch_invariant,
+        ).prepared()
         if self._weights.packed is not None:
             layer.register_parameter("gate_up_proj", None)
             layer.register_parameter("down_proj", None)

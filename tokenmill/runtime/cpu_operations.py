@@ -27,6 +27,7 @@ from tokenmill.ops.cpu.packing import FORMATS
 from tokenmill.ops.cpu.quantize import quantize, quantize_arguments
 from tokenmill.ops.cpu.rope import RopeOp, rope_write_cache, rotation, rotation_arguments
 from tokenmill.program.program import AttributeValue, Operand, Operation
+from tokenmill.runtime.cpu_experts import ExpertResources, expert_ops
 from tokenmill.runtime.cpu_memory import ProgramMemory
 from tokenmill.runtime.cpu_weights import CpuWeights
 from tokenmill.runtime.kernel_choices import KernelChoices
@@ -52,6 +53,7 @@ class StepPlaces:
         caches: keys and values of each layer in the kernels' layout.
         shapes: heads of each layer's cache.
         num_threads: that need scratch memory.
+        deterministic: compute a token in the same way in every batch.
     """
 
     arrays: StepArrays
@@ -59,6 +61,7 @@ class StepPlaces:
     caches: tuple[LayerCache, ...]
     shapes: tuple[CacheShape, ...]
     num_threads: int
+    deterministic: bool = False
 
     def cache(self, layer: int) -> CacheLocation:
         """Where a layer's cache is."""
@@ -302,6 +305,14 @@ def _linear_float(writer: OpWriter, operation: Operation, one: bool) -> Iterator
     yield Op(linear_float, op.arguments())
 
 
+def _experts(writer: OpWriter, operation: Operation, one: bool) -> Iterator[Op]:
+    arrays = writer.places.arrays
+    max_rows = max(arrays.max_num_tokens, arrays.max_num_rows)
+    parts = (writer.memory, writer.weights, writer.choices, writer.scratch)
+    resources = ExpertResources(*parts, max_rows, writer.places.num_threads)
+    yield from (Op(kernel, arguments) for kernel, arguments in expert_ops(operation, resources))
+
+
 # ---- positions, cache, attention -------------------------------------------------------------------------------------
 
 
@@ -364,6 +375,7 @@ def _attention(writer: OpWriter, operation: Operation, one: bool) -> Iterator[Op
         partials=writer.scratch("attention partials", partials),
         sliding_window=None if window is None else _integer(operation, "sliding_window"),
         soft_cap=None if soft_cap is None else _number(soft_cap),
+        deterministic=places.deterministic,
     )
     yield Op(attention, op.arguments())
     yield Op(attention_combine, op.arguments())
@@ -389,6 +401,7 @@ _TRANSLATIONS: Final[Mapping[str, Translation]] = MappingProxyType({
     "write_cache": _rope,
     "rope_write_cache": _rope,
     "attention": _attention,
+    "experts": _experts,
     "activation": _activation,
     "gated_activation": _activation,
     "add": _map("add", "a", "b"),

@@ -17,9 +17,10 @@ import torch
 from tokenmill.attention.base import LayerCache
 from tokenmill.ops.cpu.argmax import advance_arguments, argmax, argmax_arguments, argmax_scratch_bytes
 from tokenmill.ops.cpu.cache_layout import STEP_SIZE, cache_shapes
-from tokenmill.ops.cpu.jit import NativeFunction
+from tokenmill.ops.cpu.compile_processes import compile_all
 from tokenmill.ops.cpu.layout import COLUMN_NUM_TOKENS
-from tokenmill.ops.cpu.threads import OpList, ThreadPool
+from tokenmill.ops.cpu.threads import STEP_FUNCTIONS, OpList, ThreadPool
+from tokenmill.ops.platform import num_usable_cores
 from tokenmill.program.package import EnginePackage
 from tokenmill.program.program import Operation, Program
 from tokenmill.runtime.cpu_memory import ProgramMemory
@@ -68,6 +69,7 @@ class CpuExecutor:
         cache_dtype: float32 or bfloat16.
         num_threads: that compute, the caller's included.
         on_progress: told `kernels`, how many are compiled, and how many there are.
+        deterministic: compute a token in the same way in every batch.
 
     Raises:
         UnsupportedFeatureError: there is no kernel for something in the program.
@@ -81,6 +83,8 @@ class CpuExecutor:
         cache_dtype: torch.dtype,
         num_threads: int,
         on_progress: ProgressCallback | None = None,
+        *,
+        deterministic: bool = False,
     ) -> None:
         self.arrays = arrays
         self._program = package.program
@@ -97,15 +101,17 @@ class CpuExecutor:
         self._step[_TABLE_STRIDE] = arrays.block_tables.strides[0]
         self._logits = memory.floats(package.program.output.name, arrays.max_num_rows)
         self._most_likely: Integers = memory.pages.take(4 * arrays.max_num_rows).view(np.int32)
-        self._pool = ThreadPool(num_threads, num_spins=NUM_SPINS)
         writer = OpWriter(
             memory,
             CpuWeights(package.program.weights, package.weights, memory),
-            StepPlaces(arrays, self._step.ctypes.data, self._caches, layer_caches(package.program), num_threads),
+            StepPlaces(
+                arrays, self._step.ctypes.data, self._caches, layer_caches(package.program), num_threads, deterministic
+            ),
             KernelChoices.of(package, num_threads),
         )
         around = self._token_ops(package.program.output.name)
         self._lists = _write_lists(self._parts, writer, around, on_progress or (lambda what, done, total: None))
+        self._pool = ThreadPool(num_threads, num_spins=NUM_SPINS)
 
     def run(self) -> Values:
         """See `ProgramExecutor.run`."""
@@ -217,7 +223,8 @@ def _write_lists(
             *((operation, op) for operation in head for op in writer.write(operation, one=num_rows == 1)),
             *((parts.head[-1], op) for op in after if num_rows),
         ]
-    _compile([op.kernel for entries in written.values() for _, op in entries], on_progress)
+    functions = [*STEP_FUNCTIONS, *(op.kernel for entries in written.values() for _, op in entries)]
+    compile_all(functions, num_usable_cores(), lambda done, total: on_progress("kernels", done, total))
     body_names = {operation.name for operation in parts.body}
     lists = {}
     for sizes, entries in written.items():
@@ -227,15 +234,6 @@ def _write_lists(
         names = tuple(operation.name for operation, _ in entries)
         lists[sizes] = _StepList(ops, sum(name in body_names for name in names), names)
     return lists
-
-
-def _compile(kernels: Sequence[NativeFunction], on_progress: ProgressCallback) -> None:
-    """Have machine code for all kernels: from the disk cache, or compiled, which takes seconds on a new machine."""
-    different = list(dict.fromkeys(kernels))
-    for done, kernel in enumerate(different):
-        on_progress("kernels", done, len(different))
-        assert kernel.address, kernel.name
-    on_progress("kernels", len(different), len(different))
 
 
 def _allocate_caches(

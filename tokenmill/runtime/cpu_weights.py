@@ -5,7 +5,9 @@ What the engine holds packed is copied into huge pages; what it holds as rows is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -24,7 +26,24 @@ PACKED: Final = "packed"
 PACKED_GATED: Final = "packed_gated"
 """Layouts of `Weight`: the bytes of `ops.cpu.packing.PackedWeight`, plain and gated."""
 
+PACKED_EXPERTS: Final = "packed_experts"
+PACKED_GATED_EXPERTS: Final = "packed_gated_experts"
+"""The same for the matrices of several experts, one after the other."""
+
 BLOCK_FORMATS: Final = frozenset(encoding.format for encoding in ENCODINGS if encoding.block_columns)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertStack:
+    """The packed matrices of experts in memory.
+
+    Args:
+        first: the first expert's: its address is that of all.
+        num_bytes: of each.
+    """
+
+    first: LinearWeight
+    num_bytes: int
 
 
 class CpuWeights:
@@ -53,9 +72,8 @@ class CpuWeights:
 
     def rows(self, name: str) -> int:
         """Address of a weight's rows in its own format."""
-        weight = self._weights[name]
-        self._check_rows(weight)
-        return self._place(name, "rows", lambda: self._content(name)[: rows_nbytes(weight.format, weight.shape)])
+        content = self._row_content(self._weights[name])
+        return self._place(name, "rows", lambda: content)
 
     def linear(self, name: str, *, gated: bool) -> LinearWeight:
         """A quantized weight for the integer kernels."""
@@ -67,31 +85,54 @@ class CpuWeights:
 
     def float_linear(self, name: str, *, gated: bool) -> int:
         """Address of a float weight, packed for the float kernels."""
-        return self._place(name, "float gated" if gated else "float", lambda: self._packed_floats(name, gated))
-
-    def _packed_floats(self, name: str, gated: bool) -> Bytes:
         weight = self._weights[name]
-        self._check_rows(weight)
-        content = self._content(name)[: rows_nbytes(weight.format, weight.shape)]
-        values: Any = content.view(np.float32 if weight.format == "float32" else np.uint16).reshape(weight.shape)
-        return pack_float_weight(np.split(values, 2) if gated else [values], gated=gated)
+        return self._place(
+            name,
+            "float gated" if gated else "float",
+            lambda: _packed_floats(weight, self._row_content(weight), gated=gated),
+        )
+
+    def experts(self, name: str, num_experts: int, *, gated: bool) -> ExpertStack:
+        """The matrices of experts, which lie below each other in a weight, quantized or float."""
+        weight = self._weights[name]
+        one = replace(weight, shape=(weight.shape[0] // num_experts, weight.shape[1]))
+        if WEIGHT_FORMATS[weight.format].is_quantized:
+            layout = PACKED_GATED_EXPERTS if gated else PACKED_EXPERTS
+            pack: Callable[[Weight, Bytes], Bytes] = partial(_packed_rows, gated=gated)
+        else:
+            layout = "float gated experts" if gated else "float experts"
+            pack = partial(_packed_floats, gated=gated)
+        size = len(pack(one, np.zeros(rows_nbytes(one.format, one.shape), np.uint8)))
+        address = self._place(name, layout, lambda: self._stack(weight, layout, size * num_experts, one, pack))
+        num_rows, num_columns = one.shape
+        return ExpertStack(LinearWeight(address, weight.format, num_rows, num_columns, gated), size)
+
+    def _stack(
+        self, weight: Weight, layout: str, size: int, one: Weight, pack: Callable[[Weight, Bytes], Bytes]
+    ) -> Bytes:
+        if weight.layout == layout:
+            return self._whole(weight, size)
+        content = self._row_content(weight).reshape(weight.shape[0] // one.shape[0], -1)
+        return np.concatenate([pack(one, rows) for rows in content])
 
     def _packed(self, weight: Weight, gated: bool) -> Bytes:
-        content = self._content(weight.name)
         if weight.layout == (PACKED_GATED if gated else PACKED):
-            size = packed_bytes(weight.format, *weight.shape, gated=gated)
-            if content.nbytes < size:  # kernels would read what lies behind it
-                raise EngineFileError(
-                    f"The packed weight '{weight.name}' has {content.nbytes} bytes instead of {size}.",
-                    field="engine",
-                    remedy="Build the engine again with `tokenmill build`.",
-                )
-            return content[:size]
+            return self._whole(weight, packed_bytes(weight.format, *weight.shape, gated=gated))
+        return _packed_rows(weight, self._row_content(weight), gated=gated)
+
+    def _whole(self, weight: Weight, size: int) -> Bytes:
+        content = self._content(weight.name)
+        if content.nbytes < size:  # kernels would read what lies behind it
+            raise EngineFileError(
+                f"The packed weight '{weight.name}' has {content.nbytes} bytes instead of {size}.",
+                field="engine",
+                remedy="Build the engine again with `tokenmill build`.",
+            )
+        return content[:size]
+
+    def _row_content(self, weight: Weight) -> Bytes:
         self._check_rows(weight)
-        num_rows, num_columns = weight.shape
-        rows = content[: rows_nbytes(weight.format, weight.shape)].reshape(num_rows, -1)
-        parts = np.split(rows, 2) if gated else [rows]
-        return _pack(weight.format, parts, num_columns, gated).data
+        return self._content(weight.name)[: rows_nbytes(weight.format, weight.shape)]
 
     def _check_rows(self, weight: Weight) -> None:
         if weight.layout != "rows":
@@ -109,6 +150,18 @@ class CpuWeights:
         if key not in self._placed:
             self._placed[key] = self._memory.put(content())
         return self._placed[key]
+
+
+def _packed_floats(weight: Weight, content: Bytes, *, gated: bool) -> Bytes:
+    """A float weight's rows packed for the float kernels."""
+    values: Any = content.view(np.float32 if weight.format == "float32" else np.uint16).reshape(weight.shape)
+    return pack_float_weight(np.split(values, 2) if gated else [values], gated=gated)
+
+
+def _packed_rows(weight: Weight, content: Bytes, *, gated: bool) -> Bytes:
+    """A quantized weight's rows packed for the integer kernels."""
+    rows = content.reshape(weight.shape[0], -1)
+    return _pack(weight.format, np.split(rows, 2) if gated else [rows], weight.shape[1], gated).data
 
 
 def _pack(weight_format: str, parts: list[Bytes], num_columns: int, gated: bool) -> PackedWeight:

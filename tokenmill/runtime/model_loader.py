@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 
@@ -99,6 +100,30 @@ def resolve_max_seq_len(args: LlmArgs, config: ModelConfig) -> int:
     return args.max_seq_len
 
 
+def check_deterministic(
+    args: LlmArgs, backend: Literal["engine", "torch"], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Refuse `args.deterministic` where products are a library's, which chooses its ways by the number of rows.
+
+    Raises:
+        UnsupportedFeatureError: this backend has no kernels of its own for the device and type.
+    """
+    if not args.deterministic:
+        return
+    if device.type == "cpu" and backend == "torch":
+        raise UnsupportedFeatureError(
+            "The torch backend on a CPU does not compute a token in the same way in every batch.",
+            field="deterministic",
+            remedy="Use backend='engine', or a GPU.",
+        )
+    if device.type == "cuda" and dtype == torch.float32:
+        raise UnsupportedFeatureError(
+            "In float32 a GPU does not compute a token in the same way in every batch.",
+            field="deterministic",
+            remedy="Use dtype='bfloat16' or 'float16', and backend='torch'.",
+        )
+
+
 def has_fp8_weights(checkpoint: Checkpoint) -> bool:
     """Whether the checkpoint's weights are float8 with scales.
 
@@ -125,13 +150,16 @@ def load_model(
     """
     assert args.quantization in (None, "fp8"), "the backend was chosen by what it can do"
     shapes = {tensor.name: tensor.shape for tensor in checkpoint.tensors()}
-    linear_method, experts_method = methods_for(args.quantization, read_format(checkpoint.hf_config, shapes))
+    linear_method, experts_method = methods_for(
+        args.quantization, read_format(checkpoint.hf_config, shapes), batch_invariant=args.deterministic
+    )
     context = LayerContext(
         dtype=dtype,
         device=device,
         backend=backend,
         linear_method=linear_method,
         experts_method=experts_method,
+        batch_invariant=args.deterministic,
     )
     model = load_model_class(config.model_type)(config, context)
     targets = weight_targets(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ from tokenmill.runtime.program_parts import layer_caches
 from tokenmill.runtime.step_arrays import StepArrays
 from tokenmill.runtime.torch_program import TorchProgram
 from tokenmill.runtime.weight_decoding import decode_weight
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,9 +54,16 @@ class StepLimits:
 
 
 def load_torch_program(
-    package: EnginePackage, device: torch.device, *, attn_backend: str = "auto", keep: Sequence[str] = ()
+    package: EnginePackage,
+    device: torch.device,
+    *,
+    attn_backend: str = "auto",
+    keep: Sequence[str] = (),
+    deterministic: bool = False,
 ) -> TorchProgram:
     """The engine's program for torch, its weights decoded on `device`.
+
+    `deterministic` is `LlmArgs.deterministic`, which `check_deterministic` has allowed.
 
     Raises:
         EngineFileError: the engine's weights were stripped.
@@ -64,7 +74,8 @@ def load_torch_program(
         weight.name: decode_weight(weight, package.weights[weight.name]).to(device)
         for weight in package.program.weights
     }
-    return TorchProgram(package.program, weights, select_backend(attn_backend, device), keep=keep)
+    backend = select_backend(attn_backend, device, batch_invariant=deterministic)
+    return TorchProgram(package.program, weights, backend, keep=keep, batch_invariant=deterministic)
 
 
 def allocate_program_caches(
@@ -84,6 +95,7 @@ def load_executor(
     *,
     num_threads: int | None = None,
     on_progress: ProgressCallback | None = None,
+    deterministic: bool = False,
 ) -> ProgramExecutor:
     """What runs the engine's steps on a CPU.
 
@@ -93,16 +105,27 @@ def load_executor(
         cache_dtype: type of cached keys and values.
         num_threads: None: one for each core.
         on_progress: told about kernels that are compiled.
+        deterministic: compute a token in the same way in every batch.
 
     Raises:
         EngineFileError: the engine's weights were stripped.
         UnsupportedFeatureError: it needs kernels that this machine has not.
     """
+    from tokenmill.ops.cpu.cpu_features import best_dot_product
     from tokenmill.runtime.cpu_program import CpuExecutor
 
     package.check_runnable()
     num_threads = num_threads or num_usable_cores()
-    return CpuExecutor(package, limits.arrays(), limits.num_blocks, cache_dtype, num_threads, on_progress)
+    logger.info("Steps run on %d threads with kernels for %s.", num_threads, best_dot_product().name.lower())
+    return CpuExecutor(
+        package,
+        limits.arrays(),
+        limits.num_blocks,
+        cache_dtype,
+        num_threads,
+        on_progress,
+        deterministic=deterministic,
+    )
 
 
 def load_torch_executor(

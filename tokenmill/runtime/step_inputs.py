@@ -10,6 +10,7 @@ import torch
 
 from tokenmill.attention.base import AttentionMetadata
 from tokenmill.engine.plan import Row
+from tokenmill.ops.decode_inputs import decode_inputs
 from tokenmill.ops.upload import upload
 from tokenmill.runtime.slot_state import SlotState
 
@@ -35,6 +36,12 @@ class StepInputs:
     input_ids: torch.Tensor
     positions: torch.Tensor
     attention: AttentionMetadata
+
+    def last_of_rows(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Of `hidden` [T, ...], those of each row's last token: [R, ...]."""
+        if self.attention.num_decode_rows == self.slots.shape[0]:
+            return hidden
+        return hidden[self.last_token_index]
 
 
 def inputs_of_rows(rows: Sequence[Row], state: SlotState) -> StepInputs:
@@ -80,12 +87,20 @@ def inputs_of_decode(rows: torch.Tensor, state: SlotState, max_kv_len: int) -> S
         state: the slots.
         max_kv_len: no row has more tokens, its new one included.
     """
-    slots, starts = rows
-    positions = starts.clamp(min=0)
-    index = torch.arange(slots.shape[0] + 1, device=slots.device)
-    attention = _attention_of_graph(index, starts + 1, slots, slots, positions, state, max_kv_len, 1)
-    token_ids = state.token_ids[slots, positions]
-    return StepInputs(slots, slots, positions + 1, index[:-1], token_ids, positions, attention)
+    num_blocks = -(-max_kv_len // state.tokens_per_block)
+    found = decode_inputs(rows, state.token_ids, state.block_tables, state.tokens_per_block, num_blocks)
+    slots, num_rows = rows[0], rows.shape[1]
+    attention = AttentionMetadata(
+        query_start=found.query_start,
+        kv_lens=found.kv_lens,
+        block_tables=found.block_tables,
+        slot_mapping=found.slot_mapping,
+        num_decode_rows=num_rows,
+        query_lens=(1,) * num_rows,
+        kv_lens_host=(),
+        max_kv_len=max_kv_len,
+    )
+    return StepInputs(slots, slots, found.next_positions, found.row_index, found.input_ids, found.positions, attention)
 
 
 def inputs_of_prompts(rows: torch.Tensor, num_tokens: int, state: SlotState, max_kv_len: int) -> StepInputs:
@@ -106,30 +121,17 @@ def inputs_of_prompts(rows: torch.Tensor, num_tokens: int, state: SlotState, max
     token_slots = slots[row_of_token].masked_fill(is_padding, state.scratch_slot)
     query_start = torch.cat((ends.new_zeros(1), ends))
     kv_lens = starts + lens
-    attention = _attention_of_graph(query_start, kv_lens, slots, token_slots, positions, state, max_kv_len, num_tokens)
-    token_ids = state.token_ids[token_slots, positions]
-    return StepInputs(slots, target_slots, kv_lens, (ends - 1).clamp(min=0), token_ids, positions, attention)
-
-
-def _attention_of_graph(
-    query_start: torch.Tensor,
-    kv_lens: torch.Tensor,
-    slots: torch.Tensor,
-    token_slots: torch.Tensor,
-    positions: torch.Tensor,
-    state: SlotState,
-    max_kv_len: int,
-    max_query_len: int,
-) -> AttentionMetadata:
     block_size, num_rows = state.tokens_per_block, slots.shape[0]
     blocks = state.block_tables[token_slots, positions // block_size].long()  # [T]; the scratch slot's are block 0
-    return AttentionMetadata(
+    attention = AttentionMetadata(
         query_start=query_start.int(),
         kv_lens=kv_lens.int(),
         block_tables=state.block_tables[:, : -(-max_kv_len // block_size)][slots],
         slot_mapping=blocks * block_size + positions % block_size,
-        num_decode_rows=num_rows if max_query_len == 1 else 0,
-        query_lens=(max_query_len,) * num_rows,
+        num_decode_rows=0,
+        query_lens=(num_tokens,) * num_rows,
         kv_lens_host=(),
         max_kv_len=max_kv_len,
     )
+    token_ids = state.token_ids[token_slots, positions]
+    return StepInputs(slots, target_slots, kv_lens, (ends - 1).clamp(min=0), token_ids, positions, attention)

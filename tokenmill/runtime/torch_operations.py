@@ -59,11 +59,13 @@ class Preparation:
         buffers: of the program, by name, inputs and output included.
         weights: decoded, by name.
         backend: what attention calls.
+        batch_invariant: give a token the same bits in any company.
     """
 
     buffers: Mapping[str, Buffer]
     weights: Mapping[str, torch.Tensor]
     backend: AttentionBackend
+    batch_invariant: bool = False
 
     def reader(self, operand: Operand) -> Read:
         """Gives the operand's columns."""
@@ -205,7 +207,7 @@ def _linear(operation: Operation, prepared: Preparation) -> Execute:
     x = operation.inputs["x"]
     dtype = prepared.compute_dtype(x)
     read, write = prepared.reader(x), prepared.writer(operation.outputs["y"])
-    weight = _prepared_weight(prepared.weights[operation.weights["weight"]].to(dtype))
+    weight = _prepared_weight(prepared.weights[operation.weights["weight"]].to(dtype), prepared.batch_invariant)
     bias = prepared.weights[operation.weights["bias"]].to(dtype) if "bias" in operation.weights else None
     residual = prepared.reader(operation.inputs["residual"]) if "residual" in operation.inputs else None
     name = operation.attributes.get("activation")
@@ -220,8 +222,8 @@ def _linear(operation: Operation, prepared: Preparation) -> Execute:
     return execute
 
 
-def _prepared_weight(weight: torch.Tensor) -> torch.Tensor | PackedWeight | StreamedWeight:
-    return pack_linear_weight(weight.contiguous())
+def _prepared_weight(weight: torch.Tensor, batch_invariant: bool) -> torch.Tensor | PackedWeight | StreamedWeight:
+    return pack_linear_weight(weight.contiguous(), batch_invariant=batch_invariant)
 
 
 def _experts(operation: Operation, prepared: Preparation) -> Execute:
@@ -235,7 +237,7 @@ def _experts(operation: Operation, prepared: Preparation) -> Execute:
             prepared.weights[operation.weights[role]].to(prepared.compute_dtype(x)) for role in ("gate_up", "down")
         )
     )
-    weights = ExpertWeights(gate_up, down, name).prepared()
+    weights = ExpertWeights(gate_up, down, name, batch_invariant=prepared.batch_invariant).prepared()
     normalize = bool(attributes["normalize"])
 
     def execute(values: Values, step: TorchStep) -> None:

@@ -31,6 +31,7 @@ class TorchProgram:
         weights: every weight of the program by name, decoded to floats, on the device where the program shall run.
         backend: what attention calls; fits the device.
         keep: names of buffers whose values `values` returns.
+        batch_invariant: give a token the same bits in any company, as `backend` does then.
     """
 
     def __init__(
@@ -40,11 +41,12 @@ class TorchProgram:
         backend: AttentionBackend,
         *,
         keep: Sequence[str] = (),
+        batch_invariant: bool = False,
     ) -> None:
         self.program = program
         self.vocab_size = program.output.columns
         self._buffers = {buffer.name: buffer for buffer in (*program.inputs, *program.buffers, program.output)}
-        prepared = Preparation(self._buffers, weights, backend)
+        prepared = Preparation(self._buffers, weights, backend, batch_invariant)
         parts = split_program(program)
         self._hidden = parts.hidden
         self.keep = frozenset(keep)

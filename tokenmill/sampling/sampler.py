@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tokenmill.ops.argmax import argmax
+from tokenmill.ops.argmax import TokenPlaces, most_likely
 from tokenmill.sampling import steps
 from tokenmill.sampling.exact import rows_per_slice, rows_where
 from tokenmill.sampling.logprobs import token_logprobs
@@ -78,11 +78,14 @@ class Sampler:
             token_ids = token_ids.masked_fill(invalid, 0)
         return self._with_logprobs(logits, slots, slot_list, token_ids, invalid)
 
-    def most_likely(self, logits: torch.Tensor) -> SampledTokens:
-        """The most likely token of each row of `logits` [R, V]; of equal ones the first. Fit for a CUDA graph."""
-        row_max, token_ids = argmax(logits)  # NaN if any is NaN
-        invalid = ~row_max.isfinite()
-        return SampledTokens(token_ids.masked_fill(invalid, 0), invalid)
+    def most_likely(self, logits: torch.Tensor, places: TokenPlaces | None = None) -> SampledTokens:
+        """The most likely token of each row of `logits` [R, V]; of equal ones the first. Fit for a CUDA graph.
+
+        Args:
+            logits: the model's logits.
+            places: where the tokens are written as well.
+        """
+        return SampledTokens(*most_likely(logits, places))
 
     def _choose_in_slices(
         self, logits: torch.Tensor, invalid: torch.Tensor, rows: _Rows, slot_list: Sequence[int]

@@ -175,6 +175,40 @@ def test_a_process_ends_while_its_pool_is_open() -> None:
     assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr
 
 
+def test_a_pool_ends_between_two_steps() -> None:
+    """Within a step one worker would leave, and another wait for it."""
+    pool = ThreadPool(3)
+    before = workers()
+    with pool._lock:  # a step is under way
+        ending = threading.Thread(target=pool.close)
+        ending.start()
+        ending.join(0.3)
+        assert ending.is_alive()
+        assert workers() == before
+    ending.join(30)
+    assert len(workers()) == len(before) - 2
+
+
+def test_a_process_does_not_wait_for_the_compiler_to_end() -> None:
+    """The pool's own functions are compiled when it starts."""
+    program = """
+import threading, time
+from llvmlite.binding.ffi import lib
+from tokenmill.ops.cpu.threads import ThreadPool
+pool = ThreadPool(3)
+has_lock = threading.Event()
+
+def compile_for_long():
+    with lib._lock:
+        has_lock.set()
+        time.sleep(1000)
+
+threading.Thread(target=compile_for_long, daemon=True).start()
+has_lock.wait()
+"""
+    subprocess.run([sys.executable, "-c", program], timeout=60, check=True)
+
+
 def test_bad_values_are_refused() -> None:
     with pytest.raises(InvalidParameterError, match="num_threads is 0"):
         ThreadPool(0)

@@ -13,6 +13,7 @@ from tokenmill.errors import EngineError, TokenmillError
 from tokenmill.executor.low_level.response_builder import ResponseBuilder
 from tokenmill.executor.low_level.response_queue import ResponseQueue
 from tokenmill.executor.result import GenerationResult
+from tokenmill.executor.waiting import join
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class ResponseCollector:
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stop.set)
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            join(self._thread)
 
     def _run(self) -> None:
         self._loop.run_until_complete(self._wait())

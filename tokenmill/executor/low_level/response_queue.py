@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from tokenmill.errors import ExecutorShutdownError, InvalidParameterError
 from tokenmill.executor.low_level.response import Response
+from tokenmill.executor.waiting import wait_for
 
 
 class ResponseQueue:
@@ -57,7 +58,7 @@ class ResponseQueue:
             ExecutorShutdownError: closed, and none is left nor will come.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._ready or self._has_ended(), timeout)
+            wait_for(self._changed, lambda: bool(self._ready) or self._has_ended(), timeout)
             if not self._ready and self._has_ended():
                 raise ExecutorShutdownError("The executor is shut down, and all responses were given.")
             ready, self._ready = self._ready, {}
@@ -75,7 +76,7 @@ class ResponseQueue:
 
         with self._changed:
             self._check_ids(request_ids)
-            self._changed.wait_for(is_settled, timeout)
+            wait_for(self._changed, is_settled, timeout)
             return [response for request_id in request_ids for response in self._ready.pop(request_id, ())]
 
     def num_ready(self, request_id: int | None) -> int:

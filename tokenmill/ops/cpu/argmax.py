@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Final
 
 from llvmlite import ir
-from numba.core import types
 
 from tokenmill.ops.cpu.dot_product import Loop
 from tokenmill.ops.cpu.intrinsics import argument, chunk_range
@@ -24,9 +23,11 @@ from tokenmill.ops.cpu.simd import (
     I64,
     LANES,
     constant,
+    int64,
     load_f32,
     load_i32,
     load_vector,
+    none,
     operation,
     splat,
     store_vector,
@@ -65,7 +66,7 @@ def argmax_scratch_bytes(num_rows: int) -> int:
     return num_rows * NUM_PIECES * FOUND_BYTES
 
 
-@operation(types.none, types.int64, types.int64, types.int64, types.int64)
+@operation(none, int64, int64, int64, int64)
 def find_largest(
     builder: ir.IRBuilder, source: ir.Value, first_column: ir.Value, num_vectors: ir.Value, result: ir.Value
 ) -> None:
@@ -127,7 +128,7 @@ def argmax(thread: int, num_threads: int, row: int) -> None:
             is_number = is_number and value == value
             if value > best:
                 best, best_column = value, column
-        is_finite = is_number and abs(best) <= LARGEST
+        is_finite = is_number and -LARGEST <= best <= LARGEST
         store_i32(argument(row, TOKENS) + 4 * token, best_column if is_finite else NOT_FINITE)
 
 

@@ -13,6 +13,7 @@ from typing import Final
 
 from tokenmill.ops.cpu.attention_arguments import (
     DECODE_GROUPS,
+    DECODE_LEN,
     DECODE_TABLES,
     NO_WINDOW,
     NUM_HEADS,
@@ -56,6 +57,7 @@ class AttentionOp:
         scale: factor on the scores.
         scratch: `num_threads * scratch_bytes(...)` bytes.
         partials: `partial_bytes(...)` bytes.
+        deterministic: compute rows of one token as those of prompts are, so that a token has the same bits in both.
     """
 
     query: tuple[int, int]
@@ -69,6 +71,7 @@ class AttentionOp:
     partials: int
     sliding_window: int | None = None
     soft_cap: float | None = None
+    deterministic: bool = False
 
     def arguments(self) -> tuple[int, ...]:
         """The row from `FIRST_ARGUMENT` on; the same for `attention` and `attention_combine`."""
@@ -85,6 +88,7 @@ class AttentionOp:
             self.scratch,
             scratch_bytes(self.num_heads, self.num_kv_heads, self.head_dim),
             self.partials,
+            0 if self.deterministic else 1,
         )
 
 
@@ -108,15 +112,21 @@ def tile_cost(row: int, sequence: int, tile: int) -> int:
 
 
 @device
+def split_cost(row: int, sequence: int) -> int:
+    """Cost of each split of a decode row."""
+    return ITEM_COST + split_groups(row, sequence)
+
+
+@device
 def total_cost(row: int) -> int:
     """Cost of all items of the step."""
-    step = argument(row, STEP)
+    step, decode_len = argument(row, STEP), argument(row, DECODE_LEN)
     total = 0
     for sequence in range(num_rows(step)):
         length = query_len(step, sequence)
-        if length == 1:
-            total += num_splits(row, sequence) * (ITEM_COST + split_groups(row, sequence))
-        elif length > 1:
+        if 0 < length <= decode_len:
+            total += num_splits(row, sequence) * split_cost(row, sequence)
+        elif length > 0:
             for tile in range((length * query_heads(row) + QUERY_TILE - 1) // QUERY_TILE):
                 total += tile_cost(row, sequence, tile)
     return total * argument(row, NUM_KV_HEADS)
@@ -128,7 +138,7 @@ def attention(thread: int, num_threads: int, row: int) -> None:
 
     A decode split waits for the next one to be known, so that its keys and values are on their way meanwhile.
     """
-    step = argument(row, STEP)
+    step, decode_len = argument(row, STEP), argument(row, DECODE_LEN)
     scratch = argument(row, SCRATCH) + thread * argument(row, SCRATCH_BYTES)
     table, ahead = scratch + DECODE_TABLES, scratch + DECODE_TABLES + TABLE_BYTES
     total = total_cost(row)
@@ -137,16 +147,16 @@ def attention(thread: int, num_threads: int, row: int) -> None:
     waiting, waiting_head, waiting_groups, waiting_slot = -1, 0, 0, 0
     for sequence in range(num_rows(step)):
         length = query_len(step, sequence)
-        splits = num_splits(row, sequence) if length == 1 else 0
-        tiles = (length * query_heads(row) + QUERY_TILE - 1) // QUERY_TILE if length > 1 else 0
+        splits = num_splits(row, sequence) if 0 < length <= decode_len else 0
+        tiles = (length * query_heads(row) + QUERY_TILE - 1) // QUERY_TILE if length > decode_len else 0
         for kv_head in range(argument(row, NUM_KV_HEADS)):
             for item in range(splits + tiles):
-                cost = tile_cost(row, sequence, item) if length > 1 else ITEM_COST + split_groups(row, sequence)
+                cost = tile_cost(row, sequence, item) if length > decode_len else split_cost(row, sequence)
                 middle = (2 * done + cost) * num_threads
                 done += cost
                 if middle < begin or middle >= end:
                     continue
-                if length > 1:
+                if length > decode_len:
                     prefill_tile(row, scratch, sequence, kv_head, item)
                     continue
                 groups = list_split(row, ahead, sequence, kv_head, item)
@@ -166,12 +176,12 @@ def attention(thread: int, num_threads: int, row: int) -> None:
 @kernel
 def attention_combine(thread: int, num_threads: int, row: int) -> None:
     """Finish the decode rows of several splits. After `attention` and a barrier."""
-    step = argument(row, STEP)
+    step, decode_len = argument(row, STEP), argument(row, DECODE_LEN)
     num_heads = argument(row, NUM_HEADS)
     first, end = chunk_range(thread, num_threads, num_rows(step) * num_heads)
     slot = 0
     for sequence in range(num_rows(step)):
-        if query_len(step, sequence) != 1:
+        if query_len(step, sequence) != 1 or decode_len == 0:
             continue
         splits = num_splits(row, sequence)
         if splits > 1:

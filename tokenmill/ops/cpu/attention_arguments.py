@@ -36,6 +36,7 @@ SOFT_CAP: Final = FIRST_ARGUMENT + 14  # 0 without one
 SCRATCH: Final = FIRST_ARGUMENT + 15
 SCRATCH_BYTES: Final = FIRST_ARGUMENT + 16
 PARTIALS: Final = FIRST_ARGUMENT + 17
+DECODE_LEN: Final = FIRST_ARGUMENT + 18  # most tokens of a row that is split over threads: 1, or 0 for none
 
 NO_WINDOW: Final = 1 << 30
 

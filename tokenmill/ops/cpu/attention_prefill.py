@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 from tokenmill.ops.cpu.attention_arguments import (
+    DECODE_LEN,
     FACTORS,
     HEAD_DIM,
     IS_PAIRS,
@@ -95,6 +96,8 @@ def prefill_tile(row: int, scratch: int, sequence: int, kv_head: int, tile: int)
     load_queries(row, scratch, sequence, kv_head, first, count)
     window = argument(row, WINDOW)
     group = group_of(row, max(0, first_position - window + 1))
+    if argument(row, DECODE_LEN) == 0:  # chunks begin at the same keys for every tile that sees them
+        group -= group % PREFILL_GROUPS
     end = group_of(row, last_position) + 1
     while group < end:
         num_groups = min(PREFILL_GROUPS, end - group)

@@ -10,6 +10,7 @@ import os
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from typing import Final
 
 import numpy as np
@@ -24,6 +25,12 @@ NUM_SPINS: Final = 20_000
 """Looks for a step before a worker sleeps: about half a millisecond, longer than the host's work between two steps."""
 
 CACHE_LINE: Final = 64
+
+STEP_FUNCTIONS: Final = (walker.lead_step, walker.work, walker.release_workers)
+"""What a pool calls besides kernels."""
+
+END_SECONDS: Final = 1.0
+"""How long a pool that ends waits for a step that is under way. Longer ones end with the process."""
 
 
 class OpList:
@@ -75,7 +82,7 @@ class ThreadPool:
             raise InvalidParameterError(f"num_threads is {num_threads}.", field="num_threads", remedy="Give 1 or more.")
         self.num_threads = num_threads
         self._num_spins = num_spins
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._lead = walker.lead_step.call
         self._start()
 
@@ -94,8 +101,9 @@ class ThreadPool:
         return nanoseconds
 
     def close(self) -> None:
-        """End the threads. A pool that is closed cannot run."""
-        self._close()
+        """End the threads, after the step that is under way. A pool that is closed cannot run."""
+        with self._lock:
+            self._close()
 
     def _run(self, ops: OpList, times: int) -> None:
         with self._lock:
@@ -114,11 +122,12 @@ class ThreadPool:
         self._words = memory[skip : skip + walker.CONTROL_SIZE]
         self._control = self._words.ctypes.data
         self._process = os.getpid()
-        work = walker.work.call
+        # What workers do, and what ends them, is compiled now: later the compiler may be at work on another thread.
+        work, release = walker.work.call, walker.release_workers.call
         threads = [
             threading.Thread(
-                target=work,
-                args=(self._control, thread, self.num_threads, self._num_spins),
+                target=_work,
+                args=(work, self._words, thread, self.num_threads, self._num_spins),
                 name=f"tokenmill-cpu-{thread}",
                 daemon=True,
             )
@@ -126,14 +135,35 @@ class ThreadPool:
         ]
         for thread in threads:
             thread.start()
-        self._close = weakref.finalize(self, _stop, self._words, threads, os.getpid())
+        self._close = weakref.finalize(self, _stop, self._words, threads, self._lock, release, os.getpid())
 
 
-def _stop(words: npt.NDArray[np.int64], threads: list[threading.Thread], process: int) -> None:
-    """End workers: at exit, when their pool is closed, or when nothing refers to it any more."""
-    if process != os.getpid():
+def _work(
+    work: Callable[[int, int, int, int], None],
+    words: npt.NDArray[np.int64],
+    thread: int,
+    num_threads: int,
+    num_spins: int,
+) -> None:
+    """A worker's life; it keeps the control block alive as long as it may look at it."""
+    work(words.ctypes.data, thread, num_threads, num_spins)
+
+
+def _stop(
+    words: npt.NDArray[np.int64],
+    threads: list[threading.Thread],
+    lock: threading.RLock,
+    release: Callable[[int], None],
+    process: int,
+) -> None:
+    """End workers between two steps: at exit, when their pool is closed, or when nothing refers to it any more.
+
+    Within a step some would leave and the others wait for them at its next barrier.
+    """
+    if process != os.getpid() or not lock.acquire(timeout=END_SECONDS):
         return
     words[walker.STOP // 8] = 1
-    walker.release_workers.call(words.ctypes.data)
+    release(words.ctypes.data)
     for thread in threads:
         thread.join()
+    lock.release()

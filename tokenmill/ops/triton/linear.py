@@ -1,11 +1,9 @@
 """Products of a few rows with a weight, as fast as the weight can be read: decode steps spend their time here.
 
-`matvec` (one row) keeps the partial products of a block of columns in registers and adds them up once, at the end.
 `small_batch` gives the weight to the tensor cores as the left operand, whose side is never shorter than 64, and pads
 the rows to the narrow right side. Where the output is too narrow to occupy the device, the input features are split
 over several programs; the last of them to arrive adds up all parts in a fixed order, so results do not change from run
-to run. Weights are of x's type or float8_e4m3fn with a scale for each output feature. Called by `ops.linear` and
-`ops.fp8`.
+to run. One row is `matvec.py`'s. Called by `ops.linear` and `ops.fp8`.
 """
 
 from __future__ import annotations
@@ -17,27 +15,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tokenmill.ops.linear_plan import StreamPlan
 from tokenmill.ops.triton.launch import can_overlap, is_interpreted
+from tokenmill.ops.triton.matvec import load_weights, scaled
 
-VECTOR = tl.constexpr(8)
-"""Columns of a thread that lie side by side in `matvec`: 16 bytes of x. So its x and its weights meet in registers."""
 PREFETCHED_LINES = tl.constexpr(4)
 """Cache lines of each output feature that `small_batch` asks for while the kernel before it still runs."""
-
-
-@triton.jit
-def _load_weights(addresses: tl.tensor, columns: tl.tensor, size: tl.tensor, is_inside: tl.constexpr) -> tl.tensor:
-    """A block of weights, zeros from column `size` on. Nothing else will read them: they need not stay in the cache."""
-    if is_inside:
-        return tl.load(addresses, eviction_policy="evict_first")
-    return tl.load(addresses, mask=(columns < size)[None, :], other=0.0, eviction_policy="evict_first")
-
-
-@triton.jit
-def _load_row(x: tl.tensor, columns: tl.tensor, size: tl.tensor, is_inside: tl.constexpr) -> tl.tensor:
-    """A block of x in float32, zeros from column `size` on."""
-    if is_inside:
-        return tl.load(x + columns).to(tl.float32)
-    return tl.load(x + columns, mask=columns < size, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -46,52 +27,6 @@ def _load_columns(x: tl.tensor, columns: tl.tensor, size: tl.tensor, is_inside: 
     if is_inside:
         return tl.load(x)
     return tl.load(x, mask=(columns < size)[:, None], other=0.0)
-
-
-@triton.jit
-def _scaled(
-    total: tl.tensor, features: tl.tensor, is_feature: tl.tensor, weight_scale: tl.tensor, bias: tl.tensor
-) -> tl.tensor:
-    """Sums [features, rows] times the features' scales, plus their bias; either may be None."""
-    if weight_scale is not None:
-        total *= tl.load(weight_scale + features, mask=is_feature, other=0.0)[:, None]
-    if bias is not None:
-        total += tl.load(bias + features, mask=is_feature, other=0.0).to(tl.float32)[:, None]
-    return total
-
-
-@triton.jit
-def _matvec_kernel(
-    x: tl.tensor,
-    weight: tl.tensor,
-    weight_scale: tl.tensor,
-    bias: tl.tensor,
-    out: tl.tensor,
-    out_features: int,
-    in_features: int,
-    block_out: tl.constexpr,
-    block_in: tl.constexpr,
-    is_even: tl.constexpr,
-    overlaps: tl.constexpr,
-) -> None:
-    """One program: `block_out` output features, over all input features."""
-    if overlaps:
-        gdc_launch_dependents()
-    features = tl.program_id(0) * block_out + tl.arange(0, block_out)
-    is_feature = features < out_features
-    columns = tl.max_contiguous(tl.arange(0, block_in), VECTOR)
-    # Features past the end read the last one again: no mask on the loads that matter.
-    starts = tl.minimum(features, out_features - 1).to(tl.int64) * in_features
-    weights = weight + starts[:, None] + columns[None, :]
-    w = _load_weights(weights, columns, in_features, is_even)
-    if overlaps:
-        gdc_wait()  # x is there only now; the first weights have been on their way before
-    total = w.to(tl.float32) * _load_row(x, columns, in_features, is_even)[None, :]
-    for start in range(block_in, in_features, block_in):
-        w = _load_weights(weights + start, columns, in_features - start, is_even)
-        total += w.to(tl.float32) * _load_row(x + start, columns, in_features - start, is_even)[None, :]
-    result = _scaled(tl.sum(total, axis=1, keep_dims=True), features, is_feature, weight_scale, bias)
-    tl.store(out + features[:, None], result.to(out.dtype.element_ty), mask=is_feature[:, None])
 
 
 @triton.jit
@@ -181,7 +116,7 @@ def _small_batch_kernel(
         gdc_wait()  # x is there only now; the first weights have been on their way before
     total = tl.zeros([block_out, block_rows], tl.float32)
     for start in tl.range(first, last, block_in, num_stages=num_stages):
-        w = _load_weights(weights + start, columns, in_features - start, is_even)
+        w = load_weights(weights + start, columns, in_features - start, is_even)
         v = _load_columns(values + start, columns, in_features - start, is_even)
         if is_interpreted:  # the interpreter would multiply the bits of bfloat16 as integers
             w, v = w.to(tl.float32), v.to(tl.float32)
@@ -196,49 +131,8 @@ def _small_batch_kernel(
         total = _sum_of_parts(parts, mask, num_splits, num_rows * out_features)
     if x_scale is not None:
         total *= tl.load(x_scale + rows, mask=is_row, other=0.0)[None, :]
-    total = _scaled(total, features, is_feature, weight_scale, bias)
+    total = scaled(total, features, is_feature, weight_scale, bias)
     tl.store(out + offsets, total.to(out.dtype.element_ty), mask=mask)
-
-
-def matvec(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    plan: StreamPlan,
-) -> torch.Tensor:
-    """`x @ weight.T * weight_scale + bias` of one row.
-
-    Args:
-        x: [1, I].
-        weight: [O, I] contiguous, of x's type or float8_e4m3fn.
-        weight_scale: [O] float32; None: ones.
-        bias: [O].
-        plan: block sizes.
-
-    Returns:
-        [1, O], of x's type.
-    """
-    out_features, in_features = weight.shape
-    assert x.shape == (1, in_features) and x.stride(1) == 1 and weight.is_contiguous()
-    out = torch.empty(1, out_features, dtype=x.dtype, device=x.device)
-    overlaps = can_overlap(x.device)
-    _matvec_kernel[(triton.cdiv(out_features, plan.block_out),)](
-        x,
-        weight,
-        weight_scale,
-        bias,
-        out,
-        out_features,
-        in_features,
-        block_out=plan.block_out,
-        block_in=plan.block_in,
-        is_even=in_features % plan.block_in == 0,
-        overlaps=overlaps,
-        num_warps=plan.num_warps,
-        launch_pdl=overlaps,
-    )
-    return out
 
 
 def small_batch(

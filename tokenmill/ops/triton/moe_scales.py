@@ -32,12 +32,6 @@ def load_block(addresses: tl.tensor, mask: tl.tensor, is_inside: tl.constexpr) -
 
 
 @triton.jit
-def feature_scales(scales: tl.tensor, features: tl.tensor, num_features: tl.tensor) -> tl.tensor:
-    """The factors of some output features."""
-    return tl.load(scales + features, mask=features < num_features, other=0.0)
-
-
-@triton.jit
 def block_scales(scales: tl.tensor, features: tl.tensor, start: tl.tensor, in_features: tl.tensor) -> tl.tensor:
     """The factors of the features' weights in the block of input features from `start`."""
     blocks_in = (in_features + GROUP - 1) // GROUP

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tokenmill.ops.fp8 import QuantizedRows, per_token_quantize_fp8
+from tokenmill.ops.fp8 import QuantizedRows, per_token_quantize_fp8, static_quantize_fp8
 from tokenmill.ops.moe import ExpertMatrix, ExpertWeights, Routing
 from tokenmill.ops.moe_plan import SCALE_GROUP, GroupedPlan, grouped_plan
 from tokenmill.ops.triton.activation import activated
@@ -26,7 +26,6 @@ from tokenmill.ops.triton.moe_scales import (
     GROUP,
     NO_SCALES,
     block_scales,
-    feature_scales,
     load_block,
     quantize_groups,
     scale_kind_of,
@@ -46,13 +45,95 @@ def _product(
     if is_interpreted:  # the interpreter would multiply the bits of bfloat16 as integers
         weights, values = weights.to(tl.float32), values.to(tl.float32)
     if row_factors is None:
-        total = tl.dot(weights, values, total)
+        total = tl.dot(weights, values, total, input_precision="ieee")
     else:
-        part = tl.dot(weights, values) * row_factors[None, :]
+        part = tl.dot(weights, values, input_precision="ieee") * row_factors[None, :]
         if factors is not None:
             part *= factors[:, None]
         total += part
     return total
+
+
+@triton.jit
+def _first_scale(
+    expert: tl.tensor, out_features: tl.tensor, in_features: tl.tensor, scale_kind: tl.constexpr
+) -> tl.tensor:
+    """Where the scales of an expert's weights begin among those of all."""
+    if scale_kind == BLOCK_SCALES:
+        first = expert * ((out_features + GROUP - 1) // GROUP) * ((in_features + GROUP - 1) // GROUP)
+    else:
+        first = expert * out_features
+    return first
+
+
+@triton.jit
+def _gate_up_sums(
+    values: tl.tensor,  # [block_in, block_rows], where the rows begin
+    x_scale: tl.tensor,  # [block_rows], where the rows' scales begin
+    weight: tl.tensor,  # the expert's
+    weight_scale: tl.tensor,
+    inside: tl.tensor,  # [GROUP] features
+    columns: tl.tensor,  # [block_in]
+    in_features: tl.tensor,
+    size: tl.tensor,
+    num_stages: tl.constexpr,
+    scale_kind: tl.constexpr,
+    is_even: tl.constexpr,
+    is_interpreted: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Sums [GROUP, block_rows] of gate and of up over all input features, scaled."""
+    gate_weights = weight + inside.to(tl.int64)[:, None] * in_features + columns[None, :]
+    up_weights = gate_weights + size.to(tl.int64) * in_features
+    gate = tl.zeros([GROUP, values.shape[1]], tl.float32)
+    up = tl.zeros([GROUP, values.shape[1]], tl.float32)
+    if scale_kind == FEATURE_SCALES:  # asked for now, used behind the loop
+        of_rows = tl.load(x_scale)
+        of_gate = tl.load(weight_scale + inside)
+        of_up = tl.load(weight_scale + size + inside)
+    for start in tl.range(0, in_features, columns.shape[0], num_stages=num_stages):
+        is_column = columns < in_features - start
+        v = load_block(values + start, is_column[:, None], is_even)
+        g = load_block(gate_weights + start, is_column[None, :], is_even)
+        u = load_block(up_weights + start, is_column[None, :], is_even)
+        if scale_kind == BLOCK_SCALES:
+            of_group = tl.load(x_scale + start // GROUP)
+            gate = _product(
+                gate, g, v, block_scales(weight_scale, inside, start, in_features), of_group, is_interpreted
+            )
+            up = _product(
+                up, u, v, block_scales(weight_scale, size + inside, start, in_features), of_group, is_interpreted
+            )
+        else:
+            gate = _product(gate, g, v, None, None, is_interpreted)
+            up = _product(up, u, v, None, None, is_interpreted)
+    if scale_kind == FEATURE_SCALES:
+        gate *= of_gate[:, None] * of_rows[None, :]
+        up *= of_up[:, None] * of_rows[None, :]
+    return gate, up
+
+
+@triton.jit
+def _store_inner(
+    inner: tl.tensor,  # [GROUP, block_rows]
+    rows: tl.tensor,
+    is_row: tl.tensor,
+    features: tl.tensor,
+    size: tl.tensor,
+    out: tl.tensor,
+    out_scale: tl.tensor,
+) -> None:
+    """Store a group of features of some rows; quantized with a scale for each row if there is a place for scales."""
+    mask = (features < size)[:, None] & is_row[None, :]
+    offsets = rows.to(tl.int64)[None, :] * size + features[:, None]
+    if out_scale is None:
+        tl.store(out + offsets, inner.to(out.dtype.element_ty), mask=mask)
+    else:
+        inner = tl.where((features < size)[:, None], inner, 0.0)
+        scales = tl.maximum(tl.max(tl.abs(inner), axis=0) * INVERSE_FP8_MAX, MIN_SCALE)
+        scaled = inner * tl.div_rn(1.0, scales)[None, :]
+        tl.store(out + offsets, tl.clamp(scaled, -FP8_MAX, FP8_MAX).to(tl.float8e4nv), mask=mask)
+        places = rows.to(tl.int64) * ((size + GROUP - 1) // GROUP) + tl.program_id(0)
+        tl.store(out_scale + places, scales, mask=is_row)
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
@@ -90,46 +171,57 @@ def _gate_up_kernel(
     is_row = rows < num_pairs
     tokens = tl.where(is_row, rows // top_k, 0).to(tl.int64)
     features = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
-    inside = tl.minimum(features, size - 1)
     columns = tl.arange(0, block_in)
-    gate_weights = weight + (expert * 2 * size + inside)[:, None] * in_features + columns[None, :]
-    up_weights = weight + ((expert * 2 + 1) * size + inside)[:, None] * in_features + columns[None, :]
-    values = x + tokens[None, :] * x_stride + columns[:, None]
     scales_in = (in_features + GROUP - 1) // GROUP
-    if scale_kind == BLOCK_SCALES:
-        weight_scale += expert * (2 * size // GROUP) * scales_in
-    gate = tl.zeros([GROUP, block_rows], tl.float32)
-    up = tl.zeros([GROUP, block_rows], tl.float32)
-    for start in tl.range(0, in_features, block_in, num_stages=num_stages):
+    weight += expert * 2 * size * in_features
+    if scale_kind != NO_SCALES:
+        x_scale += tokens * scales_in if scale_kind == BLOCK_SCALES else tokens
+        weight_scale += _first_scale(expert, 2 * size, in_features, scale_kind)
+    gate, up = _gate_up_sums(
+        x + tokens[None, :] * x_stride + columns[:, None], x_scale, weight, weight_scale,
+        tl.minimum(features, size - 1), columns, in_features, size, num_stages, scale_kind, is_even, is_interpreted,
+    )  # fmt: skip
+    _store_inner(activated(gate, is_silu) * up, rows, is_row, features, size, out, out_scale)
+
+
+@triton.jit
+def _sums_of_rows(
+    values: tl.tensor,  # [block_in, block_rows], where the rows begin
+    x_scale: tl.tensor,  # [block_rows], where the rows' scales begin
+    weight: tl.tensor,
+    weight_scale: tl.tensor,
+    inside: tl.tensor,  # [block_out] features
+    columns: tl.tensor,  # [block_in]
+    in_features: tl.tensor,
+    num_stages: tl.constexpr,
+    scale_kind: tl.constexpr,
+    scales_rows: tl.constexpr,
+    is_even: tl.constexpr,
+    is_interpreted: tl.constexpr,
+) -> tl.tensor:
+    """Sums [block_out, block_rows] over all input features, scaled."""
+    weights = weight + inside.to(tl.int64)[:, None] * in_features + columns[None, :]
+    total = tl.zeros([inside.shape[0], values.shape[1]], tl.float32)
+    if scale_kind == FEATURE_SCALES:  # asked for now, used behind the loop
+        of_features = tl.load(weight_scale + inside)
+        if scales_rows:
+            of_rows = tl.load(x_scale)
+    for start in tl.range(0, in_features, columns.shape[0], num_stages=num_stages):
         is_column = columns < in_features - start
         v = load_block(values + start, is_column[:, None], is_even)
-        g = load_block(gate_weights + start, is_column[None, :], is_even)
-        u = load_block(up_weights + start, is_column[None, :], is_even)
-        if scale_kind == BLOCK_SCALES:
-            of_rows = tl.load(x_scale + tokens * scales_in + start // GROUP)
-            of_gate = block_scales(weight_scale, inside, start, in_features)
-            of_up = block_scales(weight_scale, size + inside, start, in_features)
-            gate = _product(gate, g, v, of_gate, of_rows, is_interpreted)
-            up = _product(up, u, v, of_up, of_rows, is_interpreted)
+        w = load_block(weights + start, is_column[None, :], is_even)
+        if scale_kind == NO_SCALES or scales_rows:
+            total = _product(total, w, v, None, None, is_interpreted)
         else:
-            gate = _product(gate, g, v, None, None, is_interpreted)
-            up = _product(up, u, v, None, None, is_interpreted)
+            of_block = None
+            if scale_kind == BLOCK_SCALES:
+                of_block = block_scales(weight_scale, inside, start, in_features)
+            total = _product(total, w, v, of_block, tl.load(x_scale + start // GROUP), is_interpreted)
     if scale_kind == FEATURE_SCALES:
-        of_rows = tl.load(x_scale + tokens)
-        weight_scale += expert * 2 * size
-        gate *= feature_scales(weight_scale, features, size)[:, None] * of_rows[None, :]
-        up *= feature_scales(weight_scale + size, features, size)[:, None] * of_rows[None, :]
-    inner = tl.where((features < size)[:, None], activated(gate, is_silu) * up, 0.0)
-    mask = (features < size)[:, None] & is_row[None, :]
-    offsets = rows.to(tl.int64)[None, :] * size + features[:, None]
-    if out_scale is None:
-        tl.store(out + offsets, inner.to(out.dtype.element_ty), mask=mask)
-    else:
-        scales = tl.maximum(tl.max(tl.abs(inner), axis=0) * INVERSE_FP8_MAX, MIN_SCALE)
-        scaled = inner * tl.div_rn(1.0, scales)[None, :]
-        tl.store(out + offsets, tl.clamp(scaled, -FP8_MAX, FP8_MAX).to(tl.float8e4nv), mask=mask)
-        places = rows.to(tl.int64) * ((size + GROUP - 1) // GROUP) + tl.program_id(0)
-        tl.store(out_scale + places, scales, mask=is_row)
+        total *= of_features[:, None]
+        if scales_rows:
+            total *= of_rows[None, :]
+    return total
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -157,14 +249,12 @@ def _rows_kernel(
     is_interpreted: tl.constexpr,
     overlaps: tl.constexpr,
 ) -> None:
-    """Output features of one tile of rows; rows of float8 have one scale each, or one for every 128 input features.
-
-    The rows are pairs, in tiles of one expert each, and weighted with their shares; or all rows in order (`pairs` is
-    None) of the only matrix.
-    """
+    """Output features of one tile of rows: pairs of one expert, times their shares, or any rows of the only matrix."""
     if overlaps:
         gdc_launch_dependents()
         gdc_wait()
+    features = tl.program_id(0) * block_out + tl.arange(0, block_out)
+    inside = tl.minimum(features, out_features - 1)
     rows = tl.program_id(1) * block_rows + tl.arange(0, block_rows)
     if pairs is not None:
         expert = tl.load(tile_experts + tl.program_id(1)).to(tl.int64)
@@ -172,55 +262,45 @@ def _rows_kernel(
             return
         rows = tl.load(pairs + rows)
         weight += expert * out_features * in_features
-        if scale_kind == FEATURE_SCALES:
-            weight_scale += expert * out_features
-        if scale_kind == BLOCK_SCALES:
-            weight_scale += expert * ((out_features + GROUP - 1) // GROUP) * ((in_features + GROUP - 1) // GROUP)
+        if scale_kind != NO_SCALES:
+            weight_scale += _first_scale(expert, out_features, in_features, scale_kind)
     is_row = rows < num_rows
     sources = tl.where(is_row, rows, 0).to(tl.int64)
-    features = tl.program_id(0) * block_out + tl.arange(0, block_out)
-    inside = tl.minimum(features, out_features - 1)
     columns = tl.arange(0, block_in)
-    weights = weight + inside.to(tl.int64)[:, None] * in_features + columns[None, :]
-    values = x + sources[None, :] * x_stride + columns[:, None]
-    scales_in = (in_features + GROUP - 1) // GROUP
-    total = tl.zeros([block_out, block_rows], tl.float32)
-    for start in tl.range(0, in_features, block_in, num_stages=num_stages):
-        is_column = columns < in_features - start
-        v = load_block(values + start, is_column[:, None], is_even)
-        w = load_block(weights + start, is_column[None, :], is_even)
-        if scale_kind == NO_SCALES or scales_rows:
-            total = _product(total, w, v, None, None, is_interpreted)
-        else:
-            of_rows = tl.load(x_scale + sources * scales_in + start // GROUP)
-            of_features = None
-            if scale_kind == BLOCK_SCALES:
-                of_features = block_scales(weight_scale, inside, start, in_features)
-            total = _product(total, w, v, of_features, of_rows, is_interpreted)
-    if scale_kind == FEATURE_SCALES:
-        total *= feature_scales(weight_scale, features, out_features)[:, None]
-        if scales_rows:
-            total *= tl.load(x_scale + sources)[None, :]
+    if x_scale is not None:
+        x_scale += sources if scales_rows else sources * ((in_features + GROUP - 1) // GROUP)
+    total = _sums_of_rows(
+        x + sources[None, :] * x_stride + columns[:, None], x_scale, weight, weight_scale, inside, columns,
+        in_features, num_stages, scale_kind, scales_rows, is_even, is_interpreted,
+    )  # fmt: skip
     if shares is not None:
         total *= tl.load(shares + sources)[None, :]
     if bias is not None:
         total += tl.load(bias + inside).to(tl.float32)[:, None]
     mask = (features < out_features)[:, None] & is_row[None, :]
-    tl.store(
-        out + rows.to(tl.int64)[None, :] * out_features + features[:, None], total.to(out.dtype.element_ty), mask=mask
-    )
+    offsets = rows.to(tl.int64)[None, :] * out_features + features[:, None]
+    tl.store(out + offsets, total.to(out.dtype.element_ty), mask=mask)
 
 
-def run_tiles(x: torch.Tensor, routing: Routing, weights: ExpertWeights, plan: GroupedPlan) -> torch.Tensor:
-    """[T, H]: quantize if the weights are float8, sort, multiply, multiply, add up."""
-    blocks = sort_pairs(routing.experts, weights.first_expert, weights.num_experts, plan.block_rows)
-    by_token = weights.scales_inner_by_token(routing.experts.numel())
+def run_tiles(
+    x: torch.Tensor,
+    routing: Routing,
+    weights: ExpertWeights,
+    plan: GroupedPlan,
+    quantized: QuantizedRows | None = None,
+) -> torch.Tensor:
+    """[T, H]: quantize if the weights are float8 and x was not `quantized` yet, sort, multiply, multiply, add up."""
+    num_pairs, num_experts = routing.experts.numel(), weights.num_experts
+    blocks = sort_pairs(routing.experts, weights.first_expert, num_experts, plan.block_rows)
+    by_token = weights.scales_inner_by_token(num_pairs)
     unquantized = x.dtype if by_token else None
-    inner = grouped_gate_up(*_operand(x, weights.gate_up), routing, weights, blocks, plan, unquantized=unquantized)
+    operand = _operand(x, weights) if quantized is None else quantized
+    inner = grouped_gate_up(*operand, routing, weights, blocks, plan, unquantized=unquantized)
     if isinstance(inner, torch.Tensor) and by_token:
-        inner = per_token_quantize_fp8(inner)
+        scales = weights.input_scales
+        inner = per_token_quantize_fp8(inner) if scales is None else static_quantize_fp8(inner, scales[1])
     of_pairs = grouped_down(inner, routing, weights, blocks, plan, x.dtype)
-    return combine(of_pairs, routing.experts, weights.first_expert, weights.num_experts)
+    return combine(of_pairs, routing.experts, weights.first_expert, num_experts)
 
 
 def grouped_gate_up(
@@ -294,12 +374,16 @@ def grouped_down(
 
 
 def block_scaled_product(
-    x: QuantizedRows, weight: ExpertMatrix, bias: torch.Tensor | None, dtype: torch.dtype
+    x: QuantizedRows,
+    weight: ExpertMatrix,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    plan: GroupedPlan | None = None,
 ) -> torch.Tensor:
     """`x @ weight.T + bias` of one matrix with a scale for each block, x with one for each row and 128 features."""
     out = torch.empty(x.values.shape[0], weight.values.shape[1], dtype=dtype, device=x.values.device)
     if out.numel():
-        _launch_rows(x.values, x.scales, weight, None, None, bias, out, grouped_plan(x.values.shape[0], 1))
+        _launch_rows(x.values, x.scales, weight, None, None, bias, out, plan or grouped_plan(x.values.shape[0], 1))
     return out
 
 
@@ -318,8 +402,10 @@ def _launch_rows(
     block_rows = plan.block_rows
     num_tiles = triton.cdiv(num_rows, block_rows) if blocks is None else blocks.experts.shape[0]
     block_in = SCALE_GROUP // values.element_size()
+    # With scales of groups every product is kept apart from the sum before it is added: twice the registers.
+    block_out = plan.down_out if scales is None or scales.dim() == 1 else min(plan.down_out, SCALE_GROUP)
     overlaps = can_overlap(values.device)
-    _rows_kernel[(triton.cdiv(out_features, plan.down_out), num_tiles)](
+    _rows_kernel[(triton.cdiv(out_features, block_out), num_tiles)](
         values,
         scales,
         *matrix,
@@ -333,7 +419,7 @@ def _launch_rows(
         out_features,
         values.stride(0),
         block_rows=block_rows,
-        block_out=plan.down_out,
+        block_out=block_out,
         block_in=block_in,
         num_stages=plan.down_stages,
         scale_kind=scale_kind_of(matrix),
@@ -346,8 +432,10 @@ def _launch_rows(
     )
 
 
-def _operand(x: torch.Tensor, matrix: ExpertMatrix) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """x as the product with `matrix` takes it, and its scales."""
-    if matrix.scales is None:
+def _operand(x: torch.Tensor, weights: ExpertWeights) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """x as the first product takes it, and its scales."""
+    if weights.gate_up.scales is None:
         return x, None
-    return quantize_groups(x) if matrix.is_block_scaled else per_token_quantize_fp8(x)
+    if weights.input_scales is not None:
+        return static_quantize_fp8(x, weights.input_scales[0])
+    return quantize_groups(x) if weights.gate_up.is_block_scaled else per_token_quantize_fp8(x)

@@ -1,4 +1,4 @@
-"""Rotary embedding of all heads in one launch. Called by `ops.rope`."""
+"""Rotary embedding: the angles of a step, and the turning of all heads, one launch each. Called by `ops.rope`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,29 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from tokenmill.ops.triton.launch import can_overlap, warps_for
 
 ELEMENTS_PER_PROGRAM = 2048
+
+
+@triton.jit
+def _rotation_kernel(
+    positions: tl.tensor,
+    frequencies: tl.tensor,
+    cos: tl.tensor,
+    signed_sin: tl.tensor,
+    factor: float,
+    half: tl.constexpr,
+    block_half: tl.constexpr,
+) -> None:
+    """One program a token."""
+    token = tl.program_id(0).to(tl.int64)
+    pairs = tl.arange(0, block_half)
+    is_pair = pairs < half
+    angles = tl.load(positions + token).to(tl.float32) * tl.load(frequencies + pairs, mask=is_pair, other=0.0)
+    cosines, sines = tl.cos(angles) * factor, tl.sin(angles) * factor
+    first = token * (2 * half) + pairs
+    tl.store(cos + first, cosines, mask=is_pair)
+    tl.store(cos + first + half, cosines, mask=is_pair)
+    tl.store(signed_sin + first, -sines, mask=is_pair)
+    tl.store(signed_sin + first + half, sines, mask=is_pair)
 
 
 @triton.jit
@@ -44,6 +67,21 @@ def _rope_kernel(
     out_first = out + (token * num_heads + heads[:, None]) * (2 * half) + pairs[None, :]
     tl.store(out_first, (x1 * cosines - x2 * sines).to(out.dtype.element_ty), mask=mask)
     tl.store(out_first + half, (x2 * cosines + x1 * sines).to(out.dtype.element_ty), mask=mask)
+
+
+def rotation(positions: torch.Tensor, frequencies: torch.Tensor, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and signed_sin [T, 1, D] float32 of positions [T]; see `ops.rope.rotation`."""
+    num_tokens, half = positions.shape[0], frequencies.shape[0]
+    cos, signed_sin = (
+        torch.empty(num_tokens, 1, 2 * half, dtype=torch.float32, device=positions.device) for _ in range(2)
+    )
+    if num_tokens:
+        assert positions.is_contiguous() and frequencies.is_contiguous()
+        block_half = triton.next_power_of_2(half)
+        _rotation_kernel[(num_tokens,)](
+            positions, frequencies, cos, signed_sin, factor, half=half, block_half=block_half, num_warps=1
+        )
+    return cos, signed_sin
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
