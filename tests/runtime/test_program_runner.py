@@ -21,7 +21,7 @@ from tokenmill.runtime.slot_state import SlotState
 from tokenmill.sampling.slot_params import SlotSamplingParams
 from tokenmill.sampling_params import SamplingParams
 
-pytestmark = pytest.mark.spec("C1", "C3")
+pytestmark = pytest.mark.spec("C1")
 LIMITS = StepLimits(max_batch_size=4, max_num_tokens=64, max_seq_len=64, num_blocks=40, tokens_per_block=4)
 PROMPTS = [random_tokens(11, vocab_size=VOCAB_SIZE), random_tokens(6, seed=1, vocab_size=VOCAB_SIZE)]
 

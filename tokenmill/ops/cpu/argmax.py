@@ -89,9 +89,9 @@ def find_largest(
 def advance(row: int, token: int) -> None:
     """From a step of one token for each sequence to the next one."""
     store_i32(argument(row, TOKEN_IDS) + 4 * token, load_i32(argument(row, TOKENS) + 4 * token))
-    for column in (POSITIONS, KV_LENS):
-        place = argument(row, column) + 4 * token
-        store_i32(place, load_i32(place) + 1)
+    position, kv_len = argument(row, POSITIONS) + 4 * token, argument(row, KV_LENS) + 4 * token
+    store_i32(position, load_i32(position) + 1)
+    store_i32(kv_len, load_i32(kv_len) + 1)
 
 
 @kernel
