@@ -37,7 +37,7 @@ def repository(folder: Path) -> Path:
         (["/opt/env/bin/python3", "-m", "benchmarks.soak", "--minutes", "1"], "python -m benchmarks.soak --minutes 1"),
         (["python", "benchmarks/cpu/ops.py"], "python benchmarks/cpu/ops.py"),
         (["python", f"{ROOT}/benchmarks/cpu/ops.py"], "python benchmarks/cpu/ops.py"),
-        (["python", "-m", "b", "--llama-python", "/home/someone/env/bin/python"], "python -m b --llama-python python"),
+        (["python", "-m", "b", "--llama-python", "/opt/env/bin/python"], "python -m b --llama-python python"),
         (["python", "-m", "b", "--output=/tmp/mine/out.json"], "python -m b --output=out.json"),
         (["python", "-m", "b", "--output", f"{ROOT}/results/x.json"], "python -m b --output results/x.json"),
         (["python", "-m", "b", "~/models/a.gguf"], "python -m b a.gguf"),
