@@ -1,6 +1,7 @@
 """Llama-3.1-8B's shape with random weights on one GPU: latency of one stream, throughput of many, start time.
 
     python -m benchmarks.gpu.llama8b --work 128/128/1
+    python -m benchmarks.gpu.llama8b --work 128/128/1 128/128/512 --deterministic
     python -m benchmarks.gpu.llama8b --work 128/128/1 128/128/2048 1000/1000/512 --quantization fp8 --profile 64
 
 Work is input length / output length / requests. Prompts are random token ids, greedy, end token off, no prefix cache,
@@ -19,11 +20,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from benchmarks.gpu.step_trace import DecodeWindow, StepTrace
 from benchmarks.result_file import RESULTS, Row, print_rows, write_result
@@ -86,6 +88,20 @@ def main() -> None:
 def run(shape: Shape, options: argparse.Namespace) -> None:
     """Measure a shape, print, write."""
     weights = options.quantization or "bf16"
+    name = f"{shape.file}_{'deterministic' if options.deterministic else weights}"
+    rows = measure_engine(shape, options, weights)
+    if options.deterministic:
+        options.deterministic = False
+        rows = [replace(one, metric=f"{one.metric}, deterministic", goal=None) for one in rows]
+        rows += measure_engine(shape, options, weights)
+    print_rows(rows)
+    output = options.output or RESULTS / f"{name}.json"
+    write_result(output, name, rows, device=torch.cuda.get_device_name())
+    print("written to", output)
+
+
+def measure_engine(shape: Shape, options: argparse.Namespace, weights: str) -> list[Row]:
+    """Start an engine, measure all works with it, and end it."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(shape.config))
         started = time.perf_counter()
@@ -101,11 +117,7 @@ def run(shape: Shape, options: argparse.Namespace) -> None:
             rows += measured
         for num_rows in options.profile:
             profile_decode(llm, num_rows)
-    print_rows(rows)
-    name = f"{shape.file}_{weights}"
-    output = options.output or RESULTS / f"{name}.json"
-    write_result(output, name, rows, device=torch.cuda.get_device_name())
-    print("written to", output)
+    return rows
 
 
 def parse_arguments(description: str | None) -> argparse.Namespace:
@@ -124,6 +136,7 @@ def parse_arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument("--trace", action="store_true", help="print where the time of the measured steps went")
     parser.add_argument("--policy", choices=list(CapacitySchedulerPolicy), default="GUARANTEED_NO_EVICT")
     parser.add_argument("--cache-fraction", type=float, default=0.9, help="of the free memory, for the cache")
+    parser.add_argument("--deterministic", action="store_true", help="measure with the deterministic mode and without")
     parser.add_argument("--output", type=Path, default=None)
     return parser.parse_args()
 
@@ -143,6 +156,7 @@ def make_llm(folder: Path, options: argparse.Namespace) -> LLM:
             enable_block_reuse=False, dtype=options.kv_dtype, free_gpu_memory_fraction=options.cache_fraction
         ),
         scheduler_config=SchedulerConfig(capacity_scheduler_policy=options.policy),
+        deterministic=options.deterministic,
         **extra,
     )
 
@@ -216,6 +230,7 @@ def profile_decode(llm: LLM, num_rows: int) -> None:
     generate(llm, prompts(num_rows, 128, seed=3), 96)
     engine.runner = runner
     window.report()
+    window.table(llm).print(Console(width=170))
 
 
 def row(shape: Shape, metric: str, work: str, weights: str, name: str, value: float, unit: str) -> Row:

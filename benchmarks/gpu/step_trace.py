@@ -14,8 +14,14 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from torch._C._autograd import DeviceType
 
+from tokenmill import LLM
+from tokenmill.bench.kernels import Kernel, StepTable, step_table
+from tokenmill.bench.limits import measure_limits
+from tokenmill.bench.step_kinds import linear_nbytes
 from tokenmill.engine.plan import BatchPlan, StepOutput
+from tokenmill.program.costs import StepSize
 
 
 @dataclass
@@ -161,6 +167,26 @@ class DecodeWindow:
     def run(self, plan: BatchPlan) -> StepOutput:
         """Launch and collect."""
         return self.collect(self.launch(plan))
+
+    def table(self, llm: LLM) -> StepTable:
+        """What the operations of a step take beside the limits of the device, which is idle now."""
+        assert self._profile is not None and self._num_seen >= self._num_skipped + self._num_steps
+        kernels = [
+            Kernel(event.name, event.time_range.start, event.time_range.elapsed_us())
+            for event in self._profile.events() or ()
+            if event.device_type == DeviceType.CUDA and not event.name.startswith("Mem")
+        ]
+        description, nbytes = llm.description, linear_nbytes(llm)
+        step = StepSize(
+            num_tokens=self._num_rows,
+            num_rows=self._num_rows,
+            num_sequences=self._num_rows,
+            context_len=round(statistics.mean(self._lens)),
+            cache_nbytes=getattr(torch, description.cache_dtype).itemsize,
+        )
+        limits = measure_limits(torch.device(description.device), float8=nbytes == 1.0)
+        title = f"Decode steps of {self._num_rows} sequences, {step.context_len:,} tokens of context"
+        return step_table(title, kernels, self._num_steps, description.model, step, limits, linear_nbytes=nbytes)
 
     def report(self, num_kernels: int = 26) -> None:
         """Print the kernels of one step, longest first."""

@@ -13,10 +13,11 @@ import torch
 from tests.support.paged_cache import attention_metadata
 from tokenmill.attention.base import AttentionMetadata, AttentionSpec, LayerCache
 from tokenmill.attention.reference import ReferenceAttention
+from tokenmill.ops.rope import apply_rope_reference
 
 pytest.importorskip("triton")
 from tokenmill.attention.triton import TritonAttention, first_row_without_history
-from tokenmill.attention.triton_common import Result
+from tokenmill.attention.triton_common import Result, Turning
 from tokenmill.attention.triton_decode import DecodeTiles, choose_num_splits, decode_attention
 from tokenmill.attention.triton_kv_write import write_kv_triton
 from tokenmill.attention.triton_prefill import PrefillTiles, prefill_attention
@@ -218,6 +219,51 @@ def test_any_number_of_splits(num_splits: int, window: int | None, device: str) 
         num_splits=num_splits, tiles=DecodeTiles(16, 4, 2, 4),
     )  # fmt: skip
     assert_close(output, expected, TOLERANCES[torch.float32])
+
+
+TURNED_ROWS = ((1, 70), (1, 0), (1, 33))
+TURNED = [
+    Case(TURNED_ROWS),
+    Case(TURNED_ROWS, num_heads=3, num_kv_heads=1, head_dim=48, dtype=torch.bfloat16),
+    Case(TURNED_ROWS, dtype=torch.bfloat16, cache_dtype=FP8),
+    pytest.param(replace(REAL, rows=((1, 8191), (1, 0), (1, 1023))), marks=pytest.mark.gpu),
+    pytest.param(replace(REAL, rows=((1, 700),) * 70, cache_dtype=FP8), marks=pytest.mark.gpu),
+]
+
+
+@pytest.mark.parametrize("case", TURNED, ids=str)
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_decode_rows_are_turned_on_the_way(case: Case, num_splits: int, device: str) -> None:
+    step = make_step(case, device)
+    turns = torch.randn(len(case.rows), 1, case.head_dim // 2, generator=torch.Generator().manual_seed(5)).to(device)
+    cos, sin = turns.cos(), turns.sin()
+    angles = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    query, key = (apply_rope_reference(heads, *angles) for heads in (step.query, step.key))
+    cache, expected_cache = step.cloned_cache(), step.cloned_cache()
+    expected = ReferenceAttention().forward(step.spec, query, key, step.value, expected_cache, step.metadata)
+    output = torch.full_like(expected, torch.nan)
+    decode_attention(
+        step.spec, step.query, step.key, step.value, cache, step.metadata, Result(output), num_splits=num_splits,
+        turning=Turning(*angles),
+    )  # fmt: skip
+    tolerance = max(TOLERANCES[case.dtype], TOLERANCES[torch.float16] if case.cache_dtype == FP8 else 0.0)
+    tolerance = tolerance if device == "cuda" or case.dtype == torch.float32 else 2 * tolerance  # cuts bfloat16 off
+    if case.cache_dtype == FP8:  # a last digit of the key decides between two of its 8-bit numbers
+        tolerance *= 3
+    assert_close(output, expected, tolerance)
+    backend = TritonAttention()
+    assert backend.turns_heads(step.metadata)
+    again = backend.forward(
+        step.spec, step.query, step.key, step.value, step.cloned_cache(), step.metadata, turning=angles
+    )
+    assert_close(again, expected, tolerance)
+    if case.cache_dtype is None and device == "cuda":
+        for part, expected_part in zip(cache, expected_cache, strict=True):
+            torch.testing.assert_close(part.float(), expected_part.float(), rtol=2**-7, atol=1e-5, equal_nan=True)
+
+
+def test_steps_with_prompts_are_turned_before(device: str) -> None:
+    assert not TritonAttention().turns_heads(make_step(Case(((1, 3), (2, 0))), device).metadata)
 
 
 def reference_with_sinks(step: Step, sinks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

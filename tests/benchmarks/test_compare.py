@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("numba")
+pytest.importorskip("llvmlite")
 
 from benchmarks.cpu.compare import ENGINE, LLAMA, LLAMA_BEST, WORKS, limit_of, make_rows
 from benchmarks.cpu.machine_limits import MachineLimits

@@ -1,8 +1,12 @@
 """The step loop: failures of the runner end only the requests of their plan; overlap changes nothing in the answers."""
 
+from collections.abc import Callable
+
 import pytest
 
 from tests.support.engine_harness import MAX_UTILIZATION, Harness
+from tests.support.mock_runner import MockRunner
+from tokenmill.engine.core import EngineCore
 from tokenmill.engine.events import Failed, TokenDelta
 from tokenmill.engine.plan import BatchPlan, Row
 from tokenmill.errors import EngineError, InvalidLogitsError, OutOfMemoryError, TokenmillError
@@ -147,3 +151,65 @@ def test_two_engines_do_not_know_of_each_other() -> None:
     one.check_finished()
     two.check_finished()
     assert one.tokens(0) == two.tokens(0)
+
+
+def test_repeated_steps_give_the_same_tokens() -> None:
+    """The host looks at tokens once for several steps: the answers, and what is cached, are the same."""
+    answers = []
+    for max_repeats in (1, 6):
+        harness = Harness(num_blocks=20, max_repeats=max_repeats, capacity_policy=MAX_UTILIZATION)
+        fill(harness)
+        harness.run()
+        harness.check_finished()
+        answers.append([harness.tokens(request_id) for request_id in harness.requests])
+        plans = harness.runner.plans
+    assert answers[0] == answers[1]
+    assert max(plan.max_repeats for plan in plans) > 3
+
+
+def test_steps_are_repeated_only_while_sequences_decode_and_nobody_waits() -> None:
+    harness = Harness(max_batch_size=2, max_repeats=6, max_num_tokens=8)
+    harness.add(range(5), max_tokens=40)
+    harness.step()
+    assert harness.runner.plans[-1].max_repeats == 1, "a prompt"
+    harness.step()
+    assert harness.runner.plans[-1].max_repeats == 6
+    harness.add(range(30), max_tokens=9)
+    for _ in range(4):
+        harness.step()
+        assert harness.runner.plans[-1].max_repeats == 1, "chunks of a prompt"
+    harness.add(range(3), max_tokens=9)
+    harness.step()
+    assert harness.runner.plans[-1].max_repeats == 1, "a request waits for a slot"
+    harness.run()
+    harness.check_finished()
+
+
+def test_what_comes_after_the_end_of_a_repeated_step_is_nobodys() -> None:
+    probe = Harness()
+    probe.add(range(5), max_tokens=12)
+    probe.run()
+    answer = probe.tokens(0)
+    index = next(index for index in range(4, 12) if answer[index] not in answer[:index])
+    harness = Harness(max_repeats=8)
+    harness.add(range(5), max_tokens=12, end_ids=(answer[index],))
+    harness.run()
+    assert harness.tokens(0) == answer[:index]
+    harness.check_finished()
+
+
+class InterruptedRunner(MockRunner):
+    """Repeats until it is asked for something."""
+
+    max_repeats = 4
+
+    def interrupt_when(self, is_interrupted: Callable[[], bool]) -> None:
+        self.is_interrupted = is_interrupted
+
+
+def test_a_runner_that_repeats_hears_of_those_who_wait() -> None:
+    harness = Harness(max_repeats=4)
+    runner = InterruptedRunner(64, 4, 8, gives_logprobs=False)
+    EngineCore(harness.scheduler, runner).interrupt_when(lambda: True)
+    assert runner.is_interrupted()
+    EngineCore(harness.scheduler, harness.runner).interrupt_when(lambda: True)  # no concern of other runners

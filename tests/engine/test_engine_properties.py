@@ -30,9 +30,13 @@ class EngineMachine(RuleBasedStateMachine):
         block_reuse=st.sampled_from([True, True, False]),
         partial_reuse=st.booleans(),
         overlap=st.booleans(),
+        max_repeats=st.sampled_from([1, 2, 5]),
     )
-    def build(self, chunked: bool, **shape: object) -> None:
-        self.harness = Harness(max_seq_len=40, enable_chunked_prefill=chunked, **shape)
+    def build(self, chunked: bool, overlap: bool, max_repeats: int, **shape: object) -> None:
+        max_repeats = 1 if overlap else max_repeats  # an engine does one or the other
+        self.harness = Harness(
+            max_seq_len=40, enable_chunked_prefill=chunked, overlap=overlap, max_repeats=max_repeats, **shape
+        )
         self.failing_step: str | None = None
         self.bad_row: int | None = None
         runner = self.harness.runner
@@ -139,9 +143,9 @@ TestEngine = pytest.mark.spec("C4")(pytest.mark.spec("C2")(TestEngine))
 
 
 @pytest.mark.spec("C4")
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(("overlap", "max_repeats"), [(False, 1), (True, 1), (False, 4)])
 @pytest.mark.parametrize("capacity_policy", [NO_EVICT, MAX_UTILIZATION, STATIC_BATCH])
-def test_300_random_arrivals(capacity_policy: CapacitySchedulerPolicy, overlap: bool) -> None:
+def test_300_random_arrivals(capacity_policy: CapacitySchedulerPolicy, overlap: bool, max_repeats: int) -> None:
     rng = random.Random(f"{capacity_policy} {overlap}")
     harness = Harness(
         num_blocks=40,
@@ -151,6 +155,7 @@ def test_300_random_arrivals(capacity_policy: CapacitySchedulerPolicy, overlap: 
         capacity_policy=capacity_policy,
         queue_policy="priority" if overlap else "fcfs",
         overlap=overlap,
+        max_repeats=max_repeats,
     )
     prefixes = [[rng.randrange(50) for _ in range(60)] for _ in range(4)]
     num_cancelled = 0

@@ -150,7 +150,8 @@ def test_what_a_backend_cannot_do_is_refused(model_dir: Path, changes: dict[str,
 def test_quantizing_changes_the_logits_a_little(model_dir: Path, torch_llm: LLM) -> None:
     params = SamplingParams(max_tokens=1, logprobs=0)
     exact: Any = torch_llm.generate(PROMPTS, params, use_tqdm=False)
-    with make_llm(model_dir, device="cpu", quantization="int8") as llm:
+    cache = NO_REUSE.model_copy(update={"dtype": "float32"})  # of the weights alone
+    with make_llm(model_dir, device="cpu", quantization="int8", kv_cache_config=cache) as llm:
         found: Any = llm.generate(PROMPTS, params, use_tqdm=False)
     differences = [
         abs(one.outputs[0].cumulative_logprob - other.outputs[0].cumulative_logprob)
@@ -159,6 +160,12 @@ def test_quantizing_changes_the_logits_a_little(model_dir: Path, torch_llm: LLM)
     ]
     assert len(differences) >= len(PROMPTS) - 2
     assert 0.0 < max(differences) < 0.5
+
+
+@pytest.mark.parametrize(("quantization", "dtype"), [("none", "float32"), ("int8", "bfloat16"), ("q4_1", "bfloat16")])
+def test_the_cache_of_quantized_models_is_bfloat16(model_dir: Path, quantization: str, dtype: str) -> None:
+    config = build(model_dir, device="cpu", quantization=quantization, capture="dispatch", opt_level=1).config
+    assert config.kv_cache_dtype == dtype
 
 
 def test_prompts_longer_than_the_engine_was_built_for_are_refused(model_dir: Path, tmp_path: Path) -> None:

@@ -10,8 +10,11 @@ from tokenmill.attention.select import select_backend
 from tokenmill.errors import InvalidParameterError
 from tokenmill.layers.context import LayerContext
 from tokenmill.layers.moe import Router, SparseMoe, names_of_stack
+from tokenmill.layers.norm import RMSNorm
 from tokenmill.layers.weights import finalize_weights, weight_targets
+from tokenmill.ops.fp8 import per_token_quantize_fp8
 from tokenmill.parallel.group import ParallelGroup
+from tokenmill.quantization.base import PlainAndQuantized
 from tokenmill.quantization.select import experts_method_for, linear_method_for
 
 
@@ -96,3 +99,18 @@ def test_ranks_must_divide(size: int, expert_parallel: bool, what: str) -> None:
 def test_the_router_is_whole_on_every_rank() -> None:
     router = Router(16, 6, 2, normalize=False, context=context(ParallelGroup(1, 2)))
     assert router.weight.shape == (6, 16)
+
+
+@pytest.mark.parametrize("num_rows", [1, 4, 5])
+def test_a_norm_gives_the_experts_quantized_rows_and_the_router_plain_ones(num_rows: int) -> None:
+    norm = RMSNorm(16, 1e-5, context())
+    moe = filled(context(name="fp8"))
+    x, residual = (torch.randn(num_rows, 16, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    rows, stream = norm.add_and_norm_for(moe, x, residual)
+    plain, plain_stream = norm.add_and_norm(x, residual)
+    assert isinstance(rows, PlainAndQuantized) == (num_rows > 4)
+    if isinstance(rows, PlainAndQuantized):
+        assert torch.equal(rows.plain, plain)
+        assert torch.equal(rows.quantized.values, per_token_quantize_fp8(plain).values)
+    assert torch.equal(stream, plain_stream)
+    assert torch.equal(moe(rows), moe(plain))

@@ -1,4 +1,4 @@
-"""Norms and activations quantize their result where the linear layer that takes it would do so itself."""
+"""Norms and activations quantize their result, or are left to the product, where the layer that follows has it so."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from tokenmill.checkpoints.loading import fill_dummy
 from tokenmill.layers.context import LayerContext
 from tokenmill.layers.linear import LinearBase, MergedColumnLinear, QKVLinear
 from tokenmill.layers.mlp import GatedMLP
-from tokenmill.layers.norm import RMSNorm
+from tokenmill.layers.norm import GemmaRMSNorm, RMSNorm
 from tokenmill.layers.weights import finalize_weights, weight_targets
 from tokenmill.ops.fp8 import QuantizedRows
+from tokenmill.ops.row_product import PendingNorm
 from tokenmill.quantization.select import linear_method_for
 
 HIDDEN, INTERMEDIATE = 16, 24
@@ -71,6 +72,39 @@ def test_an_mlp_gives_the_same_however_its_rows_are_quantized(
     in_passing = mlp(x)
     monkeypatch.setattr(LinearBase, "takes_quantized", lambda self, num_rows: False)
     assert torch.equal(in_passing, mlp(x))
+
+
+@pytest.fixture
+def _fusing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row's norm and activation are left to its product, as on a GPU."""
+    monkeypatch.setattr("tokenmill.quantization.fp8.can_fuse", lambda x, weight: x.shape[0] == 1)
+
+
+@pytest.mark.usefixtures("_fusing")
+@pytest.mark.parametrize("has_residual", [False, True])
+def test_a_norm_is_left_to_the_product_of_one_row(has_residual: bool) -> None:
+    norm = RMSNorm(HIDDEN, 1e-5, context("fp8"))
+    norm.weight.data.normal_()
+    consumers = [
+        filled(QKVLinear(HIDDEN, 2, 1, 8, bias=True, context=context("fp8"))),
+        filled(GatedMLP(HIDDEN, INTERMEDIATE, "silu", bias=False, context=context("fp8"))),
+    ]
+    for consumer in consumers:
+        x, residual = rows(1), rows(2)[:1] if has_residual else None
+        plain, plain_stream = norm.add_and_norm(x, residual)
+        left, stream = norm.add_and_norm_for(consumer, x, residual)  # type: ignore[arg-type]
+        assert isinstance(left, PendingNorm)
+        product = consumer(left)
+        assert torch.equal(stream, plain_stream)
+        torch.testing.assert_close(product, consumer(plain), rtol=3e-2, atol=3e-2)
+        assert not isinstance(norm.add_and_norm_for(consumer, rows(3), None)[0], PendingNorm)  # type: ignore[arg-type]
+
+
+def test_a_norm_of_another_type_is_not_left_to_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenmill.quantization.fp8.can_fuse", lambda x, weight: x.shape[0] == 1)
+    consumer = filled(QKVLinear(HIDDEN, 2, 1, 8, bias=False, context=context("fp8")))
+    norm = GemmaRMSNorm(HIDDEN, 1e-5, context("fp8"))  # its factors are float32
+    assert isinstance(norm.add_and_norm_for(consumer, rows(1), None)[0], torch.Tensor)  # type: ignore[arg-type]
 
 
 def test_rows_that_were_quantized_for_another_layer_are_a_mistake() -> None:

@@ -102,7 +102,6 @@ DEVICES = [
         pytest.param({"device": "cuda", "dtype": "bfloat16", **changes}, id=name, marks=pytest.mark.gpu)
         for name, changes in {
             "gpu": {},
-            "gpu-program": {"backend": "engine"},
             "gpu-eager": {"enable_cuda_graphs": False},
             "gpu-fp8": {"quantization": "fp8"},
         }.items()
@@ -142,6 +141,13 @@ def test_a_prompt_has_the_same_answer_in_any_company(model_dir: Path, options: d
 def test_the_torch_backend_on_a_cpu_is_refused(model_dir: Path) -> None:
     with pytest.raises(UnsupportedFeatureError, match="backend='engine'") as caught:
         LLM(model_dir, device="cpu", backend="torch", deterministic=True)
+    assert caught.value.field == "deterministic"
+
+
+@pytest.mark.gpu
+def test_programs_that_compute_in_float32_on_a_gpu_are_refused(model_dir: Path) -> None:
+    with pytest.raises(UnsupportedFeatureError, match="float32") as caught:
+        LLM(model_dir, device="cuda", backend="engine", dtype="bfloat16", deterministic=True)
     assert caught.value.field == "deterministic"
 
 

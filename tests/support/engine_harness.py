@@ -49,6 +49,7 @@ class Harness:
         block_reuse: bool = True,
         partial_reuse: bool = True,
         overlap: bool = False,
+        max_repeats: int = 1,
     ) -> None:
         self.settings = SchedulerSettings(
             max_batch_size=max_batch_size,
@@ -57,13 +58,14 @@ class Harness:
             enable_chunked_prefill=enable_chunked_prefill,
             capacity_policy=capacity_policy,
             queue_policy=queue_policy,
+            max_repeats=max_repeats,
         )
         self.kv = KvCacheManager(
             num_blocks, tokens_per_block, enable_block_reuse=block_reuse, enable_partial_reuse=partial_reuse
         )
         self.now = 0.0
         self.scheduler = Scheduler(self.settings, self.kv, clock=self._tick)
-        self.runner = MockRunner(num_blocks, tokens_per_block, max_batch_size)
+        self.runner = MockRunner(num_blocks, tokens_per_block, max_batch_size, gives_logprobs=max_repeats == 1)
         self.core = EngineCore(self.scheduler, self.runner)
         self.overlap = overlap
         self.requests: dict[int, GenerationRequest] = {}
@@ -164,7 +166,7 @@ class Harness:
     def _record(self, delta: TokenDelta) -> None:
         answer = self.answers[delta.request_id][delta.sequence_index]
         assert answer.finish_reason is None, f"{delta} comes after the sequence's end"
-        assert len(delta.logprobs) == len(delta.token_ids)
+        assert len(delta.logprobs) == (len(delta.token_ids) if self.runner.gives_logprobs else 0)
         answer.token_ids += delta.token_ids
         answer.logprobs += delta.logprobs
         answer.prompt_logprobs += delta.prompt_logprobs

@@ -13,7 +13,7 @@ batch; `expected_tokens` computes it from the prompt alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tokenmill.engine.plan import BatchPlan, NewSlot, Row, RowOutput, StepOutput
 from tokenmill.engine.request import GenerationRequest
@@ -80,6 +80,7 @@ class MockRunner:
         row_error: gives an error text for a row whose logits shall be bad.
         launch_error: gives an exception that the launch of a plan shall raise.
         collect_error: gives an exception that the collection of a plan shall raise.
+        gives_logprobs: of sampled tokens; those of steps that are repeated have none.
     """
 
     num_blocks: int
@@ -89,6 +90,7 @@ class MockRunner:
     row_error: Callable[[BatchPlan, Row], str | None] = lambda plan, row: None
     launch_error: Callable[[BatchPlan], Exception | None] = lambda plan: None
     collect_error: Callable[[BatchPlan], Exception | None] = lambda plan: None
+    gives_logprobs: bool = True
     plans: list[BatchPlan] = field(default_factory=list)
     slots: dict[int, Slot] = field(default_factory=dict)
     mistakes: list[AssertionError] = field(default_factory=list)
@@ -159,7 +161,23 @@ class MockRunner:
                 self.cache[block][offset] = slot.chain[position]
         for row in plan.rows:
             self._check_prefix(plan, row, row.start + row.num_tokens)
-        return StepOutput(tuple(self._row_output(plan, row) for row in plan.rows))
+        outputs = [self._row_output(plan, row) for row in plan.rows]
+        if plan.max_repeats > 1 and not any(output.error for output in outputs):
+            outputs = self._repeat(plan, outputs)
+        return StepOutput(tuple(outputs))
+
+    def _repeat(self, plan: BatchPlan, outputs: list[RowOutput]) -> list[RowOutput]:
+        """What the rows give that are computed again, as often as a hash of the plan's number says."""
+        assert all(row.num_tokens == 1 and row.sample and not row.prompt_logprobs for row in plan.rows)
+        more: list[list[int]] = [[] for _ in plan.rows]
+        for repeat in range(1, 1 + next_hash(plan.step, 5) % plan.max_repeats):
+            again = BatchPlan(plan.step, tuple(replace(row, start=row.start + repeat) for row in plan.rows))
+            if any(self.row_error(again, row) for row in again.rows):
+                break  # told when the row comes first
+            for found, output in zip(more, self._compute(again).rows, strict=True):
+                assert output.token_id is not None
+                found.append(output.token_id)
+        return [replace(output, more_token_ids=tuple(found)) for output, found in zip(outputs, more, strict=True)]
 
     def _check_rows(self, plan: BatchPlan) -> None:
         assert plan.rows, "an empty plan is launched"
@@ -227,7 +245,7 @@ class MockRunner:
             banned=self._banned(slot),
         )
         slot.append(token_id)
-        logprobs: TokenLogprobs = {token_id: Logprob(-1.0, 1)}
+        logprobs: TokenLogprobs | None = {token_id: Logprob(-1.0, 1)} if self.gives_logprobs else None
         return RowOutput(token_id, logprobs, prompt_logprobs)
 
     @staticmethod

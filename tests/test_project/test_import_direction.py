@@ -18,9 +18,10 @@ PUBLIC = ("builder", "executor", "inspection", "llm", "llmapi", "telemetry", "to
 ALLOWED: dict[str, tuple[str, ...]] = {
     # the public API and what uses it
     "": ("builder", "executor", "inspection", "llm", "llmapi"),
+    "step_costs": ("models", "program"),  # what a model's parts move and compute; no torch
     "cli": (*PUBLIC, "bench", "program", "server", ""),
     "server": (*PUBLIC, ""),
-    "bench": (*PUBLIC, ""),
+    "bench": (*PUBLIC, "models", "program", "step_costs", ""),
     "__main__": ("cli",),
     "llmapi": ("llm",),
     "llm": (
@@ -33,7 +34,17 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "tokenization",
     ),
     "inputs": ("engine.request", "models", "tokenization"),
-    "inspection": ("attention", "attention.base", "checkpoints", "models", "ops.platform", "runtime", "tokenization"),
+    "inspection": (
+        "attention",
+        "attention.base",
+        "checkpoints",
+        "models",
+        "ops.linear_plan",
+        "ops.platform",
+        "runtime",
+        "step_costs",
+        "tokenization",
+    ),
     "progress": (),
     # requests
     "executor": (
@@ -51,6 +62,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "executor.description": ("models", "runtime"),  # the numbers of a model and its memory plan; no torch in either
     "executor.engine_factory": (  # where an engine is put together from its parts; nothing else sees both halves
         "attention",
+        "attention.base",
         "checkpoints",
         "engine",
         "executor.backend_choice",
@@ -113,8 +125,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "attention.base": (),
     "quantization": ("ops",),
     "parallel": (),
-    "ops": ("ops.platform",),
+    "ops": ("ops.linear_plan", "ops.platform"),
     "ops.platform": (),
+    "ops.linear_plan": (),  # which kernel multiplies: pure arithmetic
     "checkpoints": ("program",),  # the formats of encoded weights
     # used everywhere
     "telemetry": (),
@@ -129,8 +142,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 
 # These units see nothing of ours but what is written here, COMMON included.
 WITHOUT_COMMON: dict[str, tuple[str, ...]] = {
-    "ops": ("env", "errors", "ops.platform"),
+    "ops": ("env", "errors", "ops.linear_plan", "ops.platform"),
     "ops.platform": ("errors",),
+    "ops.linear_plan": (),
     "errors": (),
     "version": (),
     "env": ("errors",),
@@ -148,7 +162,9 @@ LATE_OWN_IMPORTS: dict[str, str] = {
     "tokenmill.executor.worker": "torch loads while a thread loads the tokenizer",
     "tokenmill.executor.__main__": "a process loads what its kind needs; postprocessing needs no engine",
     "tokenmill.ops": "the Triton kernels load triton, which only tensors on a GPU need",
-    "tokenmill.runtime.program_loading": "the CPU's kernels load numba, which an engine on a GPU does not need",
+    "tokenmill.builder.engine": "the CPU's kernels load llvmlite, which an engine for a GPU does not need",
+    "tokenmill.runtime.warm_up": "the Triton kernels load triton, which only engines on a GPU need",
+    "tokenmill.runtime.program_loading": "the CPU's kernels load llvmlite, which an engine on a GPU does not need",
     "tokenmill.checkpoints.base": "`open_checkpoint` picks among readers that are derived from this module's",
     "tokenmill.tokenization.chat_template": "the environment derives from jinja2's, which completions never need",
 }
@@ -157,7 +173,7 @@ LATE_OWN_IMPORTS: dict[str, str] = {
 TORCH_FREE = ("engine", "kv_cache", "config", "env", "errors", "outputs", "sampling_params", "telemetry.stats", "")
 TORCH_FREE_EXCEPT = ("tokenmill.kv_cache.tensors",)
 
-HEAVY = ("torch", "transformers", "numba", "triton", "fastapi", "gguf", "huggingface_hub")
+HEAVY = ("torch", "transformers", "llvmlite", "triton", "fastapi", "gguf", "huggingface_hub")
 
 
 def unit_of(name: str) -> str:

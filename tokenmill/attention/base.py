@@ -7,7 +7,7 @@ B tokens per block.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 
@@ -91,4 +91,27 @@ class AttentionBackend(Protocol):
 
         Nothing but the row's own tokens may touch its result: what else lies in a block can be anything, NaN included.
         """
+        ...
+
+
+@runtime_checkable
+class TurnsHeads(Protocol):
+    """An `AttentionBackend` that applies the rotary embedding itself where that is faster."""
+
+    def turns_heads(self, metadata: AttentionMetadata) -> bool:
+        """Whether it does so in this step."""
+        ...
+
+    def forward(
+        self,
+        spec: AttentionSpec,
+        query: torch.Tensor,  # [T, H, D]
+        key: torch.Tensor,  # [T, G, D]
+        value: torch.Tensor,  # [T, G, D]
+        cache: LayerCache,
+        metadata: AttentionMetadata,
+        *,
+        turning: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:  # [T, H, D]
+        """`AttentionBackend.forward` of queries and keys that `ops.rope.apply_rope` has not turned yet by `turning`."""
         ...

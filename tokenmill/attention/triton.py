@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from tokenmill.attention.base import AttentionMetadata, AttentionSpec, LayerCache
-from tokenmill.attention.triton_common import Result
+from tokenmill.attention.triton_common import Result, Turning
 from tokenmill.attention.triton_decode import choose_num_splits, decode_attention, decode_tiles
 from tokenmill.attention.triton_invariant import invariant_attention
 from tokenmill.attention.triton_kv_write import write_kv_triton
@@ -50,8 +50,12 @@ class TritonAttention:
         metadata: AttentionMetadata,
         *,
         sinks: torch.Tensor | None = None,  # [H]
+        turning: tuple[torch.Tensor, torch.Tensor] | None = None,  # [T, 1, D] each
     ) -> torch.Tensor:  # [T, H, D]
-        """See `AttentionBackend.forward`. `sinks`: a learned score per head that takes probability and has no value."""
+        """See `AttentionBackend.forward` and `TurnsHeads.forward`.
+
+        `sinks`: a learned score per head that takes probability and has no value.
+        """
         assert metadata.block_tables.stride(-1) == 1, "block tables must be contiguous along the blocks"
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         if self.batch_invariant:
@@ -60,12 +64,19 @@ class TritonAttention:
         num_decode = metadata.num_decode_rows
         if num_decode:
             rows = slice(num_decode)
-            self._decode(spec, query[rows], key[rows], value[rows], cache, metadata, Result(output[rows], None, sinks))
+            angles = None if turning is None else Turning(*turning)
+            result = Result(output[rows], None, sinks)
+            self._decode(spec, query[rows], key[rows], value[rows], angles, cache, metadata, result)
         if len(metadata.query_lens) > num_decode:
+            assert turning is None, "prompts are turned before"
             rest = slice(num_decode, None)
             keys, values = write_kv_triton(spec, key[rest], value[rest], cache, metadata.slot_mapping[rest])
             self._prefill(spec, query[rest], keys, values, cache, metadata, Result(output[rest], None, sinks))
         return output
+
+    def turns_heads(self, metadata: AttentionMetadata) -> bool:
+        """Steps of decode rows alone: turning costs their kernel less than a launch of its own."""
+        return not self.batch_invariant and metadata.num_decode_rows == len(metadata.query_lens)
 
     def _prefill(
         self,
@@ -105,6 +116,7 @@ class TritonAttention:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
+        turning: Turning | None,
         cache: LayerCache,
         metadata: AttentionMetadata,
         result: Result,
@@ -115,4 +127,6 @@ class TritonAttention:
         tiles = decode_tiles(spec.head_dim, cache[0].element_size())
         num_programs = query.shape[0] * spec.num_kv_heads
         num_splits = choose_num_splits(num_programs, max_kv_len, num_multiprocessors(query.device), tiles)
-        decode_attention(spec, query, key, value, cache, metadata, result, num_splits=num_splits, tiles=tiles)
+        decode_attention(
+            spec, query, key, value, cache, metadata, result, num_splits=num_splits, tiles=tiles, turning=turning
+        )

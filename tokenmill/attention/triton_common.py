@@ -26,6 +26,13 @@ class StridedHeads(NamedTuple):
     head_stride: int
 
 
+class Turning(NamedTuple):
+    """Angles of T tokens, [T, D] float32 each, contiguous: see `ops.rope.apply_rope`."""
+
+    cos: torch.Tensor
+    signed_sin: torch.Tensor
+
+
 class PagedCache(NamedTuple):
     """One layer's keys and values [N, B, G, D], contiguous."""
 
@@ -232,6 +239,31 @@ def load_tile(
         tile = tl.load(pointers)
     else:
         tile = tl.load(pointers, mask=(dims < head_dim)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def load_turned(
+    data: tl.tensor,  # pointer to the head's first number
+    rows: tl.tensor,  # [N] offset of each row
+    inside: tl.tensor,  # [N]
+    turning: Turning | None,
+    token: tl.tensor,
+    head_dim: tl.constexpr,
+    block_d: tl.constexpr,
+) -> tl.tensor:
+    """`load_tile`, masked, of heads of one token, turned by its angles and rounded as between two ops."""
+    tile = load_tile(data, rows, inside, head_dim, block_d, True)
+    if turning is not None:
+        dims = tl.arange(0, block_d)
+        partners = (dims + head_dim // 2) % head_dim
+        is_element = inside[:, None] & (dims < head_dim)[None, :]
+        swapped = tl.load(data + rows[:, None] + partners[None, :], mask=is_element, other=0.0)
+        angles = token * head_dim + dims
+        cosines = tl.load(turning.cos + angles, mask=dims < head_dim, other=0.0)
+        sines = tl.load(turning.signed_sin + angles, mask=dims < head_dim, other=0.0)
+        turned = tile.to(tl.float32) * cosines[None, :] + swapped.to(tl.float32) * sines[None, :]
+        tile = turned.to(tile.dtype)
     return tile
 
 

@@ -20,9 +20,11 @@ from tokenmill.attention.triton_common import (
     Result,
     Scoring,
     StridedHeads,
+    Turning,
     cache_slots,
     load_blocks,
     load_tile,
+    load_turned,
     operand_type,
     paged,
     scores_base2,
@@ -207,12 +209,60 @@ def _attend_own(
 
 @triton.jit
 def _load_own(
-    heads: StridedHeads, row: tl.tensor, kv_head: tl.tensor, head_dim: tl.constexpr, block_d: tl.constexpr
+    heads: StridedHeads,
+    row: tl.tensor,
+    kv_head: tl.tensor,
+    turning: Turning | None,
+    head_dim: tl.constexpr,
+    block_d: tl.constexpr,
 ) -> tl.tensor:
     """[block_d] key or value of the row's own token."""
-    dims = tl.arange(0, block_d)
-    pointers = heads.data + row * heads.token_stride + kv_head * heads.head_stride + dims
-    return tl.load(pointers, mask=dims < head_dim, other=0.0)
+    one = tl.arange(0, 1)
+    place = row * heads.token_stride + kv_head * heads.head_stride + one
+    return load_turned(heads.data, place, one == 0, turning, row, head_dim, block_d).reshape(block_d)
+
+
+@triton.jit
+def _prefetch_rows(data: tl.tensor, rows: tl.tensor, inside: tl.tensor, head_dim: tl.constexpr) -> None:
+    """Ask for `head_dim` numbers from each of the offsets `rows` [N] on to come to L2, where `inside`."""
+    line: tl.constexpr = 128 // (data.dtype.element_ty.primitive_bitwidth // 8)
+    num_lines: tl.constexpr = (head_dim + line - 1) // line
+    lines = tl.arange(0, triton.next_power_of_2(num_lines)) % num_lines * line
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [data + tl.where(inside, rows, 0)[:, None] + lines[None, :]],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _prefetch_first_tile(
+    cache: PagedCache,
+    table: tl.tensor,  # pointer
+    kv_head: tl.tensor,
+    kv_len: tl.tensor,
+    split: tl.tensor,
+    num_splits: tl.tensor,
+    num_kv_heads: tl.constexpr,
+    head_dim: tl.constexpr,
+    tokens_per_block: tl.constexpr,
+    window: tl.constexpr,
+    fixed: tl.constexpr,
+    block_n: tl.constexpr,
+) -> None:
+    """Ask for the keys and values that a part begins with: they were written by steps before this one."""
+    first_visible, first, end = _visible_range(kv_len, window, block_n)
+    start = first + split * _tokens_per_split(end - first, num_splits, fixed, block_n)
+    if start < end:
+        blocks = load_blocks(table, start, first_visible, end, tokens_per_block, block_n)
+        positions = start + tl.arange(0, block_n)
+        inside = (positions >= first_visible) & (positions < end)
+        rows = cache_slots(blocks, positions, tokens_per_block) * (num_kv_heads * head_dim) + kv_head * head_dim
+        _prefetch_rows(cache.key_data, rows, inside, head_dim)
+        _prefetch_rows(cache.value_data, rows, inside, head_dim)
 
 
 @triton.jit(
@@ -223,6 +273,7 @@ def _decode_kernel(
     query: StridedHeads,
     key: StridedHeads,
     value: StridedHeads,
+    turning: Turning | None,
     cache: PagedCache,
     kv_lens: tl.tensor,
     block_tables: tl.tensor,
@@ -249,16 +300,20 @@ def _decode_kernel(
     """Grid: key/value heads, splits, rows."""
     if overlaps:
         gdc_launch_dependents()
-    if starts_early:
-        gdc_wait()
     kv_head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    if starts_early:  # the step's metadata and the cache are there, its queries are not
+        _prefetch_first_tile(
+            cache, block_tables + row * table_stride, kv_head, tl.load(kv_lens + row), split, num_splits, num_kv_heads,
+            head_dim, tokens_per_block, window, fixed, block_n,
+        )  # fmt: skip
+        gdc_wait()
     lanes, dims = tl.arange(0, block_m), tl.arange(0, block_d)
     heads, is_head, is_dim = kv_head * group + lanes, lanes < group, dims < head_dim
     kv_len = tl.load(kv_lens + row)  # all that does not depend on it is loaded before it is looked at
     rows = row * query.token_stride + heads * query.head_stride
-    q = load_tile(query.data, rows, is_head, head_dim, block_d, True).to(operands)
-    own_key = _load_own(key, row, kv_head, head_dim, block_d)
-    own_value = _load_own(value, row, kv_head, head_dim, block_d)
+    q = load_turned(query.data, rows, is_head, turning, row, head_dim, block_d).to(operands)
+    own_key = _load_own(key, row, kv_head, turning, head_dim, block_d)
+    own_value = _load_own(value, row, kv_head, None, head_dim, block_d)
     first_visible, first, end = _visible_range(kv_len, window, block_n)
     tokens = _tokens_per_split(end - first, num_splits, fixed, block_n)
     start = first + split * tokens
@@ -342,6 +397,7 @@ def decode_attention(
     num_splits: int,
     fixed_split_tokens: int = 0,
     tiles: DecodeTiles | None = None,
+    turning: Turning | None = None,
 ) -> None:
     """Write the key and value of each of the first R rows to the cache and attend to all of the row's tokens.
 
@@ -359,6 +415,7 @@ def decode_attention(
         fixed_split_tokens: tokens of a part, a multiple of the tile; 0: as even as possible. Fixed, a row's result does
             not depend on the batch; `num_splits` of them must cover the longest row.
         tiles: for tuning.
+        turning: queries and keys are turned by these angles first; None: they are as they should be.
     """
     num_rows, num_heads, head_dim = query.shape
     tiles = tiles or decode_tiles(head_dim, cache[0].element_size())
@@ -374,7 +431,7 @@ def decode_attention(
         "block_d": max(16, triton.next_power_of_2(head_dim)),
         "overlaps": can_overlap(query.device),
     }
-    _launch_decode(spec, query, key, value, cache, metadata, result, partial, num_splits, tiles, cut)
+    _launch_decode(spec, query, key, value, turning, cache, metadata, result, partial, num_splits, tiles, cut)
     if num_splits > 1:
         _combine_kernel[(num_heads, num_rows)](
             partial,
@@ -395,6 +452,7 @@ def _launch_decode(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    turning: Turning | None,
     cache: LayerCache,
     metadata: AttentionMetadata,
     result: Result,
@@ -410,6 +468,7 @@ def _launch_decode(
         strided(query),
         strided(key),
         strided(value),
+        turning,
         paged(cache),
         metadata.kv_lens,
         metadata.block_tables,

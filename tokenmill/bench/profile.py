@@ -24,6 +24,8 @@ from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity
 
 from tokenmill.bench.client import run_requests
+from tokenmill.bench.kernels import StepTable
+from tokenmill.bench.step_kinds import step_tables
 from tokenmill.bench.workload import BenchmarkRequest
 from tokenmill.errors import InvalidParameterError
 from tokenmill.telemetry.stats import StepStats
@@ -67,6 +69,7 @@ class Profile:
         seconds: of the run.
         steps: of the engine.
         kernels: the longest first.
+        tables: on a GPU, where the time of decode steps and of steps of prompts goes, beside the device's limits.
     """
 
     path: Path
@@ -74,9 +77,12 @@ class Profile:
     seconds: float
     steps: tuple[StepStats, ...]
     kernels: tuple[KernelTime, ...]
+    tables: tuple[StepTable, ...] = ()
 
     def print(self, console: Console) -> None:
-        """The table of kernels."""
+        """The tables of steps, and the one of all kernels."""
+        for step_table in self.tables:
+            step_table.print(console)
         what = "kernel" if self.device == "cuda" else "operation"
         table = Table(
             box=SIMPLE, title=f"{len(self.steps)} steps in {self.seconds:.2f} s, by {what}", title_justify="left"
@@ -144,8 +150,11 @@ def run_profile(
     steps = tuple(step for step in llm.stats().recent_steps if step.step >= first_step)
     kernels = _kernel_times(profiler.key_averages(), on_gpu=on_gpu)
     profiler.export_chrome_trace(str(path))
-    _add_to_timeline(path, steps, kernels)
-    return Profile(path, "cuda" if on_gpu else "cpu", seconds, steps, kernels)
+    timeline = json.loads(path.read_text("utf-8"))
+    tables = step_tables(llm, timeline, steps) if on_gpu else ()
+    _add_to_timeline(timeline, steps, kernels, tables)
+    path.write_text(json.dumps(timeline), "utf-8")
+    return Profile(path, "cuda" if on_gpu else "cpu", seconds, steps, kernels, tables)
 
 
 def _kernel_times(events: Iterable[Any], *, on_gpu: bool) -> tuple[KernelTime, ...]:
@@ -162,14 +171,15 @@ def _kernel_times(events: Iterable[Any], *, on_gpu: bool) -> tuple[KernelTime, .
     return tuple(KernelTime(name, count, seconds, seconds / total, flops) for name, count, seconds, flops in found)
 
 
-def _add_to_timeline(path: Path, steps: Sequence[StepStats], kernels: Sequence[KernelTime]) -> None:
-    """Put the steps beside what torch wrote, and the table beside the timeline."""
-    timeline = json.loads(path.read_text("utf-8"))
+def _add_to_timeline(
+    timeline: dict[str, Any], steps: Sequence[StepStats], kernels: Sequence[KernelTime], tables: Sequence[StepTable]
+) -> None:
+    """Put the steps beside what torch wrote, and the tables beside the timeline."""
     base_time = timeline.get("baseTimeNanoseconds", 0) / 1e9
     to_timeline = time.time() - time.monotonic() - base_time  # seconds; the profiler counts from its base time
     timeline["traceEvents"] += _step_events(steps, to_timeline)
     timeline["kernels"] = [asdict(kernel) for kernel in kernels]
-    path.write_text(json.dumps(timeline), "utf-8")
+    timeline["steps"] = [asdict(table) for table in tables]
 
 
 def _step_events(steps: Sequence[StepStats], to_timeline: float) -> list[dict[str, Any]]:

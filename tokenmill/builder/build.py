@@ -37,7 +37,7 @@ from tokenmill.errors import InvalidParameterError, did_you_mean
 from tokenmill.models.config import ModelConfig
 from tokenmill.ops.cpu.packing import FORMATS as INTEGER_KERNEL_FORMATS
 from tokenmill.program.checks import check_program
-from tokenmill.program.engine_config import EngineConfig, LimitsRecord, ModelRecord, TargetRecord
+from tokenmill.program.engine_config import EngineConfig, LimitsRecord, ModelRecord, TargetRecord, is_engine
 from tokenmill.program.package import PICTURE_NAME, TIMING_CACHE_NAME, FileContent
 from tokenmill.program.program import Program
 from tokenmill.program.timing_cache import TimingCache
@@ -75,7 +75,9 @@ def build(
     config = BuildConfig(**options) if config is None else config.model_copy(deep=True)
     builder = _Builder(str(model), config, on_progress or (lambda phase, done, total: None))
     with builder.phase("resolve"):
-        checkpoint = open_checkpoint(resolve_model(model, revision=config.revision))
+        path = resolve_model(model, revision=config.revision)
+        _refuse_engine(path)
+        checkpoint = open_checkpoint(path)
         model_config = ModelConfig.from_hf(checkpoint.hf_config)
         settings = _settings(config, checkpoint, model_config)
         source = WeightSource(checkpoint, model_config)
@@ -228,6 +230,15 @@ class _Builder:
         )
         path = None if tokenizer is None else Path(checkpoint.path)
         return Engine(config=config, program=program, weights=weights, files=files, tokenizer_path=path)
+
+
+def _refuse_engine(path: Path) -> None:
+    if is_engine(path):
+        raise InvalidParameterError(
+            f"{path} is an engine, which is built already.",
+            field="model",
+            remedy="Name the model's checkpoint; `tokenmill refit` gives an engine new weights.",
+        )
 
 
 def _settings(config: BuildConfig, checkpoint: Checkpoint, model: ModelConfig) -> _Settings:

@@ -35,8 +35,8 @@ class BuildConfig(StrictModel):
     kv_cache_type: Literal["paged", "continuous", "disabled"] = "paged"
     """How keys and values are kept; this version has the paged cache."""
     kv_cache_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of cached keys and values; auto: that of the weights on a GPU; on a CPU bfloat16 where weights are
-    quantized, else float32."""
+    """Type of cached keys and values; auto: the weights' type on a GPU; on a CPU bfloat16 beside quantized
+    weights, else float32."""
     capture: Literal["export", "dispatch"] = "export"
     """How the model's graph is found: `export` (torch.export) proves that it serves every number of tokens, `dispatch`
     gives the same graph within milliseconds."""
@@ -83,7 +83,7 @@ class BuildConfig(StrictModel):
             raise UnsupportedFeatureError(
                 f"max_beam_width={self.max_beam_width}: this version has no beam search.",
                 field="max_beam_width",
-                remedy="Set it to 1.",
+                remedy="Set it to 1; SamplingParams(n=..., best_of=...) gives several answers.",
             )
         if self.kv_cache_type != "paged":
             raise UnsupportedFeatureError(

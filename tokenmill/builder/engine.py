@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Self
 
@@ -20,6 +21,18 @@ from tokenmill.program.weight_file import Bytes
 
 class Engine(EnginePackage):
     """A model, compiled: `build` makes it, `save` and `load` keep it, `Session` and `LLM` run it."""
+
+    @property
+    def kernels(self) -> str:
+        """What computes on this machine: the processor's best instructions for integer products that the kernels know,
+        such as `avx512_vnni`, `avx2` or `portable`; `triton` for an engine for GPUs."""
+        if self.config.target.device != "cpu":
+            return "triton"
+        if find_spec("llvmlite") is None:
+            return "no (the package llvmlite is missing)"
+        from tokenmill.ops.cpu.cpu_features import best_dot_product
+
+        return best_dot_product().name.lower()
 
     def refit(
         self,

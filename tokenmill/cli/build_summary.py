@@ -30,7 +30,7 @@ def summary_table(engine: Engine, title: str) -> Table:
         table.add_row(name, Text(value))
 
     row("Model", f"{config.model.name} ({config.model.hf_config.get('model_type')})")
-    row("Runs on", config.target.device)
+    row("Runs on", f"{config.target.device}, here with {engine.kernels} kernels")
     limits = config.limits
     row(
         "Largest sizes",

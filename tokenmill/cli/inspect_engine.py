@@ -62,6 +62,7 @@ def _plain(engine: Engine, rows: tuple[OperationRow, ...], step: StepSize) -> di
         "tokenmill_version": config.tokenmill_version,
         "format_version": config.format_version,
         "device": config.target.device,
+        "kernels": engine.kernels,
         "quantization": config.quantization,
         "dtype": config.dtype,
         "kv_cache_dtype": config.kv_cache_dtype,

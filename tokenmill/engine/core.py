@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from tokenmill.engine.events import EngineEvent
-from tokenmill.engine.plan import BatchPlan, Runner, StepOutput
+from tokenmill.engine.plan import BatchPlan, RepeatingRunner, Runner, StepOutput
 from tokenmill.engine.request import GenerationRequest
 from tokenmill.engine.scheduler import Scheduler
 from tokenmill.engine.step_recorder import StepRecorder
@@ -93,6 +94,11 @@ class EngineCore:
         if self._recorder is not None:
             self._recorder.end(plan, self.scheduler.stats())
         return events
+
+    def interrupt_when(self, is_interrupted: Callable[[], bool]) -> None:
+        """Steps are not repeated while `is_interrupted()`, which must be quick: somebody waits for this thread."""
+        if isinstance(self.runner, RepeatingRunner):
+            self.runner.interrupt_when(is_interrupted)
 
     def validate(self, request: GenerationRequest) -> None:
         """Raises `UserError` if the request can never run. Changes nothing; safe on any thread."""

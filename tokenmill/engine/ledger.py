@@ -68,18 +68,10 @@ class Ledger:
             if prompt_logprobs:
                 self._events.append(TokenDelta(sequence.request.id, sequence.index, prompt_logprobs=prompt_logprobs))
             return
-        sequence.token_ids.append(token_id)
-        self.counters.num_generated_tokens += 1
         request = sequence.request
         if request.metrics.first_token_time is None:
             request.metrics.first_token_time = now
-        ending = _ending(sequence, token_id)
-        if request.stop_words is not None:
-            token_ids, logprobs = _release(sequence, token_id, output.logprobs, ending)
-        elif ending.num_dropped_tokens:
-            token_ids, logprobs = (), ()
-        else:
-            token_ids, logprobs = (token_id,), () if output.logprobs is None else (output.logprobs,)
+        token_ids, logprobs, ending = self._append(sequence, token_id, output.logprobs)
         finish_reason = ending.finish_reason
         if token_ids or prompt_logprobs or finish_reason is not None:
             self._events.append(
@@ -89,6 +81,37 @@ class Ledger:
             )
         if finish_reason is not None:
             self._end_sequence(sequence, finish_reason)
+
+    def deliver_next(self, sequence: Sequence, token_id: int) -> None:
+        """A further token of the step that `deliver` was called for; it joins that `TokenDelta`, if it is the last."""
+        token_ids, _, ending = self._append(sequence, token_id, None)
+        if token_ids or ending.finish_reason is not None:
+            last, request_id = self._events[-1] if self._events else None, sequence.request.id
+            if isinstance(last, TokenDelta) and (last.request_id, last.sequence_index) == (request_id, sequence.index):
+                self._events.pop()
+                token_ids, prompt_logprobs = last.token_ids + token_ids, last.prompt_logprobs
+            else:
+                prompt_logprobs = ()
+            self._events.append(
+                TokenDelta(
+                    request_id, sequence.index, token_ids, (), prompt_logprobs, ending.finish_reason, ending.stop_reason
+                )
+            )
+        if ending.finish_reason is not None:
+            self._end_sequence(sequence, ending.finish_reason)
+
+    def _append(
+        self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None
+    ) -> tuple[tuple[int, ...], tuple[TokenLogprobs, ...], _Ending]:
+        """Add a token to its sequence: what may be told of it now, and whether the sequence ends."""
+        sequence.token_ids.append(token_id)
+        self.counters.num_generated_tokens += 1
+        ending = _ending(sequence, token_id)
+        if sequence.request.stop_words is not None:
+            return *_release(sequence, token_id, logprobs, ending), ending
+        if ending.num_dropped_tokens:
+            return (), (), ending
+        return (token_id,), () if logprobs is None else (logprobs,), ending
 
     def finish(self, sequences: Iterable[Sequence], reason: FinishReason) -> None:
         """Sequences end for a reason from outside: a stop string, a cancellation, a deadline."""

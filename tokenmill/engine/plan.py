@@ -8,8 +8,9 @@ had ended: a plan may overwrite a slot or a block that the plan before it still 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 from tokenmill.outputs import TokenLogprobs
 from tokenmill.sampling_params import SamplingParams
@@ -81,6 +82,10 @@ class BatchPlan:
     """One step's work. `rows` holds each slot at most once, rows of one token first; each new slot has a row.
 
     No block is written by two rows, or by a row and read by another, or both copied to and copied from.
+
+    With `max_repeats` more than 1, all rows have one token and sample, and the runner may compute them up to so many
+    times without asking: each time a row's position is the next one, and its input the token that it has just sampled.
+    The block tables have room for that.
     """
 
     step: int
@@ -88,10 +93,11 @@ class BatchPlan:
     new_slots: tuple[NewSlot, ...] = ()
     new_blocks: tuple[NewBlocks, ...] = ()
     block_copies: tuple[BlockCopy, ...] = ()
+    max_repeats: int = 1
 
     @property
     def num_tokens(self) -> int:
-        """Tokens computed in this step."""
+        """Tokens computed in this step, if it is not repeated."""
         return sum(row.num_tokens for row in self.rows)
 
 
@@ -104,12 +110,14 @@ class RowOutput:
         logprobs: of the sampled token and the most likely ones, if asked for (the sampled one always if best_of > n).
         prompt_logprobs: one entry for each prompt token that the row covers, if asked for.
         error: set when the row's logits are not finite; the sequence cannot go on.
+        more_token_ids: the tokens after `token_id`, if the runner repeated the step; as many for each row.
     """
 
     token_id: int | None = None
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     error: str | None = None
+    more_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,4 +148,18 @@ class Runner(Protocol[StepT]):
 
     def run(self, plan: BatchPlan) -> StepOutput:
         """Launch and collect."""
+        ...
+
+
+@runtime_checkable
+class RepeatingRunner(Protocol):
+    """A runner that repeats steps, see `BatchPlan.max_repeats`."""
+
+    @property
+    def max_repeats(self) -> int:
+        """The most that are of use to it."""
+        ...
+
+    def interrupt_when(self, is_interrupted: Callable[[], bool]) -> None:
+        """Repeat no more while `is_interrupted()`: somebody waits for the engine."""
         ...

@@ -16,11 +16,13 @@ class PlanDraft:
 
     Attributes:
         num_tokens_left: what the rows leave of the budget.
+        max_repeats: see `BatchPlan`.
     """
 
     def __init__(self, step: int, max_num_tokens: int) -> None:
         self.step = step
         self.num_tokens_left = max_num_tokens
+        self.max_repeats = 1
         self._one_token_rows: list[Row] = []
         self._one_token_sequences: list[Sequence] = []
         self._longer_rows: list[Row] = []
@@ -33,6 +35,12 @@ class PlanDraft:
     def sequences(self) -> list[Sequence]:
         """Whose rows the plan has, in the order of the rows."""
         return self._one_token_sequences + self._longer_sequences
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether there are rows, and all are of one token, sample, and give nothing but the sampled token."""
+        rows = self._one_token_rows
+        return bool(rows) and not self._longer_rows and all(row.sample and not row.prompt_logprobs for row in rows)
 
     def scheduled_slots(self) -> set[int]:
         """Slots that have a row."""
@@ -86,6 +94,7 @@ class PlanDraft:
             new_slots=tuple(self._new_slots),
             new_blocks=tuple(self._new_blocks),
             block_copies=tuple(self._block_copies),
+            max_repeats=self.max_repeats,
         )
 
 

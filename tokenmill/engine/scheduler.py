@@ -108,6 +108,8 @@ class Scheduler:
         draft = PlanDraft(self._num_plans, self._settings.max_num_tokens)
         self._continue_running(draft)
         self._admission.admit_waiting(draft)
+        if self._settings.max_repeats > 1 and not self._placement.waiting and draft.is_decoding:
+            draft.max_repeats = self._find_repeats(draft)
         self._kv.end_plan()
         plan = draft.build()
         if plan.rows:
@@ -198,6 +200,27 @@ class Scheduler:
                 num_tokens = sequence.length - sequence.num_scheduled_tokens
                 draft.add_row(sequence, min(num_tokens, draft.num_tokens_left))
 
+    def _find_repeats(self, draft: PlanDraft) -> int:
+        """How often the step may be repeated: no sequence grows beyond its end, or its blocks and those that are free.
+
+        Nobody gives up blocks for it. Sequences whose siblings wait for them are not kept from telling their token.
+        """
+        found = self._settings.max_repeats
+        for sequence in draft.sequences:
+            most = 1 if sequence.request.siblings_are_pending else 1 + sequence.max_length - sequence.length
+            found = min(found, most)
+        for sequence in draft.sequences if found > 1 else ():
+            num_tokens = sequence.num_scheduled_tokens + found - 1
+            if num_tokens > sequence.num_block_tokens:
+                start = self._kv.num_blocks_of(sequence.id)
+                block_ids = self._kv.extend(sequence.id, num_tokens)
+                if block_ids is None:
+                    found = 1 + sequence.num_block_tokens - sequence.num_scheduled_tokens
+                else:
+                    sequence.num_block_tokens += len(block_ids) * self._kv.tokens_per_block
+                    draft.add_blocks(sequence, start, block_ids)
+        return found
+
     def _extend(self, sequence: Sequence, draft: PlanDraft) -> bool:
         """Append a block to a running sequence's table; on shortage others give up theirs, worst rank first.
 
@@ -241,3 +264,11 @@ class Scheduler:
             if request.siblings_are_pending and row.sample:
                 self._placement.enqueue_siblings(request)
         self._ledger.deliver(sequence, row, result, now)
+        for token_id in result.more_token_ids:
+            if sequence.status is SequenceStatus.FINISHED:
+                return  # what came after its end is nobody's
+            sequence.length += 1
+            sequence.num_scheduled_tokens += 1
+            sequence.num_computed_tokens = sequence.num_scheduled_tokens
+            self._kv.cache_computed(sequence.id, sequence.token_ids, sequence.num_computed_tokens)
+            self._ledger.deliver_next(sequence, token_id)

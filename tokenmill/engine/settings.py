@@ -21,6 +21,7 @@ class SchedulerSettings:
         enable_chunked_prefill: split prompts over steps.
         capacity_policy: when a waiting sequence is admitted.
         queue_policy: order of the waiting queue.
+        max_repeats: how often a step of decoding sequences alone may be repeated before the host looks at its tokens.
     """
 
     max_batch_size: int
@@ -30,3 +31,4 @@ class SchedulerSettings:
     enable_chunked_prefill: bool = True
     capacity_policy: CapacitySchedulerPolicy = CapacitySchedulerPolicy.GUARANTEED_NO_EVICT
     queue_policy: QueuePolicy = "fcfs"
+    max_repeats: int = 1

@@ -67,8 +67,8 @@ def _reason_against_engine(args: LlmArgs, device: torch.device, model: ModelConf
             return reason
     if device.type != "cpu":
         return None
-    if find_spec("numba") is None:
-        return "its kernels need the package numba"
+    if find_spec("llvmlite") is None:
+        return "its kernels need the package llvmlite"
     if model.head_dim % 8 or model.head_dim > 256:
         return f"its kernels cannot attend with heads of {model.head_dim} columns"
     return None

@@ -41,6 +41,7 @@ class BaseWorker(ABC):
         self._last = EngineStats()
         self._progress_time: float | None = None  # None while there is nothing to do
         self.steps = StepClock()
+        engine.interrupt_when(lambda: not self._inbox.empty())
         self.iterations = IterationResultQueue()
         """Records of steps."""
 

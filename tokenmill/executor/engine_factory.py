@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from tokenmill.attention.base import LayerCache
 from tokenmill.attention.select import select_backend
 from tokenmill.checkpoints.base import Checkpoint, open_checkpoint
 from tokenmill.config import LlmArgs
@@ -20,13 +21,12 @@ from tokenmill.executor.engine_source import EngineTarget, open_engine
 from tokenmill.executor.program_factory import build_program_engine
 from tokenmill.executor.scheduling import make_core
 from tokenmill.kv_cache.tensors import allocate_caches
-from tokenmill.models.base import CausalLM
 from tokenmill.models.config import ModelConfig
 from tokenmill.ops.platform import free_memory
 from tokenmill.program.engine_config import is_engine
 from tokenmill.program.package import EnginePackage
 from tokenmill.runtime.memory_planner import MeasuredMemory, MemoryRequest, plan_memory
-from tokenmill.runtime.memory_probe import measure_activations
+from tokenmill.runtime.memory_probe import largest_step, peak_bytes
 from tokenmill.runtime.model_loader import (
     check_deterministic,
     has_fp8_weights,
@@ -39,6 +39,7 @@ from tokenmill.runtime.model_loader import (
 )
 from tokenmill.runtime.model_runner import ModelRunner
 from tokenmill.runtime.slot_state import SlotState
+from tokenmill.runtime.warm_up import run_together
 from tokenmill.sampling.slot_params import SlotSamplingParams
 
 logger = logging.getLogger(__name__)
@@ -116,44 +117,45 @@ def _build_torch_engine(
     )
     model = load_model(args, config, checkpoint, device, dtype, backend, on_progress)
     slots = SlotState(args.max_batch_size, max_seq_len, memory.tokens_per_block, device)
-    if device.type == "cuda":
-        measured = _measure(model, slots, description, cache_dtype)
+    is_gpu = device.type == "cuda"
+    # On a GPU the first caches are just block 0: what is left for the cache is known once steps have run.
+    caches = _make_caches(description, 1 if is_gpu else memory.num_blocks, cache_dtype, device)
+    # One more for the scratch slot.
+    sampling = SlotSamplingParams(description.max_batch_size + 1, config.vocab_size, device)
+    runner = ModelRunner(model, caches, slots, sampling, use_graphs=args.enable_cuda_graphs)
+    if is_gpu:
+        largest = largest_step(model, caches, slots, max_num_tokens, args.max_batch_size)
+        measured = _run_and_measure(runner, largest, device)
         free = free_memory(device) // num_sharing + measured.weights
         memory = plan_memory(config, request, args.kv_cache_config, free, measured)
         description = replace(description, memory=memory)
-    runner = _make_runner(description, model, slots, cache_dtype, use_graphs=args.enable_cuda_graphs)
-    runner.warm_up()
-    overlap = device.type == "cuda"  # elsewhere host and device are one
-    return make_core(args, description, runner, overlap=overlap), description
+        runner.use_caches(_make_caches(description, memory.num_blocks, cache_dtype, device))
+        runner.warm_up()
+    # Host and device are one elsewhere: nothing overlaps.
+    return make_core(args, description, runner, overlap=is_gpu), description
 
 
-def _measure(
-    model: CausalLM, slots: SlotState, description: EngineDescription, cache_dtype: torch.dtype
-) -> MeasuredMemory:
-    """What weights and the largest step take on the GPU; compiles the kernels of large steps on the way."""
+def _run_and_measure(runner: ModelRunner, largest: Callable[[], None], device: torch.device) -> MeasuredMemory:
+    """What weights and the largest step take on the GPU; the first runs, in which kernels are compiled, come before."""
     torch.cuda.empty_cache()
-    weights = torch.cuda.memory_allocated(slots.device)
-    return MeasuredMemory(
-        weights, measure_activations(model, slots, description.max_num_tokens, description.max_batch_size, cache_dtype)
-    )
+    weights = torch.cuda.memory_allocated(device)
+    run_together([largest, *runner.first_runs()], device)
+    return MeasuredMemory(weights, peak_bytes(largest, device))
 
 
-def _make_runner(
-    description: EngineDescription, model: CausalLM, slots: SlotState, cache_dtype: torch.dtype, *, use_graphs: bool
-) -> ModelRunner:
-    config, memory = description.model, description.memory
-    caches = allocate_caches(
+def _make_caches(
+    description: EngineDescription, num_blocks: int, cache_dtype: torch.dtype, device: torch.device
+) -> tuple[LayerCache, ...]:
+    config = description.model
+    return allocate_caches(
         config.num_layers,
-        memory.num_blocks,
-        memory.tokens_per_block,
+        num_blocks,
+        description.memory.tokens_per_block,
         config.num_key_value_heads,
         config.head_dim,
         cache_dtype,
-        slots.device,
+        device,
     )
-    # One more for the scratch slot.
-    sampling = SlotSamplingParams(description.max_batch_size + 1, config.vocab_size, slots.device)
-    return ModelRunner(model, caches, slots, sampling, use_graphs=use_graphs)
 
 
 def _refuse_unsupported(args: LlmArgs) -> None:

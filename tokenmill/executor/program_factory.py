@@ -81,7 +81,8 @@ def build_program_engine(
     )
     measured = MeasuredMemory(package.weight_nbytes, package.program.arena_bytes)
     memory = plan_memory(config, request, args.kv_cache_config, free_memory(device) // num_sharing, measured)
-    check_deterministic(args, "engine", device, dtype)
+    is_16_bit = all(buffer.dtype != "float32" for buffer in package.program.buffers)  # what products read
+    check_deterministic(args, "engine", device, dtype if is_16_bit else torch.float32)
     attn_backend = select_backend(args.attn_backend, device).name
     description = EngineDescription(
         model=config,

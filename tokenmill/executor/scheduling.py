@@ -6,7 +6,7 @@ from typing import Any
 
 from tokenmill.config import LlmArgs
 from tokenmill.engine.core import EngineCore
-from tokenmill.engine.plan import Runner
+from tokenmill.engine.plan import RepeatingRunner, Runner
 from tokenmill.engine.scheduler import Scheduler
 from tokenmill.engine.settings import SchedulerSettings
 from tokenmill.engine.step_recorder import StepRecorder
@@ -26,10 +26,11 @@ def make_core(args: LlmArgs, description: EngineDescription, runner: Runner[Any]
     records = args.stats_config
     recorder = StepRecorder(records.iter_stats_max_iterations, records.request_stats_max_iterations)
     overlap = overlap and not args.disable_overlap_scheduler
-    return EngineCore(_make_scheduler(args, description), runner, recorder, overlap=overlap)
+    max_repeats = runner.max_repeats if isinstance(runner, RepeatingRunner) and not overlap else 1
+    return EngineCore(_make_scheduler(args, description, max_repeats), runner, recorder, overlap=overlap)
 
 
-def _make_scheduler(args: LlmArgs, description: EngineDescription) -> Scheduler:
+def _make_scheduler(args: LlmArgs, description: EngineDescription, max_repeats: int) -> Scheduler:
     kv_cache = KvCacheManager(
         description.memory.num_blocks,
         description.memory.tokens_per_block,
@@ -44,5 +45,6 @@ def _make_scheduler(args: LlmArgs, description: EngineDescription) -> Scheduler:
         enable_chunked_prefill=args.enable_chunked_prefill,
         capacity_policy=args.scheduler_config.capacity_scheduler_policy,
         queue_policy=args.scheduler_config.waiting_queue_policy,
+        max_repeats=max_repeats,
     )
     return Scheduler(settings, kv_cache)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tokenmill.attention.base import AttentionMetadata, AttentionSpec, LayerCache
+from tokenmill.attention.base import AttentionMetadata, AttentionSpec, LayerCache, TurnsHeads
 from tokenmill.layers.context import LayerContext
+from tokenmill.layers.rope import Rotation
 
 
 class Attention(nn.Module):
@@ -21,6 +22,7 @@ class Attention(nn.Module):
         super().__init__()
         self.spec = spec
         self.backend = context.backend
+        self._turning_backend = context.backend if isinstance(context.backend, TurnsHeads) else None
 
     def forward(
         self,
@@ -32,3 +34,16 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """query [T, H, D], key and value [T, G, D], rotated already; returns [T, H * D]."""
         return self.backend.forward(self.spec, query, key, value, cache, metadata).flatten(1)
+
+    def turn_and_attend(
+        self, qkv: torch.Tensor, rotation: Rotation, metadata: AttentionMetadata, cache: LayerCache
+    ) -> torch.Tensor:
+        """qkv [T, H + 2 G, D], whose queries and keys are not rotated yet; returns [T, H * D]."""
+        num_heads, num_turned = self.spec.num_heads, self.spec.num_heads + self.spec.num_kv_heads
+        heads, value = qkv[:, :num_turned], qkv[:, num_turned:]
+        backend = self._turning_backend
+        if backend is not None and backend.turns_heads(metadata):
+            query, key = heads[:, :num_heads], heads[:, num_heads:]
+            return backend.forward(self.spec, query, key, value, cache, metadata, turning=rotation).flatten(1)
+        heads = rotation.apply(heads)
+        return self(heads[:, :num_heads], heads[:, num_heads:], value, metadata, cache)  # type: ignore[no-any-return]

@@ -18,7 +18,8 @@ from tokenmill.errors import UnsupportedFeatureError
 from tokenmill.layers.context import LayerContext
 from tokenmill.layers.weights import Shard, WeightTarget, join_name
 from tokenmill.ops.fp8 import QuantizedRows
-from tokenmill.quantization.base import ConvertsWhileLoading, ParameterAxes, Rows, TakesQuantizedRows
+from tokenmill.ops.row_product import OneRow, PendingNorm
+from tokenmill.quantization.base import ConvertsWhileLoading, FusesOneRow, ParameterAxes, Rows, TakesQuantizedRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ class LinearBase(nn.Module):
         self.dtype = context.dtype
         self.method = context.linear_method(context.prefix)
         self._quantized_method = self.method if isinstance(self.method, TakesQuantizedRows) else None
+        self._fusing_method = self.method if isinstance(self.method, FusesOneRow) else None
         axes = dict(self.method.create_weights(self, in_features, out_features, context.dtype, context.device))
         self.bias: nn.Parameter | None = None
         if bias:
@@ -81,8 +83,15 @@ class LinearBase(nn.Module):
         """Whether so many rows are better given as `QuantizedRows`, if the op before can make them."""
         return self._quantized_method is not None and self._quantized_method.takes_quantized(num_rows)
 
+    def can_fuse(self, x: torch.Tensor) -> bool:
+        """Whether the product with x [T, in_features], one row, includes the norm before it if that is left to it."""
+        return self._fusing_method is not None and self._fusing_method.can_fuse(x)
+
     def _product(self, x: Rows, bias: torch.Tensor | None) -> torch.Tensor:
         """[T, in_features] to [T, out_features]."""
+        if isinstance(x, PendingNorm):
+            assert self._fusing_method is not None, "this row's norm was left to another layer"
+            return self._fusing_method.apply_fused(x, bias)
         if isinstance(x, QuantizedRows):
             assert self._quantized_method is not None, "these rows are quantized for another layer"
             return self._quantized_method.apply_quantized(x, bias, self.dtype)
@@ -134,6 +143,11 @@ class MergedColumnLinear(LinearBase):
     def forward(self, x: Rows) -> torch.Tensor:
         """[T, in_features] to [T, this rank's output features], the projections side by side."""
         return self._product(x, self.bias)
+
+    def activated(self, x: OneRow, activation: str) -> torch.Tensor:
+        """[1, in_features], for which `can_fuse`, to [1, half of the output features]: two projections, gated."""
+        assert self._fusing_method is not None, "`can_fuse` was not asked"
+        return self._fusing_method.apply_fused(x, self.bias, activation)
 
     def named_weight_targets(self, prefix: str) -> Iterator[tuple[str, WeightTarget]]:
         """One weight (and bias) for each projection, named beside this module."""

@@ -8,6 +8,7 @@ from torch import nn
 from tokenmill.layers.context import LayerContext
 from tokenmill.layers.linear import MergedColumnLinear, RowParallelLinear
 from tokenmill.ops.activation import gated_activation, gated_activation_fp8
+from tokenmill.ops.row_product import PendingNorm
 from tokenmill.quantization.base import Rows
 
 
@@ -32,6 +33,7 @@ class GatedMLP(nn.Module):
         self.down_proj = RowParallelLinear(
             intermediate_size, hidden_size, bias=bias, context=context.child("down_proj"), what="MLP features"
         )
+        self._activation_name = activation
         self.activation = gated_activation(activation, context.device, context.dtype)
         self.quantized_activation = gated_activation_fp8(activation, context.device, context.dtype)
 
@@ -39,8 +41,14 @@ class GatedMLP(nn.Module):
         """Whether so many rows are better given as `QuantizedRows`."""
         return self.gate_up_proj.takes_quantized(num_rows)
 
+    def can_fuse(self, x: torch.Tensor) -> bool:
+        """Whether the norm of x [T, hidden_size], one row, may be left to this block."""
+        return self.gate_up_proj.can_fuse(x)
+
     def forward(self, x: Rows) -> torch.Tensor:
         """[T, hidden_size] to [T, hidden_size]."""
+        if isinstance(x, PendingNorm) or (isinstance(x, torch.Tensor) and self.can_fuse(x)):
+            return self.down_proj(self.gate_up_proj.activated(x, self._activation_name))  # type: ignore[no-any-return]
         gate_up = self.gate_up_proj(x)
         is_quantized = self.down_proj.takes_quantized(gate_up.shape[0])
         activated = self.quantized_activation(gate_up) if is_quantized else self.activation(gate_up)

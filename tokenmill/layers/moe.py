@@ -18,12 +18,13 @@ from tokenmill.layers.context import LayerContext
 from tokenmill.layers.weights import Shard, WeightTarget, join_name
 from tokenmill.ops.fp8 import QuantizedRows
 from tokenmill.ops.linear import PackedWeight, StreamedWeight, linear, pack_linear_weight
-from tokenmill.ops.moe import Routing, route, route_and_quantize
+from tokenmill.ops.moe import Routing, route
 from tokenmill.quantization.base import (
     ConvertsExpertsWhileLoading,
     ExpertParameter,
     ExpertProjection,
     ExpertSizes,
+    PlainAndQuantized,
     TakesQuantizedExpertRows,
 )
 
@@ -60,10 +61,6 @@ class Router(nn.Module):
         """The experts of tokens [T, hidden_size]."""
         return route(linear(x, self._prepared), self.top_k, normalize=self.normalize)
 
-    def route_and_quantize(self, x: torch.Tensor) -> tuple[Routing, QuantizedRows]:
-        """The experts of tokens [T, hidden_size], and the tokens quantized."""
-        return route_and_quantize(linear(x, self._prepared), self.top_k, x, normalize=self.normalize)
-
 
 class Experts(nn.Module):
     """The experts of one layer, or this rank's part of them.
@@ -96,16 +93,20 @@ class Experts(nn.Module):
             self.rank_features = intermediate_size
             self.first_expert = context.group.rank * self.num_experts
         self.method = context.experts_method(context.prefix)
+        self._quantized_method = self.method if isinstance(self.method, TakesQuantizedExpertRows) else None
         sizes = ExpertSizes(self.num_experts, hidden_size, self.rank_features)
         self._filled = self.method.create_weights(self, sizes, context.dtype, context.device)
 
-    def forward(self, x: torch.Tensor, router: Router) -> torch.Tensor:
-        """[T, hidden_size] to [T, hidden_size], equal on all ranks; quantized in passing, if the method wants that."""
-        method = self.method
-        if isinstance(method, TakesQuantizedExpertRows) and method.takes_quantized(x.shape[0]):
-            routing, quantized = router.route_and_quantize(x)
-            return self.group.all_reduce(method.apply_quantized(x, quantized, routing))
-        return self.group.all_reduce(method.apply(x, router(x)))
+    def takes_quantized(self, num_rows: int) -> bool:
+        """Whether so many rows are better given quantized too."""
+        return self._quantized_method is not None and self._quantized_method.takes_quantized(num_rows)
+
+    def forward(self, x: torch.Tensor, routing: Routing, quantized: QuantizedRows | None = None) -> torch.Tensor:
+        """[T, hidden_size] to [T, hidden_size], equal on all ranks."""
+        if quantized is not None:
+            assert self._quantized_method is not None, "these rows are quantized for another layer"
+            return self.group.all_reduce(self._quantized_method.apply_quantized(x, quantized, routing))
+        return self.group.all_reduce(self.method.apply(x, routing))
 
     def finalize_weights(self) -> None:
         """Let the method prepare the filled weights."""
@@ -166,9 +167,18 @@ class SparseMoe(nn.Module):
         """The router reads its input as it is."""
         return False
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def can_fuse(self, x: torch.Tensor) -> bool:
+        """Router and experts both read their input: its norm has to be there."""
+        return False
+
+    def takes_both(self, num_rows: int) -> bool:
+        """Whether so many rows are better given as `PlainAndQuantized`."""
+        return self.experts.takes_quantized(num_rows)
+
+    def forward(self, x: torch.Tensor | PlainAndQuantized) -> torch.Tensor:
         """[T, hidden_size] to [T, hidden_size]."""
-        return self.experts(x, self.gate)  # type: ignore[no-any-return]
+        x, quantized = x if isinstance(x, PlainAndQuantized) else (x, None)
+        return self.experts(x, self.gate(x), quantized)  # type: ignore[no-any-return]
 
 
 def names_of_stack(name: str, num_experts: int) -> Sequence[str] | None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
 from tokenmill.layers.context import LayerContext
-from tokenmill.ops.rms_norm import add_rms_norm, add_rms_norm_fp8, rms_norm, rms_norm_fp8
-from tokenmill.quantization.base import Rows
+from tokenmill.ops.rms_norm import add_rms_norm, add_rms_norm_both, add_rms_norm_fp8, rms_norm, rms_norm_fp8
+from tokenmill.ops.row_product import PendingNorm
+from tokenmill.quantization.base import PlainAndQuantized, Rows
 
 
 class TakesRows(Protocol):
@@ -17,6 +18,19 @@ class TakesRows(Protocol):
 
     def takes_quantized(self, num_rows: int) -> bool:
         """Whether so many rows are better given as `QuantizedRows`."""
+        ...
+
+    def can_fuse(self, x: torch.Tensor) -> bool:
+        """Whether the norm of x [T, size], one row, may be left to it as a `PendingNorm`."""
+        ...
+
+
+@runtime_checkable
+class TakesBothRows(Protocol):
+    """A block of which some layers take plain rows and others quantized ones."""
+
+    def takes_both(self, num_rows: int) -> bool:
+        """Whether so many rows are better given as `PlainAndQuantized`."""
         ...
 
 
@@ -46,8 +60,17 @@ class RMSNorm(nn.Module):
 
     def add_and_norm_for(
         self, consumer: TakesRows, x: torch.Tensor, residual: torch.Tensor | None
-    ) -> tuple[Rows, torch.Tensor]:
-        """`add_and_norm`, the normalized sum in the form that `consumer` takes fastest."""
+    ) -> tuple[Rows | PlainAndQuantized, torch.Tensor]:
+        """`add_and_norm`, the normalized sum in the form that `consumer` takes fastest.
+
+        The sum may be written by the consumer only: nothing may read it before.
+        """
+        if self.scale.dtype == x.dtype and consumer.can_fuse(x):
+            row = PendingNorm.of(x, residual, self.scale, self.eps)
+            return row, row.stream
+        if residual is not None and isinstance(consumer, TakesBothRows) and consumer.takes_both(x.shape[0]):
+            normalized, quantized, total = add_rms_norm_both(x, residual, self.scale, self.eps)
+            return PlainAndQuantized(normalized, quantized), total
         if not consumer.takes_quantized(x.shape[0]):
             return self.add_and_norm(x, residual)
         if residual is None:

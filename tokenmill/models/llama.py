@@ -51,15 +51,11 @@ class LlamaAttention(nn.Module):
             soft_cap=config.attention.soft_cap,
         )
         self.attention = Attention(spec, context)
-        self.num_rotated_heads = spec.num_heads + spec.num_kv_heads
 
     def forward(self, x: Rows, rotation: Rotation, metadata: AttentionMetadata, cache: LayerCache) -> torch.Tensor:
         """[T, hidden_size] to [T, hidden_size]."""
         qkv = self.qkv_proj(x)  # [T, H + 2 G, D]
-        query_key = rotation.apply(qkv[:, : self.num_rotated_heads])
-        query, key = query_key[:, : self.qkv_proj.num_heads], query_key[:, self.qkv_proj.num_heads :]
-        value = qkv[:, self.num_rotated_heads :]
-        return self.o_proj(self.attention(query, key, value, metadata, cache))  # type: ignore[no-any-return]
+        return self.o_proj(self.attention.turn_and_attend(qkv, rotation, metadata, cache))  # type: ignore[no-any-return]
 
 
 class LlamaDecoderLayer(nn.Module):

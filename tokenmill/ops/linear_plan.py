@@ -31,8 +31,6 @@ class StreamPlan(NamedTuple):
         kernel: what computes it.
         block_out, block_in: output and input features that a program holds at a time.
         block_rows: rows that a program computes (`small_batch`), a power of two.
-        prefetched_lines: cache lines of each output feature, after the first block, that a program asks for while the
-            kernel before it still runs (`matvec`).
         num_warps: warps of a program.
         num_stages: blocks of input features in flight (`small_batch`).
         num_splits: programs that share the input features of one block of output features (`small_batch`).
@@ -45,11 +43,10 @@ class StreamPlan(NamedTuple):
     num_stages: int = 1
     num_splits: int = 1
     block_rows: int = 1
-    prefetched_lines: int = 0
 
 
 class SmallBatchBlocks(NamedTuple):
-    """Blocks of `small_batch` up to a number of rows, for outputs up to a number of features."""
+    """Blocks of `small_batch` up to a number of rows, for outputs and inputs up to a number of features."""
 
     max_rows: int
     block_in: int
@@ -58,6 +55,7 @@ class SmallBatchBlocks(NamedTuple):
     num_warps: int = 4
     max_block_rows: int = 128
     max_out_features: int = 2**31
+    max_in_features: int = 2**31
 
 
 SMALL_BATCH_16BIT = (
@@ -69,6 +67,8 @@ SMALL_BATCH_FP8 = (
     SmallBatchBlocks(64, 256, 4),
     SmallBatchBlocks(128, 256, 6, max_block_rows=64, max_out_features=5120),
     SmallBatchBlocks(128, 256, 4, max_out_features=8192),
+    SmallBatchBlocks(256, 256, 4, max_block_rows=64, max_out_features=2048),
+    SmallBatchBlocks(256, 128, 4, max_out_features=5120, max_in_features=2048),
     SmallBatchBlocks(256, 256, 4, max_out_features=5120),
 )
 """Both operands float8; the first line that fits counts. What none covers is the library's: of many rows it shares the
@@ -104,7 +104,8 @@ def _occupancy(out_features: int, block_in: int) -> float:
 def small_batch_plan(num_rows: int, out_features: int, in_features: int, weight_bytes: int) -> StreamPlan:
     """The plan for some rows and a weight [O, I] of their type, `weight_bytes` an element."""
     for blocks in SMALL_BATCH_FP8 if weight_bytes == 1 else SMALL_BATCH_16BIT:
-        if 0 < num_rows <= blocks.max_rows and out_features <= blocks.max_out_features:
+        is_within = out_features <= blocks.max_out_features and in_features <= blocks.max_in_features
+        if 0 < num_rows <= blocks.max_rows and is_within:
             block_rows = min(blocks.max_block_rows, max(MIN_BLOCK_ROWS, _power_of_two_from(num_rows)))
             num_blocks = -(-out_features // blocks.block_out) * -(-num_rows // block_rows)
             return StreamPlan(
@@ -119,12 +120,12 @@ def small_batch_plan(num_rows: int, out_features: int, in_features: int, weight_
     return StreamPlan("library")
 
 
-def num_splits_for(num_blocks: int, num_blocks_in: int) -> int:
+def num_splits_for(num_blocks: int, num_blocks_in: int, min_programs: int = MIN_PROGRAMS) -> int:
     """A power of two, for blocks of the result and of input features: programs enough, but some work for each."""
     num_splits = 1
     while (
         num_splits < MAX_SPLITS
-        and num_blocks * num_splits < MIN_PROGRAMS
+        and num_blocks * num_splits < min_programs
         and num_blocks_in // (2 * num_splits) >= MIN_BLOCKS_PER_SPLIT
     ):
         num_splits *= 2
@@ -156,6 +157,8 @@ class InvariantPlan(NamedTuple):
 
 INVARIANT_FEATURES = 64
 """Output features of a program of few rows; splits are chosen for them."""
+INVARIANT_PROGRAMS = 200
+"""Programs of few rows: one and a half for each multiprocessor, which holds one at a time."""
 MAX_INVARIANT_STREAM_ROWS = 128
 """Rows up to which a program reads weights that nobody else needs: narrow tiles, a program for each split."""
 
@@ -168,7 +171,7 @@ def invariant_plan(num_rows: int, out_features: int, in_features: int, weight_by
     """
     block_in = 256 // weight_bytes
     num_blocks_in = -(-in_features // block_in)
-    num_splits = num_splits_for(-(-out_features // INVARIANT_FEATURES), num_blocks_in)
+    num_splits = num_splits_for(-(-out_features // INVARIANT_FEATURES), num_blocks_in, INVARIANT_PROGRAMS)
     split_size = -(-num_blocks_in // num_splits) * block_in
     if num_rows <= MAX_INVARIANT_STREAM_ROWS:
         block_rows = min(128, max(MIN_BLOCK_ROWS, _power_of_two_from(num_rows)))

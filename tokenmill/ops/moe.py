@@ -20,7 +20,6 @@ from tokenmill.ops.activation import gated_activation
 from tokenmill.ops.fp8 import (
     FP8_DTYPE,
     QuantizedRows,
-    per_token_quantize_fp8,
     per_token_quantize_reference,
     static_quantize_reference,
 )
@@ -148,18 +147,6 @@ def route(logits: torch.Tensor, top_k: int, *, normalize: bool) -> Routing:
     if logits.is_meta:
         return Routing(*captured.route(logits, top_k, normalize))
     return ROUTE_IMPLEMENTATIONS[choose(logits.device, logits.dtype)](logits, top_k, normalize)
-
-
-def route_and_quantize(
-    logits: torch.Tensor, top_k: int, x: torch.Tensor, *, normalize: bool
-) -> tuple[Routing, QuantizedRows]:
-    """`route`, and `per_token_quantize_fp8` of x [T, H], in one pass where there is a kernel for it."""
-    if choose(logits.device, logits.dtype) == "triton":
-        from tokenmill.ops.triton import moe_routing as kernels
-
-        experts, weights, values, scales = kernels.route_and_quantize(logits, top_k, normalize, x)
-        return Routing(experts, weights), QuantizedRows(values, scales)
-    return route(logits, top_k, normalize=normalize), per_token_quantize_fp8(x)
 
 
 def run_experts(

@@ -11,8 +11,6 @@ from typing import Final, NamedTuple
 
 SCALE_GROUP: Final = 128
 """Features that share a scale: of what is between the two projections, and of block-scaled weights and inputs."""
-MIN_PAIRS_PER_EXPERT: Final = 2
-"""With more on average, fewer than one expert in 7 has none."""
 MAX_PAIR_TOKENS: Final = 4
 """Steps of so few tokens take one matrix-vector product for each token and expert: hardly two share an expert."""
 
@@ -26,7 +24,6 @@ class GroupedPlan(NamedTuple):
         gate_up_bytes: bytes of each feature's weights in one stage of the first product.
         down_out: output features of a program of the second product, which has `SCALE_GROUP` bytes in a stage.
         down_warps, down_stages: of the second product.
-        down_prefetches: whether its programs ask for their weights while the first product still runs.
     """
 
     block_rows: int
@@ -36,7 +33,6 @@ class GroupedPlan(NamedTuple):
     down_out: int
     down_warps: int
     down_stages: int
-    down_prefetches: bool = False
 
 
 class PairPlan(NamedTuple):
@@ -48,10 +44,10 @@ class PairPlan(NamedTuple):
 
 
 GROUPED_PLANS: Final = (
-    (20.0, GroupedPlan(16, 8, 3, 256, 128, 4, 4, down_prefetches=True)),
+    (20.0, GroupedPlan(16, 8, 3, 256, 128, 4, 4)),
     (32.0, GroupedPlan(32, 4, 3, 256, 128, 4, 4)),
     (48.0, GroupedPlan(64, 4, 4, 128, 128, 4, 4)),
-    (float("inf"), GroupedPlan(128, 8, 3, 128, 128, 8, 3)),
+    (float("inf"), GroupedPlan(128, 8, 4, 128, 256, 8, 4)),
 )
 """By the mean number of rows that an expert has, up to that of each line."""
 
@@ -73,14 +69,6 @@ def scales_inner_by_token(num_pairs: int, num_experts: int) -> bool:
     interrupt the tensor cores after every 128 features: then a pass of its own that finds a row's scale is cheaper.
     """
     return num_pairs / num_experts > GROUPED_PLANS[-2][0]
-
-
-def reads_all_experts(num_pairs: int, num_experts: int) -> bool:
-    """Whether few experts are left out, and reading the experts is what takes time.
-
-    Then their first weights may be asked for while the pairs are still being sorted.
-    """
-    return MIN_PAIRS_PER_EXPERT < num_pairs / num_experts <= GROUPED_PLANS[0][0]
 
 
 def max_row_blocks(num_pairs: int, num_experts: int, block_rows: int) -> int:

@@ -68,6 +68,19 @@ def add_rms_norm_fp8(
     return per_token_quantize_fp8(normalized), total
 
 
+def add_rms_norm_both(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, QuantizedRows, torch.Tensor]:
+    """`add_rms_norm` of [T, D], with its first result quantized as well, behind it."""
+    if choose(x.device, x.dtype) == "triton":
+        from tokenmill.ops.triton import rms_norm as kernels
+
+        normalized, values, scales, total = kernels.add_rms_norm_both(x, residual, weight, eps)
+        return normalized, QuantizedRows(values, scales), total
+    normalized, total = add_rms_norm(x, residual, weight, eps)
+    return normalized, per_token_quantize_fp8(normalized), total
+
+
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """The definition of `rms_norm`, step by step in float32."""
     x_float = x.float()

@@ -170,13 +170,14 @@ def is_engine(path: Path) -> bool:
 
 
 def _check_version(plain: dict[str, Any], source: str) -> None:
-    version = plain.get("format_version")
+    version, model = plain.get("format_version"), plain.get("model")
     if version != FORMAT_VERSION:
+        name = model.get("name") if isinstance(model, dict) else None
         raise EngineFileError(
             f"{source} is of version {version} of the engine format (made by tokenmill "
             f"{plain.get('tokenmill_version')}); this tokenmill reads version {FORMAT_VERSION}.",
             field="engine",
-            remedy=_REBUILD,
+            remedy=f"Build it again: tokenmill build {name} -o DIRECTORY." if isinstance(name, str) else _REBUILD,
         )
 
 

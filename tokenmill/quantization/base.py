@@ -15,9 +15,17 @@ from torch import nn
 
 from tokenmill.ops.fp8 import QuantizedRows
 from tokenmill.ops.moe import Routing
+from tokenmill.ops.row_product import OneRow, PendingNorm
 
-Rows: TypeAlias = torch.Tensor | QuantizedRows
-"""What a linear layer takes: [T, in_features], plain or quantized by the op before it."""
+Rows: TypeAlias = torch.Tensor | QuantizedRows | PendingNorm
+"""What a linear layer takes: [T, in_features], plain, quantized by the op before it, or one row before its norm."""
+
+
+class PlainAndQuantized(NamedTuple):
+    """The same rows twice, for a block whose first layers do not all take quantized ones."""
+
+    plain: torch.Tensor
+    quantized: QuantizedRows
 
 
 class ParameterAxes(NamedTuple):
@@ -58,6 +66,19 @@ class TakesQuantizedRows(Protocol):
 
     def apply_quantized(self, x: QuantizedRows, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """Rows [T, in_features], quantized already, to [T, out_features] of type `dtype`."""
+        ...
+
+
+@runtime_checkable
+class FusesOneRow(Protocol):
+    """A `LinearMethod` whose product of one row includes the norm before it and the gated activation behind it."""
+
+    def can_fuse(self, x: torch.Tensor) -> bool:
+        """Whether `apply_fused` is there for x [T, in_features], which is one row then."""
+        ...
+
+    def apply_fused(self, x: OneRow, bias: torch.Tensor | None, activation: str = "") -> torch.Tensor:
+        """See `ops.row_product.row_product`."""
         ...
 
 

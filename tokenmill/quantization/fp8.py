@@ -21,6 +21,7 @@ from tokenmill.ops.fp8 import (
     weight_only_linear,
 )
 from tokenmill.ops.moe import ExpertMatrix, ExpertWeights, Routing, run_experts
+from tokenmill.ops.row_product import OneRow, can_fuse, row_product
 from tokenmill.quantization.base import ExpertParameter, ExpertProjection, ExpertSizes, ParameterAxes
 from tokenmill.quantization.unquantized import register_experts
 
@@ -79,6 +80,14 @@ class Fp8Linear:
     def apply_quantized(self, x: QuantizedRows, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """Rows [T, in_features], quantized already, to [T, out_features] of type `dtype`."""
         return scaled_linear(x, self._filled, bias, dtype)
+
+    def can_fuse(self, x: torch.Tensor) -> bool:
+        """Whether `apply_fused` is there for x [T, in_features], which is one row then."""
+        return can_fuse(x, self._filled.values)
+
+    def apply_fused(self, x: OneRow, bias: torch.Tensor | None, activation: str = "") -> torch.Tensor:
+        """See `ops.row_product.row_product`."""
+        return row_product(x, self._filled.values, self._filled.scales, bias, activation)
 
     @property
     def _filled(self) -> Fp8Weight:

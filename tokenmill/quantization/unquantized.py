@@ -9,6 +9,7 @@ from torch import nn
 
 from tokenmill.ops.linear import PackedWeight, StreamedWeight, linear, pack_linear_weight
 from tokenmill.ops.moe import ExpertMatrix, ExpertWeights, Routing, run_experts
+from tokenmill.ops.row_product import OneRow, can_fuse, row_product
 from tokenmill.quantization.base import ExpertParameter, ExpertSizes, ParameterAxes
 
 
@@ -51,6 +52,15 @@ class UnquantizedLinear:
         """[T, in_features] to [T, out_features]."""
         assert self._weight is not None, "create_weights was not called"
         return linear(x, self._weight, bias)
+
+    def can_fuse(self, x: torch.Tensor) -> bool:
+        """Whether `apply_fused` is there for x [T, in_features], which is one row then."""
+        return isinstance(self._weight, StreamedWeight) and can_fuse(x, self._weight.data)
+
+    def apply_fused(self, x: OneRow, bias: torch.Tensor | None, activation: str = "") -> torch.Tensor:
+        """See `ops.row_product.row_product`."""
+        assert isinstance(self._weight, StreamedWeight), "`can_fuse` was not asked"
+        return row_product(x, self._weight.data, None, bias, activation)
 
 
 def unquantized(name: str) -> UnquantizedLinear:

@@ -15,10 +15,12 @@ import numpy as np
 import torch
 
 from tokenmill.attention.base import LayerCache
+from tokenmill.ops.cpu.argmax import argmax, argmax_arguments, argmax_scratch_bytes
 from tokenmill.ops.cpu.cache_layout import STEP_SIZE, cache_shapes
-from tokenmill.ops.cpu.jit import NativeFunction
+from tokenmill.ops.cpu.compile_processes import compile_all
 from tokenmill.ops.cpu.layout import COLUMN_NUM_TOKENS
-from tokenmill.ops.cpu.threads import OpList, ThreadPool
+from tokenmill.ops.cpu.threads import STEP_FUNCTIONS, OpList, ThreadPool
+from tokenmill.ops.platform import num_usable_cores
 from tokenmill.program.package import EnginePackage
 from tokenmill.program.program import Operation, Program
 from tokenmill.runtime.cpu_memory import ProgramMemory
@@ -28,7 +30,7 @@ from tokenmill.runtime.huge_pages import HugePages
 from tokenmill.runtime.kernel_choices import KernelChoices
 from tokenmill.runtime.program_executor import ProgressCallback, Values
 from tokenmill.runtime.program_parts import ProgramParts, layer_caches, split_program
-from tokenmill.runtime.step_arrays import StepArrays
+from tokenmill.runtime.step_arrays import Integers, StepArrays
 
 NUM_SPINS: Final = 200_000
 """Looks for a step before a worker thread sleeps: some milliseconds. To wake it takes up to one, and the host needs 0.3
@@ -47,7 +49,7 @@ class _StepList:
     """The ops of one kind of step.
 
     Args:
-        ops: of the body, then of the head.
+        ops: of the body, then of the head, then the most likely tokens.
         num_body: how many are the body's.
         names: the operation that each op belongs to.
     """
@@ -98,7 +100,7 @@ class CpuExecutor:
         self._step[_BLOCK_TABLES] = arrays.block_tables.ctypes.data
         self._step[_TABLE_STRIDE] = arrays.block_tables.strides[0]
         self._logits = memory.floats(package.program.output.name, arrays.max_num_rows)
-        self._pool = ThreadPool(num_threads, num_spins=NUM_SPINS)
+        self._most_likely: Integers = memory.pages.take(4 * arrays.max_num_rows).view(np.int32)
         writer = OpWriter(
             memory,
             CpuWeights(package.program.weights, package.weights, memory),
@@ -107,12 +109,18 @@ class CpuExecutor:
             ),
             KernelChoices.of(package, num_threads),
         )
-        self._lists = _write_lists(self._parts, writer, on_progress or (lambda what, done, total: None))
+        choice = self._choice_of_tokens(package.program.output.name)
+        self._lists = _write_lists(self._parts, writer, choice, on_progress or (lambda what, done, total: None))
+        self._pool = ThreadPool(num_threads, num_spins=NUM_SPINS)
 
     def run(self) -> Values:
         """See `ProgramExecutor.run`."""
         self._pool.run(self._ready(self._lists[self._kind()]).ops)
         return self._logits[: self.arrays.num_rows]
+
+    def most_likely(self) -> Integers:
+        """See `ProgramExecutor.most_likely`."""
+        return self._most_likely[: self.arrays.num_rows]
 
     def logits_at(self, row_index: Sequence[int]) -> Values:
         """See `ProgramExecutor.logits_at`."""
@@ -155,6 +163,17 @@ class CpuExecutor:
         """End the threads."""
         self._pool.close()
 
+    def _choice_of_tokens(self, logits: str) -> list[Op]:
+        """The ops that find the most likely tokens."""
+        scratch = self._memory.reserve(argmax_scratch_bytes(self.arrays.max_num_rows))
+        halves = argmax_arguments(
+            logits=self._memory.buffer_address(logits),
+            columns=self._memory.buffers[logits].columns,
+            scratch=scratch,
+            tokens=self._most_likely.ctypes.data,
+        )
+        return [Op(argmax, half) for half in halves]
+
     def _kind(self) -> tuple[int, int]:
         return min(self.arrays.num_tokens, 2), min(self.arrays.num_rows, 2)
 
@@ -172,7 +191,7 @@ class CpuExecutor:
 
 
 def _write_lists(
-    parts: ProgramParts, writer: OpWriter, on_progress: ProgressCallback
+    parts: ProgramParts, writer: OpWriter, choice: Sequence[Op], on_progress: ProgressCallback
 ) -> dict[tuple[int, int], _StepList]:
     """Lists by (tokens, rows), where 2 stands for several; 0 tokens: the head alone, 0 rows: the body alone."""
     written: dict[tuple[int, int], list[tuple[Operation, Op]]] = {}
@@ -182,8 +201,10 @@ def _write_lists(
         written[num_tokens, num_rows] = [
             *((operation, op) for operation in body for op in writer.write(operation, one=num_tokens == 1)),
             *((operation, op) for operation in head for op in writer.write(operation, one=num_rows == 1)),
+            *((parts.head[-1], op) for op in choice if num_rows),
         ]
-    _compile([op.kernel for entries in written.values() for _, op in entries], on_progress)
+    functions = [*STEP_FUNCTIONS, *(op.kernel for entries in written.values() for _, op in entries)]
+    compile_all(functions, num_usable_cores(), lambda done, total: on_progress("kernels", done, total))
     body_names = {operation.name for operation in parts.body}
     lists = {}
     for sizes, entries in written.items():
@@ -193,15 +214,6 @@ def _write_lists(
         names = tuple(operation.name for operation, _ in entries)
         lists[sizes] = _StepList(ops, sum(name in body_names for name in names), names)
     return lists
-
-
-def _compile(kernels: Sequence[NativeFunction], on_progress: ProgressCallback) -> None:
-    """Have machine code for all kernels: from the disk cache, or compiled, which takes seconds on a new machine."""
-    different = list(dict.fromkeys(kernels))
-    for done, kernel in enumerate(different):
-        on_progress("kernels", done, len(different))
-        assert kernel.address, kernel.name
-    on_progress("kernels", len(different), len(different))
 
 
 def _allocate_caches(

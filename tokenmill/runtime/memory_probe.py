@@ -1,38 +1,47 @@
-"""`measure_activations`: what the largest step really takes on a GPU, found by running one before the cache exists."""
+"""`largest_step` and `peak_bytes`: what a step of a model really takes on a GPU, found by running it before the cache
+exists. Called by `executor.engine_factory`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
+from tokenmill.attention.base import LayerCache
 from tokenmill.engine.plan import Row
-from tokenmill.kv_cache.tensors import allocate_caches
 from tokenmill.layers.forward_batch import ForwardBatch
 from tokenmill.models.base import CausalLM
 from tokenmill.runtime.slot_state import SlotState
 from tokenmill.runtime.step_inputs import inputs_of_rows
 
 
-@torch.inference_mode()
-def measure_activations(
-    model: CausalLM, state: SlotState, max_num_tokens: int, max_batch_size: int, cache_dtype: torch.dtype
-) -> int:
-    """Peak bytes of a step of `max_num_tokens` prompt tokens and the logits of `max_batch_size` rows.
+def largest_step(
+    model: CausalLM, caches: tuple[LayerCache, ...], state: SlotState, max_num_tokens: int, max_batch_size: int
+) -> Callable[[], None]:
+    """A step of `max_num_tokens` prompt tokens and the logits of `max_batch_size` rows.
 
-    The block tables of `state` must still be empty: all tokens read and write scratch block 0, the only one there is.
+    The block tables of `state` must still be empty: all tokens read and write scratch block 0, the only one needed.
     """
-    config, device = model.config, state.device
-    caches = allocate_caches(
-        config.num_layers, 1, state.tokens_per_block, config.num_key_value_heads, config.head_dim, cache_dtype, device
-    )
+
+    def run() -> None:
+        inputs = inputs_of_rows(_rows(max_num_tokens, state.max_seq_len), state)
+        hidden = model(ForwardBatch(inputs.input_ids, inputs.positions, inputs.attention, caches))
+        logits = model.compute_logits(hidden[torch.zeros(max_batch_size, dtype=torch.int64, device=state.device)])
+        logits.max(dim=-1)
+
+    return run
+
+
+@torch.inference_mode()
+def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
+    """Most memory that `step` has at a time, above what is allocated now. Its kernels should have run before."""
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    inputs = inputs_of_rows(_rows(max_num_tokens, state.max_seq_len), state)
-    hidden = model(ForwardBatch(inputs.input_ids, inputs.positions, inputs.attention, caches))
-    logits = model.compute_logits(hidden[torch.zeros(max_batch_size, dtype=torch.int64, device=device)])
-    logits.max(dim=-1)
+    step()
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
-    del inputs, hidden, logits, caches
     torch.cuda.empty_cache()
     return peak
 

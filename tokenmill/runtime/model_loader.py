@@ -120,7 +120,7 @@ def check_deterministic(
         raise UnsupportedFeatureError(
             "In float32 a GPU does not compute a token in the same way in every batch.",
             field="deterministic",
-            remedy="Use dtype='bfloat16' or 'float16'.",
+            remedy="Use dtype='bfloat16' or 'float16', and backend='torch'.",
         )
 
 

@@ -6,7 +6,7 @@ before `collect`, so the host can prepare the next step meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -24,7 +24,6 @@ from tokenmill.runtime.slot_runner import LaunchedStep, SlotRunner
 from tokenmill.runtime.slot_state import SlotState
 from tokenmill.runtime.step_graphs import StepGraphs, StepResult, StepSize
 from tokenmill.runtime.step_inputs import StepInputs, inputs_of_rows
-from tokenmill.runtime.warm_up import run_together
 from tokenmill.sampling.sampled_tokens import TokenReadback
 from tokenmill.sampling.slot_params import SlotSamplingParams
 
@@ -68,17 +67,21 @@ class ModelRunner(SlotRunner):
         if slots.device.type == "cuda" and use_graphs:
             self._graphs = StepGraphs(self._step, slots, max_batch_size=slots.scratch_slot)
 
+    def first_runs(self) -> list[Callable[[], object]]:
+        """Steps between which kernels differ, each to be run once, beside each other, by `run_together`.
+
+        They are those of the scratch slot, whose tokens and cache block 0 are nobody's.
+        """
+        decode_steps = [] if self._graphs is None else self._graphs.first_runs()
+        return [*(partial(self._run_prompts, rows) for rows in self._prompts()), *decode_steps]
+
+    def use_caches(self, caches: tuple[LayerCache, ...]) -> None:
+        """Take these caches in the place of those that first runs have seen; before the first plan and `warm_up`."""
+        self._caches = caches
+
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Compile and capture, so that no request waits for it; once, before the first plan.
-
-        The steps are those of the scratch slot, whose tokens and cache block are nobody's.
-        """
-        if self._slots.device.type != "cuda":
-            return
-        decode_steps = [] if self._graphs is None else self._graphs.first_runs()
-        prompt_steps = [partial(self._run_prompts, rows) for rows in self._prompts()]
-        run_together([*prompt_steps, *decode_steps], self._slots.device)
+        """Capture decode steps, so that no request waits for it; once, after the first runs, before the first plan."""
         if self._graphs is not None:
             self._graphs.capture_decode_steps()
 

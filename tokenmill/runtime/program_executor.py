@@ -11,7 +11,7 @@ import torch
 from tokenmill.attention.base import AttentionMetadata, LayerCache
 from tokenmill.layers.forward_batch import ForwardBatch
 from tokenmill.ops.kv_cache import copy_blocks
-from tokenmill.runtime.step_arrays import StepArrays
+from tokenmill.runtime.step_arrays import Integers, StepArrays
 from tokenmill.runtime.torch_program import TorchProgram
 
 Values: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
@@ -29,6 +29,11 @@ class ProgramExecutor(Protocol):
 
     def run(self) -> Values:
         """Compute the step, write its keys and values to the cache; logits [R, V], good until the next call."""
+        ...
+
+    def most_likely(self) -> Integers:
+        """The most likely tokens [R] of the step that ran last, of equal ones the first; -1 in rows whose largest logit
+        is not a finite number. Good until the next call."""
         ...
 
     def logits_at(self, row_index: Sequence[int]) -> Values:
@@ -66,11 +71,19 @@ class TorchExecutor:
         self._caches = caches
         self._device = device
         self._hidden: torch.Tensor | None = None
+        self._logits: Values = np.zeros((0, 0), np.float32)
 
     def run(self) -> Values:
         """See `ProgramExecutor.run`."""
         self._hidden = self._program(self._batch())
-        return self.logits_at(self.arrays.row_index[: self.arrays.num_rows].tolist())
+        self._logits = self.logits_at(self.arrays.row_index[: self.arrays.num_rows].tolist())
+        return self._logits
+
+    def most_likely(self) -> Integers:
+        """See `ProgramExecutor.most_likely`."""
+        tokens = self._logits.argmax(1)  # of the first NaN, if there is one
+        largest = np.take_along_axis(self._logits, tokens[:, None], 1)[:, 0]
+        return np.where(np.isfinite(largest), tokens, -1).astype(np.int32)
 
     def logits_at(self, row_index: Sequence[int]) -> Values:
         """See `ProgramExecutor.logits_at`."""

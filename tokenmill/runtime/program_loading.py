@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ from tokenmill.runtime.program_parts import layer_caches
 from tokenmill.runtime.step_arrays import StepArrays
 from tokenmill.runtime.torch_program import TorchProgram
 from tokenmill.runtime.weight_decoding import decode_weight
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,10 +111,12 @@ def load_executor(
         EngineFileError: the engine's weights were stripped.
         UnsupportedFeatureError: it needs kernels that this machine has not.
     """
+    from tokenmill.ops.cpu.cpu_features import best_dot_product
     from tokenmill.runtime.cpu_program import CpuExecutor
 
     package.check_runnable()
     num_threads = num_threads or num_usable_cores()
+    logger.info("Steps run on %d threads with kernels for %s.", num_threads, best_dot_product().name.lower())
     return CpuExecutor(
         package,
         limits.arrays(),

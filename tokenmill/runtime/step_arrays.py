@@ -52,13 +52,16 @@ class StepArrays:
         self.row_index: Integers = np.zeros(max_num_rows, np.int32)
         self.num_tokens = self.num_sequences = self.num_rows = self.num_decode = 0
 
-    def fill(self, rows: Sequence[Row], token_ids: SlotIntegers, block_tables: SlotIntegers) -> None:
+    def fill(
+        self, rows: Sequence[Row], token_ids: SlotIntegers, block_tables: SlotIntegers, *, max_repeats: int = 1
+    ) -> None:
         """Write the step of a plan's rows; the logits of the last token of each row that samples are wanted.
 
         Args:
             rows: those of one token first.
             token_ids: [slots, positions], known tokens.
             block_tables: [slots, blocks].
+            max_repeats: `advance` will be called less often than this.
         """
         num_sequences = len(rows)
         slots, starts, lens = np.array([(row.slot, row.start, row.num_tokens) for row in rows]).T
@@ -76,11 +79,22 @@ class StepArrays:
         self.positions[:num_tokens] = positions
         self.query_start[1 : num_sequences + 1] = ends
         self.kv_lens[:num_sequences] = kv_lens
-        num_blocks = -(-int(kv_lens.max()) // self.tokens_per_block)
+        num_blocks = -(-(int(kv_lens.max()) + max_repeats - 1) // self.tokens_per_block)
         self.block_tables[:num_sequences, :num_blocks] = block_tables[slots, :num_blocks]
         sampled = [index for index, row in enumerate(rows) if row.sample]
         self.num_rows = len(sampled)
         self.row_index[: self.num_rows] = ends[sampled] - 1
+
+    def advance(self, token_ids: Integers) -> None:
+        """From a step of one token for each sequence to the next one.
+
+        Args:
+            token_ids: [S], what the step gave, its sequences' next input.
+        """
+        count = self.num_sequences
+        self.token_ids[:count] = token_ids
+        self.positions[:count] += 1
+        self.kv_lens[:count] += 1
 
     def slot_mapping(self) -> Integers:
         """[T], where each token's key and value go: block * tokens_per_block + offset."""

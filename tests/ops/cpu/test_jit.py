@@ -8,17 +8,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numba
+import llvmlite.binding
 import pytest
-from numba.core import types
 
-from tokenmill.ops.cpu import jit
+from tests.support.avx2_processor import features
+from tokenmill.ops.cpu import jit, machine_code
 from tokenmill.ops.cpu.cpu_features import REQUIRED_FEATURES, DotProduct, best_dot_product, supported_dot_products
+from tokenmill.ops.cpu.native_functions import NativeSyntaxError
+from tokenmill.ops.cpu.native_types import int64
 
 PROGRAM = """
 from tokenmill.ops.cpu.walker import lead_step
+print(lead_step.read())
 lead_step.address
-print(lead_step.compiled.cache_hits)
 """
 
 
@@ -26,10 +28,12 @@ def square(x: int) -> int:
     return x * x
 
 
-def run_program() -> str:
-    return subprocess.run(
-        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120, check=True
-    ).stdout.strip()
+def new_square() -> jit.NativeFunction:
+    return jit.NativeFunction(square, int64(int64))
+
+
+def start_program() -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture
@@ -38,10 +42,69 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def kept_files(cache: Path) -> list[Path]:
+    return sorted(path for path in cache.rglob("*") if path.is_file())
+
+
 def test_the_next_process_reads_the_cache(empty_cache: Path) -> None:
-    assert run_program() == "0"
-    assert run_program() == "1"
+    for expected in ("False\n", "True\n"):
+        output, errors = start_program().communicate(timeout=120)
+        assert (output, errors) == (expected, "")
     assert [path.name for path in (empty_cache / "native").iterdir()] == [jit.source_digest()]
+
+
+def test_first_starts_at_the_same_time(empty_cache: Path) -> None:
+    programs = [start_program() for _ in range(3)]
+    for program in programs:
+        _, errors = program.communicate(timeout=120)
+        assert (program.returncode, errors) == (0, "")
+    (kept,) = kept_files(empty_cache)
+    assert machine_code.read_code(kept) is not None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[:-1],
+        lambda content: content[:40],
+        lambda content: content[:200] + bytes([content[200] ^ 1]) + content[201:],
+        lambda content: b"\x7fELF" + content[4:],
+    ],
+    ids=["empty", "last byte", "head alone", "one bit", "another file"],
+)
+def test_a_damaged_file_heals(empty_cache: Path, damage: Any) -> None:
+    assert new_square().call(7) == 49
+    (kept,) = kept_files(empty_cache)
+    whole = kept.read_bytes()
+    kept.write_bytes(damage(whole))
+    again = new_square()
+    assert not again.read()
+    assert again.call(-3) == 9
+    assert kept.read_bytes() == whole
+
+
+def test_every_processor_has_its_own_code(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert new_square().call(7) == 49
+    monkeypatch.setattr(llvmlite.binding, "get_host_cpu_features", features)
+    assert not new_square().read()
+    monkeypatch.undo()
+    monkeypatch.setenv("TOKENMILL_CACHE", str(empty_cache))
+    assert new_square().read()
+    monkeypatch.setattr(llvmlite.binding, "get_host_cpu_name", lambda: "i386")
+    assert not new_square().read()
+
+
+def test_what_a_function_takes_from_its_closure_is_in_the_key() -> None:
+    def times(factor: int) -> jit.NativeFunction:
+        def product(x: int) -> int:
+            return factor * x
+
+        return jit.NativeFunction(product, int64(int64))
+
+    assert times(2).key != times(3).key
+    assert times(2).key == times(2).key
+    assert [times(factor).call(7) for factor in (2, 3)] == [14, 21]
 
 
 def test_compiles_without_a_cache_folder(
@@ -50,23 +113,15 @@ def test_compiles_without_a_cache_folder(
     (empty_cache / "file").write_text("")
     monkeypatch.setenv("TOKENMILL_CACHE", str(empty_cache / "file"))
     with caplog.at_level(logging.WARNING):
-        assert jit.NativeFunction(square, types.int64(types.int64)).call(7) == 49
+        assert new_square().call(7) == 49
     assert "square is compiled again in every process" in caplog.text
 
 
-def test_compiles_without_a_source_file(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_function_without_a_source_file_is_refused() -> None:
     namespace: dict[str, Any] = {}
     exec("def double(x): return 2 * x", namespace)
-    with caplog.at_level(logging.WARNING):
-        assert jit.NativeFunction(namespace["double"], types.int64(types.int64)).call(7) == 14
-    assert "double is compiled again" in caplog.text
-
-
-def test_numba_keeps_its_own_cache_folder(empty_cache: Path) -> None:
-    before = numba.config.CACHE_DIR
-    assert jit.NativeFunction(square, types.int64(types.int64)).call(-3) == 9
-    assert before == numba.config.CACHE_DIR
-    assert list(empty_cache.rglob("*square*"))
+    with pytest.raises(NativeSyntaxError, match="the source of double is not there"):
+        jit.NativeFunction(namespace["double"], int64(int64)).llvm_code()
 
 
 def test_the_best_way_that_the_cpu_has_is_chosen() -> None:

@@ -193,13 +193,13 @@ def test_a_process_does_not_wait_for_the_compiler_to_end() -> None:
     """The pool's own functions are compiled when it starts."""
     program = """
 import threading, time
-from numba.core.compiler_lock import global_compiler_lock
+from llvmlite.binding.ffi import lib
 from tokenmill.ops.cpu.threads import ThreadPool
 pool = ThreadPool(3)
 has_lock = threading.Event()
 
 def compile_for_long():
-    with global_compiler_lock:
+    with lib._lock:
         has_lock.set()
         time.sleep(1000)
 

@@ -6,24 +6,24 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numba
 import pytest
 import torch
 
 from tokenmill.ops.cpu import vector_math
+from tokenmill.ops.cpu.jit import NativeFunction
+from tokenmill.ops.cpu.native_types import int64, none
 from tokenmill.ops.cpu.simd import load, store
 
 
 def applied(function: Any, x: torch.Tensor) -> torch.Tensor:
     """The function of every value."""
 
-    @numba.njit
     def loop(source: int, target: int, count: int) -> None:
         for offset in range(0, 4 * count, 64):
             store(target + offset, function(load(source + offset)))
 
     y = torch.empty_like(x)
-    loop(x.data_ptr(), y.data_ptr(), x.numel())
+    NativeFunction(loop, none(int64, int64, int64)).call(x.data_ptr(), y.data_ptr(), x.numel())
     return y
 
 
@@ -70,10 +70,9 @@ def test_transposition() -> None:
     x = torch.arange(16 * 20, dtype=torch.float32).view(16, 20)
     y = torch.zeros(16, 17)
 
-    @numba.njit
     def transpose(source: int, target: int) -> None:
         vector_math.transpose_16x16(source, 80, target, 68)
 
-    transpose(x.data_ptr(), y.data_ptr())
+    NativeFunction(transpose, none(int64, int64)).call(x.data_ptr(), y.data_ptr())
     assert torch.equal(y[:, :16], x[:, :16].T)
     assert not y[:, 16].any()

@@ -1,8 +1,9 @@
-"""The native CPU step: kernels in Numba, the op list, and the threads that walk it. Called by `runtime/`'s executors.
+"""The native CPU step: kernels in Python, the op list, and the threads that walk it. Called by `runtime/`'s executors.
 
-**A kernel** is a Numba function `(thread, num_threads, row) -> None` of three int64, decorated with `@kernel` of
-`jit.py` (compiled at first use of its `address`, from the disk cache if it is there). `row` is the address of a row of
-the op list: `ROW_SIZE` int64 (`layout.py`), read with `argument(row, column)` and `float_argument(row, column)`:
+**A kernel** is a function `(thread, num_threads, row) -> None` of three int64, in the small part of Python that
+`native_functions.py` describes, decorated with `@kernel` of `jit.py`. It is compiled at first use of its `address`, or
+read from the disk cache; `compile_all` of `compile_processes.py` does it for many at once. `row` is the address of a
+row of the op list: `ROW_SIZE` int64 (`layout.py`), read with `argument(row, column)` and `float_argument(row, column)`:
 
 | column | content |
 |---|---|
@@ -22,8 +23,10 @@ Rules:
 - Scratch memory is given in the row: an address and the bytes per thread.
 - Denormals are zero in every thread.
 
-Where what is: `threads.py` has `OpList` and `ThreadPool`; `packing.py` the layout of weights; `activations.py` and
-`layout.py` that of quantized activations; `linear_int8.py` and `linear_blocks.py` the int8 products; `linear_float.py`
-those of float32 and bfloat16 weights. `elementwise.py` has small examples of kernels. Each module has a function that
-checks and lays out the arguments of a row, such as `linear_arguments`.
+Where what is: `native_types.py`, `native_expressions.py` and `native_functions.py` translate Python to LLVM code,
+`machine_code.py` makes machine code of it; `simd.py`, `scalars.py`, `vector_math.py` and `intrinsics.py` have the
+operations that kernels call. `threads.py` has `OpList` and `ThreadPool`; `packing.py` the layout of weights;
+`activations.py` and `layout.py` that of quantized activations; `linear_int8.py` and `linear_blocks.py` the int8
+products; `linear_float.py` those of float32 and bfloat16 weights. `elementwise.py` has small examples of kernels.
+Each module has a function that checks and lays out the arguments of a row, such as `linear_arguments`.
 """

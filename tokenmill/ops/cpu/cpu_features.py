@@ -38,6 +38,11 @@ def host_features() -> frozenset[str]:
     return frozenset(name for name, present in llvmlite.binding.get_host_cpu_features().items() if present)
 
 
+def converts_half() -> bool:
+    """Whether this CPU has an instruction from float16 to float32; x86 has since F16C."""
+    return platform.machine().lower() not in ("x86_64", "amd64") or "f16c" in host_features()
+
+
 def supported_dot_products(features: Set[str] | None = None) -> tuple[DotProduct, ...]:
     """The ways that a CPU with these features (default: this one) can compute, best first."""
     present = host_features() if features is None else features

@@ -6,10 +6,9 @@ Used by the int8 linear kernels, whose accumulators must stay in registers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 from llvmlite import ir
-from numba.core import types
 
 from tokenmill.ops.cpu.cpu_features import DotProduct
 from tokenmill.ops.cpu.simd import F32X16, I32, I32X16, I64, call, constant, declare, splat
@@ -169,10 +168,3 @@ class Loop:
         after = builder.append_basic_block("after")
         builder.cbranch(builder.icmp_signed("<", turn, self._count), self._body, after)
         builder.position_at_end(after)
-
-
-def literal_values(arguments: Sequence[Any]) -> list[int] | None:
-    """Numbers that are known when the kernel is compiled; None if one is not."""
-    if not all(isinstance(argument, types.IntegerLiteral) for argument in arguments):
-        return None
-    return [argument.literal_value for argument in arguments]

@@ -10,13 +10,11 @@ import sys
 from typing import Any, Final
 
 from llvmlite import ir
-from numba.core import types
 
 from tokenmill.ops.cpu.jit import device
 from tokenmill.ops.cpu.layout import panel_width
+from tokenmill.ops.cpu.native_types import float32, int64, none
 from tokenmill.ops.cpu.simd import I32, I64, call, declare, operation
-
-int64, float32, float64, none = types.int64, types.float32, types.float64, types.none
 
 I8: Final = ir.IntType(8)
 F64: Final = ir.DoubleType()

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
-from typing import Any, Final
+from typing import Final
 
 from llvmlite import ir
-from numba.core import types
-from numba.extending import intrinsic
 
 from tokenmill.ops.cpu.cpu_features import DotProduct, best_dot_product
-from tokenmill.ops.cpu.dot_product import DotSum, Loop, Writer, literal_values
+from tokenmill.ops.cpu.dot_product import DotSum, Loop, Writer
 from tokenmill.ops.cpu.intrinsics import argument, chunk_range
 from tokenmill.ops.cpu.jit import NativeFunction, kernel
 from tokenmill.ops.cpu.layout import FIRST_ARGUMENT
-from tokenmill.ops.cpu.simd import I32X16, I64
+from tokenmill.ops.cpu.native_types import int64, literal, none
+from tokenmill.ops.cpu.simd import I32X16, I64, operation
 
 SOURCE: Final = FIRST_ARGUMENT  # address of the memory to read; for `product_kernel` of 64 bytes
 NUM_BYTES: Final = FIRST_ARGUMENT + 1  # to read: a multiple of 4096
@@ -29,50 +27,34 @@ OPERATIONS_PER_TURN: Final = ACCUMULATORS * 16 * 4 * 2
 """Multiplications and additions of a thread in a turn."""
 
 
-@intrinsic(prefer_literal=True)
-def read_stream(context: Any, address: Any, num_turns: Any, result: Any) -> Any:
+@operation(none, int64, int64, int64)
+def read_stream(builder: ir.IRBuilder, address: ir.Value, num_turns: ir.Value, result: ir.Value) -> None:
     """Read `num_turns` times 1,024 bytes; their exclusive or goes to `result`, so that nothing can be left out."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
-        writer = Writer(builder, DotProduct.PORTABLE)
-        address, num_turns, result = arguments
-        zero = ir.Constant(I32X16, [0] * 16)
-        loop = Loop(builder, num_turns, [address, *[zero] * 4])
-        place, *totals = loop.carried
-        for index in range(STREAM_BYTES // 64):
-            totals[index % 4] = builder.xor(totals[index % 4], writer.load(I32X16, place, 64 * index))
-        loop.close([builder.add(place, I64(STREAM_BYTES)), *totals])
-        for index, total in enumerate(totals):
-            writer.store(total, result, 64 * index)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 3), codegen
+    writer = Writer(builder, DotProduct.PORTABLE)
+    zero = ir.Constant(I32X16, [0] * 16)
+    loop = Loop(builder, num_turns, [address, *[zero] * 4])
+    place, *totals = loop.carried
+    for index in range(STREAM_BYTES // 64):
+        totals[index % 4] = builder.xor(totals[index % 4], writer.load(I32X16, place, 64 * index))
+    loop.close([builder.add(place, I64(STREAM_BYTES)), *totals])
+    for index, total in enumerate(totals):
+        writer.store(total, result, 64 * index)
 
 
-@intrinsic(prefer_literal=True)
-def multiply_turns(context: Any, way: Any, source: Any, num_turns: Any, result: Any) -> Any:
+@operation(none, literal, int64, int64, int64)
+def multiply_turns(builder: ir.IRBuilder, way: int, source: ir.Value, num_turns: ir.Value, result: ir.Value) -> None:
     """Dot products of the 64 bytes at `source` with themselves, on 16 accumulators that wait for nothing else."""
-    numbers = literal_values((way,))
-    if numbers is None:
-        return None
-    method = DotProduct(numbers[0])
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
-        writer = Writer(builder, method)
-        source, num_turns, result = arguments[1:]
-        vector = writer.load(I32X16, source)
-        loop = Loop(builder, num_turns, [vector] * ACCUMULATORS)
-        totals = []
-        for carried in loop.carried:
-            total = DotSum(writer, 8, carried)
-            total.add(vector, vector)
-            totals.append(total.result())
-        loop.close(totals)
-        for index, total in enumerate(totals):
-            writer.store(total, result, 64 * index)
-        return context.get_dummy_value()
-
-    return types.void(way, *[types.int64] * 3), codegen
+    writer = Writer(builder, DotProduct(way))
+    vector = writer.load(I32X16, source)
+    loop = Loop(builder, num_turns, [vector] * ACCUMULATORS)
+    totals = []
+    for carried in loop.carried:
+        total = DotSum(writer, 8, carried)
+        total.add(vector, vector)
+        totals.append(total.result())
+    loop.close(totals)
+    for index, total in enumerate(totals):
+        writer.store(total, result, 64 * index)
 
 
 @kernel

@@ -10,17 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from llvmlite import ir
-from numba.core import types
-from numba.extending import intrinsic
 
 from tokenmill.ops.cpu.cpu_features import DotProduct
-from tokenmill.ops.cpu.dot_product import DotSum, Loop, Writer, literal_values
+from tokenmill.ops.cpu.dot_product import DotSum, Loop, Writer
 from tokenmill.ops.cpu.layout import GROUP_BYTES, GROUP_SIZE
+from tokenmill.ops.cpu.native_types import int64, literal, none
 from tokenmill.ops.cpu.packing import ENCODINGS, ROW_BLOCK, Encoding
-from tokenmill.ops.cpu.simd import F32, F32X16, I32, I32X16, I64, constant
+from tokenmill.ops.cpu.simd import F32, F32X16, I32, I32X16, I64, constant, extend_half, operation
 
 F16X16: Final = ir.VectorType(ir.HalfType(), 16)
 VECTOR_BYTES: Final = 64
@@ -80,7 +79,7 @@ class GroupReader:
     def _floats(self, group: ir.Value, offset: int) -> ir.Value:
         if self._encoding.scale_bytes == 4:
             return self._writer.load(F32X16, group, offset)
-        return self._writer.builder.fpext(self._writer.load(F16X16, group, offset), F32X16)
+        return extend_half(self._writer.builder, self._writer.load(F16X16, group, offset))
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,52 +140,49 @@ def half_sums(writer: Writer, values: Sequence[ir.Value], scale: ir.Value) -> li
     return [writer.builder.fmul(writer.builder.sitofp(part.result(), F32X16), scale) for part in sums]
 
 
-@intrinsic(prefer_literal=True)
-def gemv_block(context: Any, encoding: Any, way: Any, weights: Any, values: Any, num_groups: Any, result: Any) -> Any:
+@operation(none, literal, literal, int64, int64, int64, int64)
+def gemv_block(
+    builder: ir.IRBuilder,
+    encoding: int,
+    way: int,
+    weights: ir.Value,
+    values: ir.Value,
+    num_groups: ir.Value,
+    result: ir.Value,
+) -> None:
     """Products of the 16 rows of a packed row block at `weights` and one token at `values`; 16 float32 to `result`."""
-    numbers = literal_values((encoding, way))
-    if numbers is None:
-        return None
-    layout, method = ENCODINGS[numbers[0]], DotProduct(numbers[1])
-    offsets = PanelOffsets(1)
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
-        writer = Writer(builder, method)
-        reader = GroupReader(writer, layout)
-        weights, values, num_groups, result = arguments[2:]
-        loop = Loop(builder, num_groups, [weights, values, constant(F32, 0.0)])
-        group, token, total = loop.carried
-        steps = [writer.load_splat(I32, token, offsets.values(step, 0)) for step in range(STEPS)]
-        sums = dot_steps(writer, layout, reader.weights(group), steps)
-        scale = writer.load_splat(F32, token, offsets.scale(0))
-        value_sums = [writer.load_splat(F32, token, offsets.sum(0))]
-        if layout.scales_per_group == 2:
-            value_sums = half_sums(writer, steps, scale)
-        following = add_group(writer, total, sums, *reader.scales(group), (scale, value_sums))
-        loop.close([builder.add(group, I64(layout.group_bytes)), builder.add(token, I64(GROUP_BYTES)), following])
-        writer.store(following, result)
-        return context.get_dummy_value()
-
-    int64 = types.int64
-    return types.void(encoding, way, int64, int64, int64, int64), codegen
+    layout, offsets = ENCODINGS[encoding], PanelOffsets(1)
+    writer = Writer(builder, DotProduct(way))
+    reader = GroupReader(writer, layout)
+    loop = Loop(builder, num_groups, [weights, values, constant(F32, 0.0)])
+    group, token, total = loop.carried
+    steps = [writer.load_splat(I32, token, offsets.values(step, 0)) for step in range(STEPS)]
+    sums = dot_steps(writer, layout, reader.weights(group), steps)
+    scale = writer.load_splat(F32, token, offsets.scale(0))
+    value_sums = [writer.load_splat(F32, token, offsets.sum(0))]
+    if layout.scales_per_group == 2:
+        value_sums = half_sums(writer, steps, scale)
+    following = add_group(writer, total, sums, *reader.scales(group), (scale, value_sums))
+    loop.close([builder.add(group, I64(layout.group_bytes)), builder.add(token, I64(GROUP_BYTES)), following])
+    writer.store(following, result)
 
 
-@intrinsic(prefer_literal=True)
+@operation(none, *[literal] * 5, *[int64] * 7)
 def panel_block(
-    context: Any,
-    encoding: Any,
-    way: Any,
-    width: Any,
-    num_tokens: Any,
-    num_blocks: Any,
-    weights: Any,
-    block_bytes: Any,
-    ahead: Any,
-    values: Any,
-    num_groups: Any,
-    result: Any,
-    result_stride: Any,
-) -> Any:
+    builder: ir.IRBuilder,
+    encoding: int,
+    way: int,
+    width: int,
+    num_tokens: int,
+    num_blocks: int,
+    weights: ir.Value,
+    block_bytes: ir.Value,
+    ahead: ir.Value,
+    values: ir.Value,
+    num_groups: ir.Value,
+    result: ir.Value,
+    result_stride: ir.Value,
+) -> None:
     """Add to `result` the products of row blocks and tokens of a panel.
 
     Args:
@@ -196,16 +192,8 @@ def panel_block(
         values: address of the panel's first group, plus 4 for each token that is not wanted at its start.
         result: address of float32 [token][16 num_blocks], rows `result_stride` bytes apart.
     """
-    numbers = literal_values((encoding, way, width, num_tokens, num_blocks))
-    if numbers is None:
-        return None
-    tile = PanelTile(ENCODINGS[numbers[0]], DotProduct(numbers[1]), PanelOffsets(numbers[2]), numbers[3], numbers[4])
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
-        tile.write(builder, arguments[5:])
-        return context.get_dummy_value()
-
-    return types.void(encoding, way, width, num_tokens, num_blocks, *[types.int64] * 7), codegen
+    tile = PanelTile(ENCODINGS[encoding], DotProduct(way), PanelOffsets(width), num_tokens, num_blocks)
+    tile.write(builder, [weights, block_bytes, ahead, values, num_groups, result, result_stride])
 
 
 @dataclass(frozen=True, slots=True)

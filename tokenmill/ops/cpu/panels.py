@@ -7,11 +7,9 @@ A kernel fills a tile of float32 [16 tokens, 32 columns] in its stack memory, an
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 from llvmlite import ir
-from numba.core import cgutils, types
-from numba.extending import intrinsic
 
 from tokenmill.ops.cpu.jit import device
 from tokenmill.ops.cpu.layout import GROUP_SIZE, MAX_PANEL_WIDTH
@@ -42,16 +40,13 @@ TILE_BYTES: Final = MAX_PANEL_WIDTH * TILE_STRIDE
 ALIGNMENT: Final = 64
 
 
-@intrinsic
-def tile_memory(typing_context: Any) -> Any:
-    """Address of `TILE_BYTES` in the kernel's stack; the same in every call from one place."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
-        memory = cgutils.alloca_once(builder, ir.ArrayType(I8, TILE_BYTES + ALIGNMENT))
-        address = builder.add(builder.ptrtoint(memory, I64), I64(ALIGNMENT - 1))
-        return builder.and_(address, I64(-ALIGNMENT))
-
-    return types.int64(), codegen
+@operation(int64)
+def tile_memory(builder: ir.IRBuilder) -> ir.Value:
+    """Address of `TILE_BYTES` in the function's stack memory; the same in every call from one place."""
+    with builder.goto_entry_block():
+        memory = builder.alloca(ir.ArrayType(I8, TILE_BYTES + ALIGNMENT))
+    address = builder.add(builder.ptrtoint(memory, I64), I64(ALIGNMENT - 1))
+    return builder.and_(address, I64(-ALIGNMENT))
 
 
 @device

@@ -1,10 +1,10 @@
-"""Numbers in memory for Numba functions, beyond the float32 and int32 of `simd.py`."""
+"""Numbers in memory for native functions, beyond the float32 and int32 of `simd.py`."""
 
 from __future__ import annotations
 
 from llvmlite import ir
 
-from tokenmill.ops.cpu.simd import F32, I8, I16, I32, I64, declare, float32, int64, none, operation
+from tokenmill.ops.cpu.simd import F32, I8, I16, I32, I64, declare, extend_half, float32, int64, none, operation
 
 
 def emit_prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
@@ -59,7 +59,7 @@ def load_i8(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
 @operation(float32, int64)
 def load_f16(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
     """The float16 at an address."""
-    return builder.fpext(builder.load(builder.inttoptr(address, ir.HalfType().as_pointer()), align=1), F32)
+    return extend_half(builder, builder.load(builder.inttoptr(address, ir.HalfType().as_pointer()), align=1))
 
 
 @operation(none, int64)

@@ -1,4 +1,4 @@
-"""Vectors of 16 lanes for Numba functions: `float32x16` and `int32x16`, with the operations that the kernels need.
+"""Vectors of 16 lanes for native functions: `float32x16` and `int32x16`, with the operations that the kernels need.
 
 The kernels of `ops/cpu/` write their inner loops with these, on memory given by addresses in bytes. LLVM lowers a
 vector to whatever the processor has: one AVX-512 register, two of AVX2, four of SSE or NEON. A mask of lanes is the
@@ -7,15 +7,19 @@ number of lanes that count, from the first one on.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any, Final, TypeAlias
 
 from llvmlite import ir
-from numba.core import types
-from numba.extending import intrinsic, models, register_model
 
-LANES: Final = 16
+from tokenmill.ops.cpu.cpu_features import converts_half
+from tokenmill.ops.cpu.native_types import LANES as LANES
+from tokenmill.ops.cpu.native_types import Operation, Signature, Type
+from tokenmill.ops.cpu.native_types import float32 as float32
+from tokenmill.ops.cpu.native_types import float32x16 as float32x16
+from tokenmill.ops.cpu.native_types import int32x16 as int32x16
+from tokenmill.ops.cpu.native_types import int64 as int64
+from tokenmill.ops.cpu.native_types import none as none
 
 F32: Final = ir.FloatType()
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
@@ -23,45 +27,14 @@ F32X16: Final = ir.VectorType(F32, LANES)
 I32X16: Final = ir.VectorType(I32, LANES)
 
 
-class VectorType(types.Type):
-    """A Numba type whose values are LLVM vectors."""
-
-    def __init__(self, element: str) -> None:
-        self.element = element
-        super().__init__(name=f"{element}x{LANES}")
-
-
-@register_model(VectorType)
-class VectorModel(models.PrimitiveModel):  # type: ignore[misc]
-    """A vector is kept in a register as it is."""
-
-    def __init__(self, manager: Any, vector_type: VectorType) -> None:
-        super().__init__(manager, vector_type, {"float32": F32X16, "int32": I32X16}[vector_type.element])
-
-
-float32x16: Final = VectorType("float32")
-int32x16: Final = VectorType("int32")
-none, int64, float32 = types.none, types.int64, types.float32
-
 Emit: TypeAlias = Callable[..., ir.Value | None]
 
 
-def operation(result: types.Type, *parameters: types.Type) -> Callable[[Emit], Any]:
-    """Make `emit(builder, *values)` a function for Numba code; numbers are converted to the types of the parameters."""
+def operation(result: Type, *parameters: Type) -> Callable[[Emit], Any]:
+    """Make `emit(builder, *values)` an operation of native functions; numbers are converted to the types it takes."""
 
     def decorate(emit: Emit) -> Any:
-        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: list[ir.Value]) -> ir.Value:
-            value = emit(builder, *values)
-            return context.get_dummy_value() if value is None else value
-
-        def typed(typing_context: Any, *arguments: Any) -> Any:
-            return result(*parameters), codegen
-
-        typed.__name__, typed.__doc__ = emit.__name__, emit.__doc__
-        names = ["typing_context", *[f"value_{index}" for index in range(len(parameters))]]
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        typed.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])  # type: ignore[attr-defined]
-        return intrinsic(typed)
+        return Operation(emit.__name__, Signature(result, parameters), emit)
 
     return decorate
 
@@ -100,6 +73,32 @@ def load_vector(builder: ir.IRBuilder, address: ir.Value, element: ir.Type, alig
 def store_vector(builder: ir.IRBuilder, address: ir.Value, value: ir.Value) -> None:
     """Write 16 elements at an address."""
     builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=1)
+
+
+def extend_half(builder: ir.IRBuilder, half: ir.Value) -> ir.Value:
+    """float16, one or a vector, as float32. Without an instruction for it LLVM calls a function that is not there."""
+    is_vector = isinstance(half.type, ir.VectorType)
+
+    def like(element: ir.Type) -> ir.Type:
+        return ir.VectorType(element, half.type.count) if is_vector else element
+
+    def number(value: float, element: ir.Type = I32) -> ir.Constant:
+        return ir.Constant(like(element), [value] * half.type.count if is_vector else value)
+
+    if converts_half():
+        return builder.fpext(half, like(F32))
+    bits = builder.zext(builder.bitcast(half, like(I16)), like(I32))
+    magnitude = builder.and_(bits, number(0x7FFF))
+    shifted = builder.shl(magnitude, number(13))
+    normal = builder.add(shifted, number(112 << 23))  # the exponent counts from -127 instead of -15
+    small = builder.fmul(builder.uitofp(magnitude, like(F32)), number(2.0**-24, F32))
+    result = builder.select(
+        builder.icmp_unsigned("<", magnitude, number(0x400)), builder.bitcast(small, like(I32)), normal
+    )
+    is_infinite = builder.icmp_unsigned(">=", magnitude, number(0x7C00))  # or not a number
+    result = builder.select(is_infinite, builder.or_(shifted, number(0x7F800000)), result)
+    sign = builder.shl(builder.and_(bits, number(0x8000)), number(16))
+    return builder.bitcast(builder.or_(result, sign), like(F32))
 
 
 def lane_mask(builder: ir.IRBuilder, count: ir.Value) -> ir.Value:

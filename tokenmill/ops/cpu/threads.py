@@ -26,6 +26,9 @@ NUM_SPINS: Final = 20_000
 
 CACHE_LINE: Final = 64
 
+STEP_FUNCTIONS: Final = (walker.lead_step, walker.work, walker.release_workers)
+"""What a pool calls besides kernels."""
+
 END_SECONDS: Final = 1.0
 """How long a pool that ends waits for a step that is under way. Longer ones end with the process."""
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import Final
 
-from numba.core import types
-
 from tokenmill.ops.cpu.intrinsics import (
     argument,
     call_kernel,
@@ -25,6 +23,7 @@ from tokenmill.ops.cpu.intrinsics import (
 )
 from tokenmill.ops.cpu.jit import NativeFunction, device
 from tokenmill.ops.cpu.layout import COLUMN_BARRIER, COLUMN_KERNEL, ROW_SIZE
+from tokenmill.ops.cpu.native_types import int64, none
 
 CONTROL_SIZE: Final = 64
 """int64 in the control block."""
@@ -112,10 +111,10 @@ def _work(control: int, thread: int, num_threads: int, num_spins: int) -> None:
         walk(control, thread, num_threads)
 
 
-lead_step: Final = NativeFunction(_lead, types.void(types.int64, types.int64))
+lead_step: Final = NativeFunction(_lead, none(int64, int64))
 """(control, num_threads): start the step in the control block, do thread 0's part, return when all is done."""
 
-work: Final = NativeFunction(_work, types.void(types.int64, types.int64, types.int64, types.int64))
+work: Final = NativeFunction(_work, none(int64, int64, int64, int64))
 """(control, thread, num_threads, num_spins): a worker's life. It looks `num_spins` times for a step, then sleeps."""
 
 
@@ -124,5 +123,5 @@ def _release(control: int) -> None:
     wake_sleepers(control + STEP_NUMBER)
 
 
-release_workers: Final = NativeFunction(_release, types.void(types.int64))
+release_workers: Final = NativeFunction(_release, none(int64))
 """(control): let the workers look at STOP."""

@@ -46,7 +46,7 @@ def _split_sum(
     return total
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_splits", "split_size"])
+@triton.jit(do_not_specialize=["num_rows", "num_splits"])  # a split's size says how its loads are aligned
 def _product_kernel(
     x: tl.tensor,
     x_scale: tl.tensor,
@@ -87,20 +87,19 @@ def _product_kernel(
     values = x + tl.minimum(rows, num_rows - 1).to(tl.int64)[None, :] * x_stride + columns[:, None]
     offsets = rows.to(tl.int64)[None, :] * out_features + features[:, None]
     mask = is_feature[:, None] & is_row[None, :]
-    if is_split:
-        begin = tl.program_id(1)
-        stop = num_splits if partials is None else begin + 1
+    if is_split and partials is None:
         total = tl.zeros([block_out, block_rows], tl.float32)
-        for split in range(begin, stop):
+        for split in range(num_splits):
             first = split * split_size
             total += _split_sum(
                 values, weights, first, tl.minimum(first + split_size, in_features), in_features, block_out,
                 block_rows, block_in, num_stages, is_even, is_interpreted,
             )  # fmt: skip
     else:
+        first = tl.program_id(1) * split_size
         total = _split_sum(
-            values, weights, 0, in_features, in_features, block_out, block_rows, block_in, num_stages, is_even,
-            is_interpreted,
+            values, weights, first, tl.minimum(first + split_size, in_features), in_features, block_out, block_rows,
+            block_in, num_stages, is_even, is_interpreted,
         )  # fmt: skip
     if partials is not None:
         tl.store(partials + tl.program_id(1).to(tl.int64) * num_rows * out_features + offsets, total, mask=mask)

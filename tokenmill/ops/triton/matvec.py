@@ -8,13 +8,33 @@ Weights are of x's type or float8_e4m3fn with a scale for each output feature. C
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tokenmill.ops.linear_plan import StreamPlan
+from tokenmill.ops.triton.activation import activated
 from tokenmill.ops.triton.launch import can_overlap, is_interpreted
+
+
+class Row(NamedTuple):
+    """One row [1, I] as a kernel argument, and what it goes through on the way into the product.
+
+    Args:
+        data: the row.
+        norm: [I] of its type, the factors of a root-mean-square norm; None: the row is multiplied as it is.
+        residual: [1, I], added before the norm; None: nothing is.
+        stream: [1, I], where the sum of both goes.
+    """
+
+    data: Any  # a tensor; inside a kernel a pointer
+    norm: Any = None
+    residual: Any = None
+    stream: Any = None
+
 
 WORD = tl.constexpr(4)
 """Elements that are loaded as one integer."""
@@ -22,7 +42,6 @@ WORDS_PER_LOAD = tl.constexpr(2)
 """Words of a thread that lie side by side: 16 bytes of x, so that its x and its weights meet in registers."""
 VECTOR = tl.constexpr(8)
 """The same in elements."""
-LINE_BYTES = tl.constexpr(128)
 
 
 @triton.jit
@@ -46,7 +65,7 @@ def _bits_to_float32(bits: tl.tensor, element: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def _unpack_16bit(words: tl.tensor, element: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+def unpack_16bit(words: tl.tensor, element: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """float32 of four bfloat16 or float16 in each int64."""
     low, high = words.to(tl.int32), (words >> 32).to(tl.int32)
     if element == tl.bfloat16:
@@ -58,7 +77,7 @@ def _unpack_16bit(words: tl.tensor, element: tl.constexpr) -> tuple[tl.tensor, t
 
 
 @triton.jit
-def _unpack_8bit(words: tl.tensor, interpreted: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+def unpack_float8(words: tl.tensor, interpreted: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """float32 of four float8_e4m3fn in each int32."""
     if interpreted:
         first = (words & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32)
@@ -98,61 +117,120 @@ def load_weights(addresses: tl.tensor, columns: tl.tensor, size: tl.tensor, is_i
 
 
 @triton.jit
-def _add_block(
-    total: tl.tensor,  # [features, words]
-    weights: tl.tensor,  # [features, words]
-    x: tl.tensor,  # pointer to int64
-    words: tl.tensor,  # [words]
-    size: tl.tensor,
-    element: tl.constexpr,
-    is_inside: tl.constexpr,
-    interpreted: tl.constexpr,
-) -> tl.tensor:
-    """Add the products of one block."""
-    x_words = tl.load(x + words) if is_inside else tl.load(x + words, mask=words < size, other=0)
-    x0, x1, x2, x3 = _unpack_16bit(x_words, element)
-    if weights.dtype == tl.int32:
-        w0, w1, w2, w3 = _unpack_8bit(weights, interpreted)
-    else:
-        w0, w1, w2, w3 = _unpack_16bit(weights, element)
-    total += w0 * x0[None, :]
-    total += w1 * x1[None, :]
-    total += w2 * x2[None, :]
-    total += w3 * x3[None, :]
-    return total
+def _load_x(x: tl.tensor, words: tl.tensor, size: tl.tensor, is_inside: tl.constexpr) -> tl.tensor:
+    """Words of a row, zeros from word `size` on."""
+    return tl.load(x + words) if is_inside else tl.load(x + words, mask=words < size, other=0)
 
 
 @triton.jit
-def _prefetch_lines(
-    starts: tl.tensor,  # [features] pointers
-    first: tl.constexpr,
-    num_bytes: tl.tensor,
-    num_lines: tl.constexpr,
-) -> None:
-    """Ask for `num_lines` cache lines of each feature from byte `first` on, as far as it goes, to come to L2."""
-    offsets = tl.minimum(first + tl.arange(0, num_lines) * LINE_BYTES, num_bytes - 1)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [starts.to(tl.pointer_type(tl.int8), bitcast=True)[:, None] + offsets[None, :]],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
+def _packed_16bit(first: tl.tensor, second: tl.tensor, element: tl.constexpr, interpreted: tl.constexpr) -> tl.tensor:
+    """int32 of two float32, rounded to bfloat16 or float16: one fast instruction where two of one each are slow."""
+    if interpreted:
+        low = first.to(element).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        return low | (second.to(element).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+    if element == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [first, second], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return tl.inline_asm_elementwise(
+        "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [first, second], dtype=tl.int32, is_pure=True, pack=1
     )
 
 
 @triton.jit
+def _normed_words(
+    x: Row,
+    words: tl.tensor,  # [words]
+    start: tl.tensor,  # word at which the block begins
+    size: tl.tensor,
+    squares: tl.tensor,  # [words] float32
+    element: tl.constexpr,
+    is_inside: tl.constexpr,
+    interpreted: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Four float32 of each word of a row, added to the residual stream and times the norm's factors; and `squares`
+    with the squares of what the norm divides by. The first program stores the stream.
+    """
+    word_type: tl.constexpr = tl.pointer_type(tl.int64)
+    x0, x1, x2, x3 = unpack_16bit(_load_x(x.data.to(word_type, bitcast=True) + start, words, size, is_inside), element)
+    if x.norm is not None:
+        if x.residual is not None:
+            added = _load_x(x.residual.to(word_type, bitcast=True) + start, words, size, is_inside)
+            r0, r1, r2, r3 = unpack_16bit(added, element)
+            low = _packed_16bit(x0 + r0, x1 + r1, element, interpreted)
+            high = _packed_16bit(x2 + r2, x3 + r3, element, interpreted)
+            packed = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
+            is_stored = (words < size) & (words * 0 + tl.program_id(0) == 0)
+            tl.store(x.stream.to(word_type, bitcast=True) + start + words, packed, mask=is_stored)
+            x0, x1, x2, x3 = unpack_16bit(packed, element)  # the norm sees the stream as the next layer will
+        squares += x0 * x0 + x1 * x1 + x2 * x2 + x3 * x3
+        factors = _load_x(x.norm.to(word_type, bitcast=True) + start, words, size, is_inside)
+        f0, f1, f2, f3 = unpack_16bit(factors, element)
+        x0, x1, x2, x3 = x0 * f0, x1 * f1, x2 * f2, x3 * f3
+    return x0, x1, x2, x3, squares
+
+
+@triton.jit
+def _add_block(
+    total: tl.tensor,  # [features, words]
+    squares: tl.tensor,  # [words]
+    weights: tl.tensor,  # [features, words]
+    x: Row,
+    words: tl.tensor,  # [words]
+    start: tl.tensor,
+    num_words: tl.tensor,
+    element: tl.constexpr,
+    is_inside: tl.constexpr,
+    interpreted: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Add the products of one block."""
+    x0, x1, x2, x3, squares = _normed_words(
+        x, words, start, num_words - start, squares, element, is_inside, interpreted
+    )
+    if weights.dtype == tl.int32:
+        w0, w1, w2, w3 = unpack_float8(weights, interpreted)
+    else:
+        w0, w1, w2, w3 = unpack_16bit(weights, element)
+    total += w0 * x0[None, :]
+    total += w1 * x1[None, :]
+    total += w2 * x2[None, :]
+    total += w3 * x3[None, :]
+    return total, squares
+
+
+@triton.jit
+def _store_features(
+    result: tl.tensor,  # [features, 1] float32
+    out: tl.tensor,
+    out_features: tl.tensor,
+    activation: tl.constexpr,
+    block_out: tl.constexpr,
+) -> None:
+    """Store this program's features; with an activation they are pairs of gate and up, of which one comes out."""
+    if activation == "":
+        features = tl.program_id(0) * block_out + tl.arange(0, block_out)
+        tl.store(out + features[:, None], result.to(out.dtype.element_ty), mask=(features < out_features)[:, None])
+    else:
+        rounded = result.to(out.dtype.element_ty).to(tl.float32)  # as it would be between two ops
+        gate, up = tl.split(rounded.reshape(block_out // 2, 2))
+        pairs = tl.program_id(0) * (block_out // 2) + tl.arange(0, block_out // 2)
+        gated = activated(gate, activation == "silu") * up
+        tl.store(out + pairs, gated.to(out.dtype.element_ty), mask=pairs < out_features // 2)
+
+
+@triton.jit
 def _matvec_words_kernel(
-    x: tl.tensor,
+    x: Row,
     weight: tl.tensor,
     weight_scale: tl.tensor,
     bias: tl.tensor,
     out: tl.tensor,
     out_features: int,
     in_features: int,
+    eps: float,
     block_out: tl.constexpr,
     block_in: tl.constexpr,
-    prefetched_lines: tl.constexpr,
+    activation: tl.constexpr,
     is_even: tl.constexpr,
     overlaps: tl.constexpr,
     interpreted: tl.constexpr,
@@ -160,34 +238,36 @@ def _matvec_words_kernel(
     """One program: `block_out` output features, over all input features."""
     if overlaps:
         gdc_launch_dependents()
-    element: tl.constexpr = x.dtype.element_ty
-    is_float8: tl.constexpr = weight.dtype.element_ty == tl.float8e4nv
-    word_type: tl.constexpr = tl.int32 if is_float8 else tl.int64
+    element: tl.constexpr = x.data.dtype.element_ty
+    word_type: tl.constexpr = tl.int32 if weight.dtype.element_ty == tl.float8e4nv else tl.int64
     features = tl.program_id(0) * block_out + tl.arange(0, block_out)
     is_feature = features < out_features
+    if activation != "":  # a gate, its up, the next gate, ...
+        features = features // 2 + features % 2 * (out_features // 2)
     block: tl.constexpr = block_in // WORD
     words = tl.max_contiguous(tl.arange(0, block), WORDS_PER_LOAD)
     num_words = in_features // WORD
     # Features past the end read the last one again: no mask on the loads that matter.
     starts = tl.minimum(features, out_features - 1).to(tl.int64) * num_words
-    rows = weight.to(tl.pointer_type(word_type), bitcast=True) + starts
-    weights = rows[:, None] + words[None, :]
-    x_words = x.to(tl.pointer_type(tl.int64), bitcast=True)
+    weights = weight.to(tl.pointer_type(word_type), bitcast=True) + starts[:, None] + words[None, :]
     ahead = load_weights(weights, words, num_words, is_even)
     if overlaps:
-        if prefetched_lines > 0:
-            row_bytes = num_words * (word_type.primitive_bitwidth // 8)
-            _prefetch_lines(rows, block * (word_type.primitive_bitwidth // 8), row_bytes, prefetched_lines)
         gdc_wait()  # x is there only now; the first weights have been on their way before
     total = tl.zeros([block_out, block], tl.float32)
+    squares = tl.zeros([block], tl.float32)
     for start in range(block, num_words, block):
         now = ahead
         ahead = load_weights(weights + start, words, num_words - start, is_even)
-        total = _add_block(total, now, x_words + (start - block), words, num_words, element, True, interpreted)
+        total, squares = _add_block(
+            total, squares, now, x, words, start - block, num_words, element, True, interpreted
+        )  # fmt: skip
     done = (num_words - 1) // block * block
-    total = _add_block(total, ahead, x_words + done, words, num_words - done, element, is_even, interpreted)
-    result = scaled(tl.sum(total, axis=1, keep_dims=True), features, is_feature, weight_scale, bias)
-    tl.store(out + features[:, None], result.to(out.dtype.element_ty), mask=is_feature[:, None])
+    total, squares = _add_block(total, squares, ahead, x, words, done, num_words, element, is_even, interpreted)
+    result = tl.sum(total, axis=1, keep_dims=True)
+    if x.norm is not None:
+        result *= tl.rsqrt(tl.sum(squares, axis=0) / in_features + eps)
+    result = scaled(result, features, is_feature, weight_scale, bias)
+    _store_features(result, out, out_features, activation, block_out)
 
 
 @triton.jit
@@ -251,14 +331,13 @@ def matvec(
     Returns:
         [1, O], of x's type.
     """
+    if comes_in_words(x, weight):
+        return fused_matvec(Row(x), 0.0, weight, weight_scale, bias, "", plan)
     out_features, in_features = weight.shape
     assert x.shape == (1, in_features) and x.stride(1) == 1 and weight.is_contiguous()
     out = torch.empty(1, out_features, dtype=x.dtype, device=x.device)
     overlaps = can_overlap(x.device)
-    by_words = _comes_in_words(x, weight)
-    of_words = {"prefetched_lines": plan.prefetched_lines, "interpreted": is_interpreted()} if by_words else {}
-    kernel = _matvec_words_kernel if by_words else _matvec_kernel
-    kernel[(triton.cdiv(out_features, plan.block_out),)](
+    _matvec_kernel[(triton.cdiv(out_features, plan.block_out),)](
         x,
         weight,
         weight_scale,
@@ -272,12 +351,58 @@ def matvec(
         overlaps=overlaps,
         num_warps=plan.num_warps,
         launch_pdl=overlaps,
-        **of_words,
     )
     return out
 
 
-def _comes_in_words(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def fused_matvec(
+    x: Row,
+    eps: float,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    activation: str,
+    plan: StreamPlan,
+) -> torch.Tensor:
+    """`matvec` with what stands before and behind it: residual addition and norm, and a gated activation.
+
+    Args:
+        x: the row, which comes in words (`comes_in_words`), and its norm.
+        eps: of the norm.
+        weight, weight_scale, bias: as `matvec` takes them.
+        activation: Hugging Face name; with one the weight is [2 I, ...], gates first. "": none.
+        plan: block sizes.
+
+    Returns:
+        [1, O], or [1, O / 2] with an activation, of x's type.
+    """
+    (out_features, in_features), row = weight.shape, x.data
+    assert row.shape == (1, in_features) and row.stride(1) == 1 and weight.is_contiguous()
+    block_out = max(2, plan.block_out) if activation else plan.block_out
+    out = torch.empty(1, out_features // 2 if activation else out_features, dtype=row.dtype, device=row.device)
+    overlaps = can_overlap(row.device)
+    _matvec_words_kernel[(triton.cdiv(out_features, block_out),)](
+        x,
+        weight,
+        weight_scale,
+        bias,
+        out,
+        out_features,
+        in_features,
+        eps,
+        block_out=block_out,
+        block_in=plan.block_in,
+        activation=activation,
+        is_even=in_features % plan.block_in == 0,
+        overlaps=overlaps,
+        interpreted=is_interpreted(),
+        num_warps=plan.num_warps,
+        launch_pdl=overlaps,
+    )
+    return out
+
+
+def comes_in_words(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether four neighbours of x and of each output feature's weights can be loaded as one integer."""
     return (
         x.dtype.itemsize == 2

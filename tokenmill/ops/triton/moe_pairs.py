@@ -16,15 +16,7 @@ from tokenmill.ops.moe import ExpertMatrix, ExpertWeights, Routing
 from tokenmill.ops.moe_plan import PairPlan
 from tokenmill.ops.triton.activation import activated
 from tokenmill.ops.triton.launch import can_overlap
-from tokenmill.ops.triton.moe_scales import (
-    BLOCK_SCALES,
-    FEATURE_SCALES,
-    GROUP,
-    lines_of,
-    load_block,
-    prefetch_rows,
-    scale_kind_of,
-)
+from tokenmill.ops.triton.moe_scales import BLOCK_SCALES, FEATURE_SCALES, GROUP, load_block, scale_kind_of
 
 
 @triton.jit
@@ -45,6 +37,21 @@ def _weights_in_float(
         blocks = (features // GROUP)[:, None] * blocks_in + tl.minimum(columns // GROUP, blocks_in - 1)[None, :]
         values *= tl.load(scales + blocks)
     return values
+
+
+@triton.jit
+def _prefetch(rows: tl.tensor, size: tl.tensor, num_lines: tl.constexpr) -> None:
+    """Ask for the cache lines of some rows of weights to come to L2."""
+    line: tl.constexpr = 128 // (rows.dtype.element_ty.primitive_bitwidth // 8)
+    columns = tl.minimum(tl.arange(0, num_lines) * line, size - 1)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [rows[:, None] + columns[None, :]],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit(do_not_specialize=["first_expert"])
@@ -129,7 +136,7 @@ def _pair_down_kernel(
         for k in tl.static_range(top_k):
             expert = tl.load(experts + token * top_k + k).to(tl.int64) - first_expert
             if (expert >= 0) & (expert < num_experts):
-                prefetch_rows(weight + (expert * out_features + inside) * in_features, in_features, prefetched_lines)
+                _prefetch(weight + (expert * out_features + inside) * in_features, in_features, prefetched_lines)
         gdc_wait()
     columns = tl.max_contiguous(tl.arange(0, block_in), 8)
     blocks_per_expert = ((out_features + GROUP - 1) // GROUP) * ((in_features + GROUP - 1) // GROUP)
@@ -220,7 +227,7 @@ def project_pairs(
         block_out=plan.block_out,
         block_in=plan.block_in,
         num_blocks_in=triton.cdiv(in_features, plan.block_in),
-        prefetched_lines=lines_of(in_features, matrix.values),
+        prefetched_lines=triton.next_power_of_2(triton.cdiv(in_features * matrix.values.element_size(), 128)),
         scale_kind=scale_kind_of(matrix),
         is_even=in_features % plan.block_in == 0,
         overlaps=overlaps,

@@ -13,20 +13,12 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tokenmill.ops.fp8 import FP8_DTYPE
 from tokenmill.ops.moe_plan import max_row_blocks
-from tokenmill.ops.triton.fp8 import FP8_MAX, INVERSE_FP8_MAX, MIN_SCALE
-from tokenmill.ops.triton.launch import as_rows, can_overlap, warps_for
-from tokenmill.ops.triton.moe_scales import prefetch_rows
+from tokenmill.ops.triton.launch import can_overlap, warps_for
 
 SORT_BLOCKS = (256, 2048, 4096)
 """Pairs that a sorting program looks at together; few values, since each is compiled once."""
 ENTRIES_PER_STORE = tl.constexpr(128)
-COLUMNS_PER_STEP = tl.constexpr(1024)
-"""Of a row that is quantized by the warp that routes it."""
-AHEAD_BYTES = 16 * 2**20
-"""Weights that are asked for while pairs are sorted: a third of the L2 cache, which takes about as long to fill."""
-CACHE_LINE = tl.constexpr(128)
 
 
 class RowBlocks(NamedTuple):
@@ -44,47 +36,23 @@ class RowBlocks(NamedTuple):
 
 
 @triton.jit
-def _quantize_row(row: tl.tensor, values_out: tl.tensor, scale_out: tl.tensor, size: tl.tensor) -> None:
-    """A row to float8 with one scale, as `triton.fp8.quantized` does; read twice, since one warp cannot hold it."""
-    columns = tl.arange(0, COLUMNS_PER_STEP)
-    largest = tl.zeros([COLUMNS_PER_STEP], tl.float32)
-    for start in range(0, size, COLUMNS_PER_STEP):
-        values = tl.load(row + start + columns, mask=columns < size - start, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.abs(values))
-    scale = tl.maximum(tl.max(largest, axis=0) * INVERSE_FP8_MAX, MIN_SCALE)
-    factor = tl.div_rn(1.0, scale)
-    for start in range(0, size, COLUMNS_PER_STEP):
-        values = tl.load(row + start + columns, mask=columns < size - start, other=0.0).to(tl.float32)
-        scaled = tl.clamp(values * factor, -FP8_MAX, FP8_MAX).to(tl.float8e4nv)
-        tl.store(values_out + start + columns, scaled, mask=columns < size - start)
-    tl.store(scale_out, scale)
-
-
-@triton.jit
 def _route_kernel(
     logits: tl.tensor,
     experts_out: tl.tensor,
     weights_out: tl.tensor,
     num_experts: int,
     row_stride: int,
-    x: tl.tensor,
-    x_stride: int,
-    size: int,
-    values_out: tl.tensor,
-    scales_out: tl.tensor,
     top_k: tl.constexpr,
     normalize: tl.constexpr,
     block_experts: tl.constexpr,
     block_k: tl.constexpr,
     overlaps: tl.constexpr,
 ) -> None:
-    """One token; its row of x is quantized on the way, if x is given."""
+    """One token."""
     if overlaps:
         gdc_launch_dependents()
         gdc_wait()
     token = tl.program_id(0).to(tl.int64)
-    if x is not None:
-        _quantize_row(x + token * x_stride, values_out + token * size, scales_out + token, size)
     columns = tl.arange(0, block_experts)
     inside = columns < num_experts
     values = tl.load(logits + token * row_stride + columns, mask=inside, other=float("-inf")).to(tl.float32)
@@ -135,21 +103,15 @@ def _sort_kernel(
     first_expert: int,
     num_experts: int,
     num_tiles: int,
-    ahead: tl.tensor,
     block_rows: tl.constexpr,
     block: tl.constexpr,
-    lines_ahead: tl.constexpr,
     overlaps: tl.constexpr,
 ) -> None:
     """One program an expert, which knows where its tiles begin from how many pairs go to experts before it."""
-    expert = tl.program_id(0)
     if overlaps:
         gdc_launch_dependents()
-        if lines_ahead > 0:
-            line = CACHE_LINE // (ahead.dtype.element_ty.primitive_bitwidth // 8)
-            rows = ahead + (expert.to(tl.int64) * lines_ahead + tl.arange(0, lines_ahead)) * line
-            prefetch_rows(rows, line, 1)
         gdc_wait()
+    expert = tl.program_id(0)
     before = tl.zeros([block], tl.int32)
     own = tl.zeros([block], tl.int32)
     for start in range(0, num_pairs, block):
@@ -204,27 +166,6 @@ def _combine_kernel(
 
 def route(logits: torch.Tensor, top_k: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Experts [T, K] int32 and their weights [T, K] float32 from logits [T, E]."""
-    return _launch_route(logits, top_k, normalize, None, None, None)
-
-
-def route_and_quantize(
-    logits: torch.Tensor, top_k: int, normalize: bool, x: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`route`, and values [T, H] float8_e4m3fn and scales [T] float32 of x [T, H], in one launch."""
-    rows = as_rows(x)
-    values = torch.empty(rows.shape, dtype=FP8_DTYPE, device=x.device)
-    scales = torch.empty(rows.shape[0], dtype=torch.float32, device=x.device)
-    return *_launch_route(logits, top_k, normalize, rows, values, scales), values, scales
-
-
-def _launch_route(
-    logits: torch.Tensor,
-    top_k: int,
-    normalize: bool,
-    x: torch.Tensor | None,
-    values: torch.Tensor | None,
-    scales: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
     num_tokens, num_experts = logits.shape
     experts = torch.empty(num_tokens, top_k, dtype=torch.int32, device=logits.device)
     weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=logits.device)
@@ -237,11 +178,6 @@ def _launch_route(
             weights,
             num_experts,
             logits.stride(0),
-            x,
-            0 if x is None else x.stride(0),
-            0 if x is None else x.shape[1],
-            values,
-            scales,
             top_k=top_k,
             normalize=normalize,
             block_experts=triton.next_power_of_2(num_experts),
@@ -253,13 +189,8 @@ def _launch_route(
     return experts, weights
 
 
-def sort_pairs(
-    experts: torch.Tensor, first_expert: int, num_experts: int, block_rows: int, ahead: torch.Tensor | None = None
-) -> RowBlocks:
-    """The pairs of experts [T, K] in tiles of `block_rows`; those of experts beyond this rank's are left out.
-
-    Meanwhile the first weights of `ahead`, which the next kernel will read, come to the cache.
-    """
+def sort_pairs(experts: torch.Tensor, first_expert: int, num_experts: int, block_rows: int) -> RowBlocks:
+    """The pairs of experts [T, K] in tiles of `block_rows`; those of experts beyond this rank's are left out."""
     num_pairs = experts.numel()
     num_tiles = max_row_blocks(num_pairs, num_experts, block_rows)
     pairs = torch.empty(num_tiles * block_rows, dtype=torch.int32, device=experts.device)
@@ -274,22 +205,13 @@ def sort_pairs(
         first_expert,
         num_experts,
         num_tiles,
-        ahead,
         block_rows=block_rows,
         block=block,
-        lines_ahead=0 if ahead is None else _lines_ahead(ahead, num_experts),
         overlaps=overlaps,
         num_warps=min(8, block // 256),
         launch_pdl=overlaps,
     )
     return RowBlocks(pairs, tile_experts, block_rows)
-
-
-def _lines_ahead(weights: torch.Tensor, num_programs: int) -> int:
-    """Cache lines that each program asks for, a power of two; together no more than there are."""
-    num_bytes = min(AHEAD_BYTES, weights.numel() * weights.element_size())
-    num_lines = num_bytes // (int(CACHE_LINE.value) * num_programs)
-    return 1 << (num_lines.bit_length() - 1) if num_lines else 0
 
 
 def combine(of_pairs: torch.Tensor, experts: torch.Tensor, first_expert: int, num_experts: int) -> torch.Tensor:

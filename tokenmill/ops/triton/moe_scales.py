@@ -32,21 +32,6 @@ def load_block(addresses: tl.tensor, mask: tl.tensor, is_inside: tl.constexpr) -
 
 
 @triton.jit
-def prefetch_rows(rows: tl.tensor, size: tl.tensor, num_lines: tl.constexpr) -> None:
-    """Ask for the cache lines of some rows of `size` weights to come to L2."""
-    line: tl.constexpr = 128 // (rows.dtype.element_ty.primitive_bitwidth // 8)
-    columns = tl.minimum(tl.arange(0, num_lines) * line, size - 1)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [rows[:, None] + columns[None, :]],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def block_scales(scales: tl.tensor, features: tl.tensor, start: tl.tensor, in_features: tl.tensor) -> tl.tensor:
     """The factors of the features' weights in the block of input features from `start`."""
     blocks_in = (in_features + GROUP - 1) // GROUP
@@ -76,11 +61,6 @@ def _quantize_groups_kernel(
     quantized_values, group_scales = quantized(loaded)
     tl.store(values + row * size + columns, quantized_values, mask=inside)
     tl.store(scales + row * num_groups + groups, group_scales, mask=groups < num_groups)
-
-
-def lines_of(row: int, values: torch.Tensor) -> int:
-    """Cache lines of a row of so many `values`, as a power of two."""
-    return int(triton.next_power_of_2(triton.cdiv(row * values.element_size(), 128)))
 
 
 def scale_kind_of(matrix: ExpertMatrix) -> int:

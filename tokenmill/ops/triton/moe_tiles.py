@@ -15,7 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tokenmill.ops.fp8 import QuantizedRows, per_token_quantize_fp8, static_quantize_fp8
 from tokenmill.ops.moe import ExpertMatrix, ExpertWeights, Routing
-from tokenmill.ops.moe_plan import SCALE_GROUP, GroupedPlan, grouped_plan, reads_all_experts
+from tokenmill.ops.moe_plan import SCALE_GROUP, GroupedPlan, grouped_plan
 from tokenmill.ops.triton.activation import activated
 from tokenmill.ops.triton.fp8 import FP8_MAX, INVERSE_FP8_MAX, MIN_SCALE
 from tokenmill.ops.triton.launch import can_overlap, is_interpreted
@@ -26,9 +26,7 @@ from tokenmill.ops.triton.moe_scales import (
     GROUP,
     NO_SCALES,
     block_scales,
-    lines_of,
     load_block,
-    prefetch_rows,
     quantize_groups,
     scale_kind_of,
 )
@@ -163,9 +161,9 @@ def _gate_up_kernel(
     overlaps: tl.constexpr,
 ) -> None:
     """128 features of gate and of up for one tile of rows, activated and multiplied; quantized if x is."""
-    if overlaps:  # in this order, so that the next kernel may read the tiles before it waits
-        gdc_wait()
+    if overlaps:
         gdc_launch_dependents()
+        gdc_wait()
     expert = tl.load(tile_experts + tl.program_id(1)).to(tl.int64)
     if expert < 0:
         return
@@ -245,7 +243,6 @@ def _rows_kernel(
     block_out: tl.constexpr,
     block_in: tl.constexpr,
     num_stages: tl.constexpr,
-    prefetched_lines: tl.constexpr,
     scale_kind: tl.constexpr,
     scales_rows: tl.constexpr,
     is_even: tl.constexpr,
@@ -255,10 +252,11 @@ def _rows_kernel(
     """Output features of one tile of rows: pairs of one expert, times their shares, or any rows of the only matrix."""
     if overlaps:
         gdc_launch_dependents()
+        gdc_wait()
     features = tl.program_id(0) * block_out + tl.arange(0, block_out)
     inside = tl.minimum(features, out_features - 1)
     rows = tl.program_id(1) * block_rows + tl.arange(0, block_rows)
-    if pairs is not None:  # sorted by the kernel before the one before: there before this one waits
+    if pairs is not None:
         expert = tl.load(tile_experts + tl.program_id(1)).to(tl.int64)
         if expert < 0:
             return
@@ -266,10 +264,6 @@ def _rows_kernel(
         weight += expert * out_features * in_features
         if scale_kind != NO_SCALES:
             weight_scale += _first_scale(expert, out_features, in_features, scale_kind)
-    if overlaps:
-        if prefetched_lines > 0:
-            prefetch_rows(weight + inside.to(tl.int64) * in_features, in_features, prefetched_lines)
-        gdc_wait()  # what follows reads what the kernel before wrote
     is_row = rows < num_rows
     sources = tl.where(is_row, rows, 0).to(tl.int64)
     columns = tl.arange(0, block_in)
@@ -297,8 +291,7 @@ def run_tiles(
 ) -> torch.Tensor:
     """[T, H]: quantize if the weights are float8 and x was not `quantized` yet, sort, multiply, multiply, add up."""
     num_pairs, num_experts = routing.experts.numel(), weights.num_experts
-    ahead = weights.gate_up.values if reads_all_experts(num_pairs, num_experts) else None
-    blocks = sort_pairs(routing.experts, weights.first_expert, num_experts, plan.block_rows, ahead)
+    blocks = sort_pairs(routing.experts, weights.first_expert, num_experts, plan.block_rows)
     by_token = weights.scales_inner_by_token(num_pairs)
     unquantized = x.dtype if by_token else None
     operand = _operand(x, weights) if quantized is None else quantized
@@ -409,8 +402,10 @@ def _launch_rows(
     block_rows = plan.block_rows
     num_tiles = triton.cdiv(num_rows, block_rows) if blocks is None else blocks.experts.shape[0]
     block_in = SCALE_GROUP // values.element_size()
+    # With scales of groups every product is kept apart from the sum before it is added: twice the registers.
+    block_out = plan.down_out if scales is None or scales.dim() == 1 else min(plan.down_out, SCALE_GROUP)
     overlaps = can_overlap(values.device)
-    _rows_kernel[(triton.cdiv(out_features, plan.down_out), num_tiles)](
+    _rows_kernel[(triton.cdiv(out_features, block_out), num_tiles)](
         values,
         scales,
         *matrix,
@@ -424,10 +419,9 @@ def _launch_rows(
         out_features,
         values.stride(0),
         block_rows=block_rows,
-        block_out=plan.down_out,
+        block_out=block_out,
         block_in=block_in,
         num_stages=plan.down_stages,
-        prefetched_lines=lines_of(in_features, values) if plan.down_prefetches else 0,
         scale_kind=scale_kind_of(matrix),
         scales_rows=scales is not None and scales.dim() == 1,
         is_even=in_features % block_in == 0,

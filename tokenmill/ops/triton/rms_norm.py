@@ -23,6 +23,7 @@ def _rms_norm_kernel(
     residual: tl.tensor,
     weight: tl.tensor,
     out: tl.tensor,
+    plain: tl.tensor,
     total: tl.tensor,
     scales: tl.tensor,
     num_rows: int,
@@ -37,7 +38,10 @@ def _rms_norm_kernel(
     quantizes: tl.constexpr,
     overlaps: tl.constexpr,
 ) -> None:
-    """`block_rows` rows a program; row r of x is row `r % rows_per_token` of token `r // rows_per_token`."""
+    """`block_rows` rows a program; row r of x is row `r % rows_per_token` of token `r // rows_per_token`.
+
+    A quantized norm goes to `out`, and as it was before to `plain` if that is given.
+    """
     if overlaps:
         gdc_launch_dependents()
         gdc_wait()
@@ -57,7 +61,10 @@ def _rms_norm_kernel(
     normalized = values * tl.rsqrt(mean_square + eps)[:, None] * factors[None, :]
     if quantizes:
         # Rounded to x's type first, so that the fused and the separate quantization agree.
-        quantized_values, row_scales = quantized(normalized.to(x.dtype.element_ty).to(tl.float32))
+        normalized = normalized.to(x.dtype.element_ty)
+        if plain is not None:
+            tl.store(plain + packed_offsets, normalized, mask=mask)
+        quantized_values, row_scales = quantized(normalized.to(tl.float32))
         tl.store(out + packed_offsets, quantized_values, mask=mask)
         tl.store(scales + rows, row_scales, mask=rows < num_rows)
     else:
@@ -98,6 +105,17 @@ def add_rms_norm_fp8(
     return out, scales, total
 
 
+def add_rms_norm_both(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The norm of the sum of x and residual [T, D]: as it is, quantized (values [T, D], scales [T]), and the sum."""
+    out, scales = _quantized_outputs(x)
+    plain = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = torch.empty(x.shape, dtype=residual.dtype, device=x.device)
+    _launch(x, residual, weight, eps, out, total, scales, plain)
+    return plain, out, scales, total
+
+
 def _quantized_outputs(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     values = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     return values, torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
@@ -111,6 +129,7 @@ def _launch(
     out: torch.Tensor,
     total: torch.Tensor | None,
     scales: torch.Tensor | None,
+    plain: torch.Tensor | None = None,
 ) -> None:
     size = x.shape[-1]
     num_rows = x.numel() // size
@@ -128,6 +147,7 @@ def _launch(
         residual if residual is None else residual.contiguous(),
         weight,
         out,
+        plain,
         total,
         scales,
         num_rows,

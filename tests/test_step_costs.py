@@ -1,0 +1,45 @@
+"""Costs from a configuration are those of the program that the builder makes of the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.models.test_logits import CASES
+from tests.support.tiny_models import tiny_hf_model
+from tokenmill.builder.build import build
+from tokenmill.models.config import ModelConfig
+from tokenmill.program.costs import Cost, StepSize, operation_rows
+from tokenmill.step_costs import linear_order, linear_shapes, step_costs
+
+STEP = StepSize(num_tokens=8, num_rows=8, num_sequences=2, context_len=50, cache_nbytes=2)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3", "qwen3", "mixtral"])
+def test_weights_and_operations_are_those_of_the_program(model_type: str, tmp_path: Path) -> None:
+    hf_type, changes = next(case for name, case in CASES.items() if name.startswith(model_type))
+    hf_model = tiny_hf_model(hf_type, **changes)
+    hf_model.save_pretrained(tmp_path)
+    options: dict[str, Any] = {"dtype": "bfloat16", "capture": "dispatch", "max_seq_len": 64}
+    program = build(tmp_path, device="cuda", **options).program
+    config = ModelConfig.from_hf(hf_model.config.to_dict())
+    for kinds, own in (
+        (("linear",), ("linear", "head")),
+        (("attention",), ("attention",)),
+        (("experts",), ("experts",)),
+    ):
+        expected = sum((row.cost for row in operation_rows(program, STEP) if row.kind in kinds), Cost())
+        found = sum((one.cost for one in step_costs(config, STEP) if one.kind in own), Cost())
+        assert found.flops == expected.flops, kinds
+        assert found.weight_bytes == pytest.approx(expected.weight_bytes, rel=0.02), kinds  # routers may be wider
+
+
+def test_the_order_names_every_layer() -> None:
+    for name in ("llama", "mixtral"):
+        hf_type, changes = next(case for case_name, case in CASES.items() if case_name.startswith(name))
+        config = ModelConfig.from_hf(tiny_hf_model(hf_type, **changes).config.to_dict())
+        order = linear_order(config)
+        assert order[-1] == "lm_head"
+        assert {shape.name: shape.count for shape in linear_shapes(config)} == {one: order.count(one) for one in order}
