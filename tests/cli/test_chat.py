@@ -187,8 +187,8 @@ def test_typed_lines_are_remembered_for_the_next_time(
     assert history.stat().st_mode & 0o077 == 0
 
 
-def test_ctrl_c_ends_run_quietly(tiny_model: Path, program_environment: dict[str, str]) -> None:
-    with Terminal(["run", str(tiny_model), "go on", "--max-tokens", "6000", *ENGINE], program_environment) as terminal:
+def test_ctrl_c_ends_run_quietly(tiny_model: Path, slow_environment: dict[str, str]) -> None:
+    with Terminal(["run", str(tiny_model), "go on", "--max-tokens", "6000", *ENGINE], slow_environment) as terminal:
         terminal.wait_for_answer(100)
         terminal.interrupt()
         assert terminal.exit_code() == 130
