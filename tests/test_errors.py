@@ -39,6 +39,7 @@ HTTP_STATUS = {
     "engine_stalled": 503,
     "system_fault": 500,
     "out_of_memory": 503,
+    "device_fault": 503,
 }
 
 

@@ -24,6 +24,7 @@
         EngineStalledError           the engine made no progress and was restarted
       SystemFault                    the machine under us
         OutOfMemoryError             not enough memory on the device
+        DeviceFaultError             the device failed; the engine cannot go on
 
 Each class has a stable `code` and the HTTP status that it maps to. An error carries the `field` at fault (a parameter's
 name as the caller wrote it) and a `remedy`, and survives a trip through `to_dict` / `from_dict`.
@@ -213,6 +214,13 @@ class OutOfMemoryError(SystemFault):
     """Not enough memory on the device."""
 
     code = "out_of_memory"
+    http_status = 503
+
+
+class DeviceFaultError(SystemFault):
+    """The device failed in a way that ends the engine, such as an illegal memory access."""
+
+    code = "device_fault"
     http_status = 503
 
 

@@ -16,10 +16,12 @@ from tokenmill.checkpoints.base import Checkpoint, open_checkpoint
 from tokenmill.checkpoints.resolve import resolve_model
 from tokenmill.config import LlmArgs
 from tokenmill.errors import OutOfMemoryError, UserError
+from tokenmill.linear_kernels import KernelChoice, linear_kernels
 from tokenmill.models.config import ModelConfig
 from tokenmill.ops.platform import free_memory
 from tokenmill.runtime.memory_planner import MemoryPlan, MemoryRequest, plan_memory
 from tokenmill.runtime.model_loader import (
+    has_fp8_weights,
     resolve_device,
     resolve_dtype,
     resolve_max_num_tokens,
@@ -79,6 +81,7 @@ class ModelReport:
         attn_backends: all that there are.
         max_batch_size, max_num_tokens, max_seq_len: limits of the plan.
         memory: the plan, for this machine's free memory.
+        linear_kernels: what multiplies each linear layer on a GPU, by numbers of rows.
         shortage: why the model does not fit this machine; None when it does. Then `memory` is what would be needed.
     """
 
@@ -96,6 +99,7 @@ class ModelReport:
     max_num_tokens: int
     max_seq_len: int
     memory: MemoryPlan
+    linear_kernels: tuple[KernelChoice, ...]
     shortage: str | None
 
     @property
@@ -159,6 +163,11 @@ def inspect_model(model: str | Path, **args: Any) -> ModelReport:
         max_num_tokens=max_num_tokens,
         max_seq_len=max_seq_len,
         memory=memory,
+        linear_kernels=linear_kernels(
+            config,
+            float8=checked.quantization == "fp8" or has_fp8_weights(checkpoint),
+            deterministic=checked.deterministic,
+        ),
         shortage=shortage,
     )
 

@@ -96,3 +96,15 @@ def test_no_weight_is_read(program: Program, tiny_model: Path, tmp_path: Path) -
     for report in (first, second):
         del report["model"], report["checkpoint"]["path"], report["memory"]
     assert first == second
+
+
+@pytest.mark.spec("C6")
+def test_kernels_are_listed_without_a_gpu(tiny_model: Path, program: Program) -> None:
+    done = program("inspect", str(tiny_model), "--kernels")
+    assert done.returncode == 0
+    assert "Linear layers on an NVIDIA GPU" in done.stdout
+    assert "gate_up_proj (2)" in done.stdout and "matvec" in done.stdout and "cuBLAS" in done.stdout
+    kernels = json.loads(program("inspect", str(tiny_model), "--json", "--quantization", "fp8").stdout)[
+        "linear_kernels"
+    ]
+    assert {one["kernel"] for one in kernels if one["weights"] == "float8"} >= {"matvec", "_scaled_mm"}

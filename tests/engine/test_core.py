@@ -6,10 +6,11 @@ import pytest
 
 from tests.support.engine_harness import MAX_UTILIZATION, Harness
 from tests.support.mock_runner import MockRunner
+from tokenmill.config import CapacitySchedulerPolicy
 from tokenmill.engine.core import EngineCore
 from tokenmill.engine.events import Failed, TokenDelta
 from tokenmill.engine.plan import BatchPlan, Row
-from tokenmill.errors import EngineError, InvalidLogitsError, OutOfMemoryError, TokenmillError
+from tokenmill.errors import DeviceFaultError, EngineError, InvalidLogitsError, OutOfMemoryError, TokenmillError
 
 overlap_on_and_off = pytest.mark.parametrize("overlap", [False, True])
 
@@ -67,12 +68,72 @@ def test_runner_exception_ends_the_requests_of_its_plan(where: str, overlap: boo
 def test_our_own_errors_pass_through(overlap: bool) -> None:
     harness = Harness(overlap=overlap, max_batch_size=2)
     fill(harness)
-    error = OutOfMemoryError("no memory for the step")
+    error = InvalidLogitsError("no step gives any")
     harness.runner.launch_error = lambda plan: error if plan.step == 0 else None
     harness.run()
     assert error_of(harness, 0) is error_of(harness, 1) is error
     harness.check_finished(failed={0, 1})
-    assert harness.core.stats().num_finished == {"out_of_memory": 2, "length": 2}
+    assert harness.core.stats().num_finished == {"invalid_logits": 2, "length": 2}
+
+
+NO_MEMORY = OutOfMemoryError("no memory for the step")
+
+
+@pytest.mark.spec("F4")
+@pytest.mark.parametrize("policy", list(CapacitySchedulerPolicy))
+@overlap_on_and_off
+def test_steps_without_memory_are_tried_again_and_change_no_token(
+    overlap: bool, policy: CapacitySchedulerPolicy
+) -> None:
+    for step in range(12):
+        harness = Harness(overlap=overlap, max_batch_size=3, max_num_tokens=16, num_blocks=24, capacity_policy=policy)
+        fill(harness)
+        harness.add(range(9), max_tokens=5, n=2)
+        harness.runner.launch_error = lambda plan, step=step: NO_MEMORY if plan.step == step else None  # type: ignore[misc]
+        harness.run()
+        harness.check_finished()
+        assert harness.core.stats().num_preemptions >= 1, step
+
+
+@pytest.mark.spec("F4")
+@overlap_on_and_off
+def test_a_request_that_never_fits_ends_and_the_others_go_on(overlap: bool) -> None:
+    harness = Harness(overlap=overlap, enable_chunked_prefill=False)
+    fill(harness, 3)
+    harness.add(range(40), max_tokens=4)
+    fill(harness, 2)
+    harness.runner.launch_error = lambda plan: NO_MEMORY if max(row.num_tokens for row in plan.rows) >= 30 else None
+    harness.run()
+    assert error_of(harness, 3) is NO_MEMORY
+    harness.check_finished(failed={3})
+    assert harness.core.stats().num_finished == {"out_of_memory": 1, "length": 5}
+
+
+@pytest.mark.spec("F4")
+@overlap_on_and_off
+def test_without_any_memory_every_request_ends(overlap: bool) -> None:
+    harness = Harness(overlap=overlap)
+    fill(harness)
+    harness.runner.launch_error = lambda plan: NO_MEMORY
+    harness.run()
+    harness.check_finished(failed={0, 1, 2, 3})
+    harness.runner.launch_error = lambda plan: None
+    fill(harness, 1)
+    harness.run()
+    assert len(harness.tokens(4)) == 8
+
+
+@pytest.mark.spec("F4")
+@overlap_on_and_off
+def test_a_fault_of_the_device_comes_out_at_once(overlap: bool) -> None:
+    harness = Harness(overlap=overlap)
+    fill(harness)
+    fault = DeviceFaultError("illegal access")
+    harness.runner.launch_error = lambda plan: fault if plan.step == 2 else None
+    with pytest.raises(DeviceFaultError) as caught:
+        harness.run()
+    assert caught.value is fault
+    assert not harness.endings
 
 
 @overlap_on_and_off

@@ -18,6 +18,7 @@ PUBLIC = ("builder", "executor", "inspection", "llm", "llmapi", "telemetry", "to
 ALLOWED: dict[str, tuple[str, ...]] = {
     # the public API and what uses it
     "": ("builder", "executor", "inspection", "llm", "llmapi"),
+    "linear_kernels": ("models", "ops.linear_plan", "step_costs"),  # which kernel multiplies, before there is a GPU
     "step_costs": ("models", "program"),  # what a model's parts move and compute; no torch
     "cli": (*PUBLIC, "bench", "program", "server", ""),
     "server": (*PUBLIC, ""),
@@ -38,11 +39,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "attention",
         "attention.base",
         "checkpoints",
+        "linear_kernels",
         "models",
-        "ops.linear_plan",
         "ops.platform",
         "runtime",
-        "step_costs",
         "tokenization",
     ),
     "progress": (),

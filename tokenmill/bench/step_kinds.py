@@ -31,7 +31,11 @@ def step_tables(llm: LLM, timeline: Mapping[str, Any], steps: Sequence[StepStats
         timeline: of torch's profiler, as JSON.
         steps: of the run, in order.
     """
-    starts = sorted(float(event["ts"]) for event in timeline["traceEvents"] if event.get("name") == FIRST_PHASE)
+    starts = sorted(
+        float(event["ts"])
+        for event in timeline["traceEvents"]
+        if event.get("name") == FIRST_PHASE and event.get("cat") == "user_annotation"  # not the device's track
+    )
     if len(starts) != len(steps) or not steps:
         return ()
     kernels = kernels_of_steps(timeline, starts)

@@ -27,6 +27,7 @@ _EPILOG = examples(
         "Would 32 conversations of 4,096 tokens fit?",
         "tokenmill inspect Qwen/Qwen3-0.6B --max-batch-size 32 --max-seq-len 4096 --kv-cache-tokens 131072",
     ),
+    ("What multiplies its matrices on a GPU", "tokenmill inspect Qwen/Qwen3-0.6B --kernels --quantization fp8"),
     ("The operations of a built engine", "tokenmill inspect engines/smollm2 --step-tokens 16"),
     ("For a program", "tokenmill inspect path/to/model.gguf --json"),
 )
@@ -41,6 +42,9 @@ def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The model to look at.")],
     *,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="List what multiplies each linear layer on a GPU, by numbers of rows.")
+    ] = False,
     step_tokens: Annotated[
         int,
         typer.Option(metavar="N", min=1, help="Tokens of the step that costs are for.", rich_help_panel=_ENGINE_PANEL),
@@ -73,6 +77,8 @@ def inspect(
     console = stdout_console()
     console.print(_model_table(report))
     console.print(_memory_table(report))
+    if kernels:
+        console.print(_kernel_table(report))
     if report.shortage is not None:
         print_warning(f"It does not fit this machine: {report.shortage}")
 
@@ -137,6 +143,29 @@ def _memory_table(report: ModelReport) -> Table:
     sequences = memory.cache_tokens // report.max_seq_len
     row("  per sequence", report.kv_bytes_per_sequence, f"of {report.max_seq_len:,} tokens; {sequences:,} of them fit")
     row("Activations", memory.activations, f"a step of {report.max_num_tokens:,} tokens, logits included")
+    if memory.graphs:
+        row("CUDA graphs", memory.graphs, f"decode steps of {report.max_batch_size} sequences")
     row("Workspace", memory.slots, f"tokens and block tables of {report.max_batch_size} sequences")
     row("Total", memory.total, "" if memory.free is None else f"{readable_size(memory.free)} are free", style="bold")
+    return table
+
+
+def _kernel_table(report: ModelReport) -> Table:
+    """What multiplies on an NVIDIA GPU; known without having one."""
+    table = Table(title="Linear layers on an NVIDIA GPU", title_justify="left", title_style="bold")
+    for heading in ("Layer", "Weight", "Rows", "Kernel"):
+        table.add_column(heading, justify="right" if heading == "Rows" else "left", no_wrap=True)
+    table.add_column("Tile", overflow="fold")
+    before = None
+    for one in report.linear_kernels:
+        is_new = one.layer != before
+        before = one.layer
+        rows = str(one.first_rows) if one.first_rows == one.last_rows else f"{one.first_rows} to {one.last_rows:,}"
+        table.add_row(
+            f"{one.layer} ({one.count})" if is_new else "",
+            f"{one.out_features:,} x {one.in_features:,}, {one.weights}" if is_new else "",
+            rows,
+            one.kernel,
+            one.plan,
+        )
     return table

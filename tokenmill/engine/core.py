@@ -11,7 +11,7 @@ from tokenmill.engine.plan import BatchPlan, RepeatingRunner, Runner, StepOutput
 from tokenmill.engine.request import GenerationRequest
 from tokenmill.engine.scheduler import Scheduler
 from tokenmill.engine.step_recorder import StepRecorder
-from tokenmill.errors import EngineError, TokenmillError
+from tokenmill.errors import DeviceFaultError, EngineError, OutOfMemoryError, TokenmillError
 from tokenmill.outputs import FinishReason
 from tokenmill.telemetry.stats import EngineStats
 
@@ -53,7 +53,7 @@ class EngineCore:
         try:
             output = self.runner.run(plan)
         except Exception as error:  # the boundary between the engine and a model: its requests fail, others go on
-            return self._fail(plan, error)
+            return self._fail(plan, error, nothing_follows=True)
         return self._commit(plan, output)
 
     def step_overlapped(self) -> list[EngineEvent]:
@@ -67,7 +67,7 @@ class EngineCore:
         try:
             self._launched = plan, self.runner.launch(plan)
         except Exception as error:  # see step
-            return self._fail(plan, error)
+            return self._fail(plan, error, nothing_follows=True)
         return []
 
     def _collect(self, plan: BatchPlan, pending: Any) -> list[EngineEvent]:
@@ -89,8 +89,14 @@ class EngineCore:
             self._recorder.end(plan, self.scheduler.stats())
         return events
 
-    def _fail(self, plan: BatchPlan, error: Exception) -> list[EngineEvent]:
-        events = self.scheduler.fail(plan, _as_engine_error(error))
+    def _fail(self, plan: BatchPlan, error: Exception, *, nothing_follows: bool = False) -> list[EngineEvent]:
+        """The step could not be done. Without memory it is tried again, unless a later one is under way already."""
+        if isinstance(error, DeviceFaultError):
+            raise error  # no step will ever work again
+        if isinstance(error, OutOfMemoryError) and nothing_follows:
+            events = self.scheduler.retry(plan, error)
+        else:
+            events = self.scheduler.fail(plan, _as_engine_error(error))
         if self._recorder is not None:
             self._recorder.end(plan, self.scheduler.stats())
         return events

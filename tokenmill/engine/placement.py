@@ -59,9 +59,12 @@ class Placement:
         sequence.num_scheduled_tokens = sequence.num_computed_tokens = grant.num_cached_tokens
         sequence.num_block_tokens = len(grant.block_ids) * self.kv.tokens_per_block
 
-    def preempt(self, sequence: Sequence, step: int) -> None:
-        """A running sequence without a row in plan `step` gives back its slot and blocks, and waits to resume."""
-        self._stop_running(sequence, discard=False)
+    def preempt(self, sequence: Sequence, step: int, *, discard: bool = False) -> None:
+        """A running sequence without a row in plan `step` gives back its slot and blocks, and waits to resume.
+
+        With `discard`, what only it has computed is not kept in the cache.
+        """
+        self._stop_running(sequence, discard)
         sequence.num_preemptions += 1
         sequence.last_lost_step = step - 1
         sequence.num_scheduled_tokens = sequence.num_computed_tokens = 0

@@ -56,6 +56,7 @@ class Scheduler:
         self._num_plans = 0
         self._num_arrivals = 0
         self._num_sequences = 0
+        self._num_tokens_without_memory = 0  # of a plan that there was no memory for; none as large was done since
         self._admission = Admission(settings, kv, self._placement, clock)
 
     # From callers
@@ -122,6 +123,8 @@ class Scheduler:
         assert next(iter(self._in_flight)) == plan.step, f"step {plan.step} is committed before an earlier one"
         sequences = self._in_flight.pop(plan.step)
         now = self._count_step()
+        if plan.num_tokens >= self._num_tokens_without_memory:
+            self._num_tokens_without_memory = 0
         for sequence, row, result in zip(sequences, plan.rows, output.rows, strict=True):
             if sequence.status is not SequenceStatus.FINISHED:
                 self._commit_row(plan.step, sequence, row, result, now)
@@ -133,6 +136,26 @@ class Scheduler:
         for sequence in self._in_flight.pop(plan.step):
             if sequence.status is not SequenceStatus.FINISHED:
                 self._ledger.fail(sequence.request, error)
+        return self._ledger.take_events()
+
+    def retry(self, plan: BatchPlan, error: TokenmillError) -> list[EngineEvent]:
+        """There was no memory for the plan, the last one made: its sequences wait, to be computed anew.
+
+        If that happens again before a step as large is done, the request with most tokens in the plan ends with
+        `error`: each time there is less to compute, so that it comes to an end.
+        """
+        self._count_step()
+        sequences = self._in_flight.pop(plan.step)
+        if self._num_tokens_without_memory:
+            largest = max(range(len(plan.rows)), key=lambda index: plan.rows[index].num_tokens)
+            if sequences[largest].status is not SequenceStatus.FINISHED:
+                self._ledger.fail(sequences[largest].request, error)
+        self._num_tokens_without_memory = plan.num_tokens
+        for sequence, row in zip(sequences, plan.rows, strict=True):
+            if sequence.status is SequenceStatus.RUNNING:
+                sequence.length -= row.sample  # the token that the plan would have sampled
+                self._placement.preempt(sequence, plan.step + 1, discard=True)
+                self._ledger.counters.num_preemptions += 1
         return self._ledger.take_events()
 
     def take_events(self) -> list[EngineEvent]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,10 +28,11 @@ from tokenmill.ops.platform import free_memory
 from tokenmill.program.engine_config import is_engine
 from tokenmill.program.package import EnginePackage
 from tokenmill.runtime.memory_planner import MeasuredMemory, MemoryRequest, plan_memory
-from tokenmill.runtime.memory_probe import largest_step, peak_bytes
+from tokenmill.runtime.memory_probe import GRAPHS_ROOM, largest_decode_step, largest_step, peak_bytes, sampling_bytes
 from tokenmill.runtime.model_loader import (
     check_deterministic,
     has_fp8_weights,
+    load_cache_scales,
     load_model,
     resolve_cache_dtype,
     resolve_device,
@@ -66,6 +68,9 @@ def build_engine(
     if is_engine(Path(args.model)):
         return build_program_engine(args, EnginePackage.load(args.model), on_progress, num_sharing=num_sharing)
     device = resolve_device(args.device)
+    if device.type == "cuda":  # what an engine before this one left unused is free, too
+        gc.collect()
+        torch.cuda.empty_cache()
     max_num_tokens = resolve_max_num_tokens(args, device)
     checkpoint = open_checkpoint(Path(args.model), config_only=args.load_format == "dummy")
     config = ModelConfig.from_hf(checkpoint.hf_config)
@@ -117,6 +122,8 @@ def _build_torch_engine(
         memory=memory,
     )
     model = load_model(args, config, checkpoint, device, dtype, backend, on_progress)
+    if cache_dtype.itemsize == 1:
+        load_cache_scales(model, checkpoint)
     runner, description = _make_runner(args, description, model, request, cache_dtype, num_sharing)
     overlap = device.type == "cuda"  # elsewhere host and device are one
     return make_core(args, description, runner, overlap=overlap), description
@@ -149,7 +156,10 @@ def _make_runner(
     runner = ModelRunner(model, caches, slots, sampling, use_graphs=args.enable_cuda_graphs)
     if is_gpu:
         largest = largest_step(model, caches, slots, description.max_num_tokens, args.max_batch_size)
-        measured = _run_and_measure(runner, largest, device)
+        decode = None
+        if args.enable_cuda_graphs:
+            decode = largest_decode_step(model, caches, slots, args.max_batch_size)
+        measured = _run_and_measure(runner, largest, decode, args.max_batch_size * config.vocab_size, device)
         free = free_memory(device) // num_sharing + measured.weights
         memory = plan_memory(config, request, args.kv_cache_config, free, measured)
         description = replace(description, memory=memory)
@@ -158,12 +168,25 @@ def _make_runner(
     return runner, description
 
 
-def _run_and_measure(runner: ModelRunner, largest: Callable[[], None], device: torch.device) -> MeasuredMemory:
-    """What weights and the largest step take on the GPU; the first runs, in which kernels are compiled, come before."""
+def _run_and_measure(
+    runner: ModelRunner,
+    largest: Callable[[], None],
+    decode: Callable[[], None] | None,
+    num_logits: int,
+    device: torch.device,
+) -> MeasuredMemory:
+    """What weights and the largest steps take on the GPU; the first runs, in which kernels are compiled, come before.
+
+    Args:
+        largest: the largest step of prompts.
+        decode: the largest step of a graph; None: there are no graphs.
+        num_logits: of the largest batch.
+    """
     torch.cuda.empty_cache()
     weights = torch.cuda.memory_allocated(device)
     run_together([largest, *runner.first_runs()], device)
-    return MeasuredMemory(weights, peak_bytes(largest, device))
+    activations = max(peak_bytes(largest, device), sampling_bytes(num_logits))
+    return MeasuredMemory(weights, activations, 0 if decode is None else GRAPHS_ROOM + peak_bytes(decode, device))
 
 
 def _refuse_unsupported(args: LlmArgs) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -23,6 +25,10 @@ class Attention(nn.Module):
         self.spec = spec
         self.backend = context.backend
         self._turning_backend = context.backend if isinstance(context.backend, TurnsHeads) else None
+
+    def use_cache_scales(self, key: float, value: float) -> None:
+        """Cached keys and values are divided by these from now on, and multiplied again when they are read."""
+        self.spec = replace(self.spec, key_scale=key, value_scale=value)
 
     def forward(
         self,

@@ -31,7 +31,7 @@ class CausalLM(nn.Module, ABC):
     @property
     def ignored_weights(self) -> Sequence[re.Pattern[str]]:
         """Full-match patterns of checkpoint tensors that the model does not need: what can be computed or is a copy."""
-        # Scales of a float8 cache are not used: its values are stored as they are.
+        # Scales of keys and values matter to float8 caches alone: `runtime.model_loader.load_cache_scales`.
         patterns = [re.compile(r".*\.rotary_emb\.inv_freq"), re.compile(r".*\.self_attn\.(?:.+\.)?[kv]_scale")]
         if self.config.tie_word_embeddings:
             patterns.append(re.compile(r"lm_head\.weight"))

@@ -83,7 +83,7 @@ class Fp8Linear:
 
     def can_fuse(self, x: torch.Tensor) -> bool:
         """Whether `apply_fused` is there for x [T, in_features], which is one row then."""
-        return can_fuse(x, self._filled.values)
+        return not self._batch_invariant and can_fuse(x, self._filled.values)
 
     def apply_fused(self, x: OneRow, bias: torch.Tensor | None, activation: str = "") -> torch.Tensor:
         """See `ops.row_product.row_product`."""

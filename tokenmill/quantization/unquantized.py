@@ -55,7 +55,8 @@ class UnquantizedLinear:
 
     def can_fuse(self, x: torch.Tensor) -> bool:
         """Whether `apply_fused` is there for x [T, in_features], which is one row then."""
-        return isinstance(self._weight, StreamedWeight) and can_fuse(x, self._weight.data)
+        is_streamed = isinstance(self._weight, StreamedWeight) and not self._batch_invariant
+        return is_streamed and can_fuse(x, self._weight.data)
 
     def apply_fused(self, x: OneRow, bias: torch.Tensor | None, activation: str = "") -> torch.Tensor:
         """See `ops.row_product.row_product`."""

@@ -23,7 +23,8 @@ class MemoryPlan:
         weights: parameters in the type that the model runs in.
         kv_cache: all blocks of all layers.
         slots: tokens and block tables of the running sequences.
-        activations: the largest tensors that live at the same time in the largest step, logits included.
+        activations: the largest tensors that live at the same time in the largest step, logits and sampling included.
+        graphs: memory of its own that captured decode steps share, on a GPU.
         num_blocks: cache blocks, the reserved block 0 included.
         tokens_per_block: tokens in one block.
         kv_bytes_per_token: keys and values of one token, all layers.
@@ -38,11 +39,12 @@ class MemoryPlan:
     tokens_per_block: int
     kv_bytes_per_token: int
     free: int | None
+    graphs: int = 0
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.kv_cache + self.slots + self.activations
+        return self.weights + self.kv_cache + self.slots + self.activations + self.graphs
 
     @property
     def cache_tokens(self) -> int:
@@ -79,6 +81,7 @@ class MeasuredMemory:
 
     weights: int
     activations: int
+    graphs: int = 0
 
 
 def plan_memory(
@@ -103,10 +106,10 @@ def plan_memory(
     if request.is_cpu and model.tie_word_embeddings:  # the head's matrix is packed; the embedding keeps plain rows
         weights += model.vocab_size * model.hidden_size * request.weight_bytes
     slots = request.max_batch_size * (request.max_seq_len * 8 + -(-request.max_seq_len // block) * 4)
-    activations = _activation_bytes(model, request)
+    activations, graphs = _activation_bytes(model, request), _graph_bytes(model, request)
     if measured is not None:
-        weights, activations = measured.weights, measured.activations
-    fixed = weights + slots + activations
+        weights, activations, graphs = measured.weights, measured.activations, measured.graphs
+    fixed = weights + slots + activations + graphs
     num_blocks = _num_cache_blocks(request, kv_cache_config, None if free is None else free - fixed, kv_bytes_per_token)
     plan = MemoryPlan(
         weights=weights,
@@ -117,6 +120,7 @@ def plan_memory(
         tokens_per_block=block,
         kv_bytes_per_token=kv_bytes_per_token,
         free=free,
+        graphs=graphs,
     )
     if num_blocks < 2 or (free is not None and plan.total > free):
         raise OutOfMemoryError(
@@ -150,11 +154,23 @@ def _num_cache_blocks(
 
 
 def _activation_bytes(model: ModelConfig, request: MemoryRequest) -> int:
-    """The widest moment of a layer (residual, its norm, gate and up, their product), and fp32 logits with a copy."""
+    """The widest moment of a layer, and fp32 logits with two copies."""
+    layer = request.max_num_tokens * _layer_width(model) * request.weight_bytes
+    return layer + 3 * request.max_batch_size * model.vocab_size * 4
+
+
+def _graph_bytes(model: ModelConfig, request: MemoryRequest) -> int:
+    """The same of the largest decode step, whose graph has memory of its own; logits in the model's type."""
+    if request.is_cpu:
+        return 0
+    return request.max_batch_size * (_layer_width(model) + model.vocab_size) * request.weight_bytes
+
+
+def _layer_width(model: ModelConfig) -> int:
+    """Numbers of a token at the widest moment of a layer: residual, its norm, gate and up, their product."""
     width = 2 * model.hidden_size + 3 * model.intermediate_size
     attention = (model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim * 2
-    layer = request.max_num_tokens * max(width, 2 * model.hidden_size + attention) * request.weight_bytes
-    return layer + 3 * request.max_batch_size * model.vocab_size * 4
+    return max(width, 2 * model.hidden_size + attention)
 
 
 def _gib(num_bytes: int) -> str:

@@ -14,6 +14,12 @@ from tokenmill.layers.forward_batch import ForwardBatch
 from tokenmill.models.base import CausalLM
 from tokenmill.runtime.slot_state import SlotState
 from tokenmill.runtime.step_inputs import inputs_of_rows
+from tokenmill.sampling.exact import MAX_ELEMENTS
+
+SAMPLING_BYTES = 32
+"""Of temporary tensors for each logit that is sampled from at the same time."""
+GRAPHS_ROOM = 64 << 20
+"""For the results of all graphs, and the drivers' part of each."""
 
 
 def largest_step(
@@ -23,11 +29,29 @@ def largest_step(
 
     The block tables of `state` must still be empty: all tokens read and write scratch block 0, the only one needed.
     """
+    return _step(model, caches, state, _rows(max_num_tokens, state.max_seq_len), max_batch_size)
 
+
+def largest_decode_step(
+    model: CausalLM, caches: tuple[LayerCache, ...], state: SlotState, max_batch_size: int
+) -> Callable[[], None]:
+    """A step of one token of each of `max_batch_size` rows; as `largest_step`."""
+    rows = [Row(slot=0, start=0, num_tokens=1, sample=False)] * max_batch_size
+    return _step(model, caches, state, rows, max_batch_size)
+
+
+def sampling_bytes(num_logits: int) -> int:
+    """Most memory that the sampler takes for so many logits, which lie in 16 bits and in float32 then."""
+    return 6 * num_logits + SAMPLING_BYTES * min(num_logits, MAX_ELEMENTS)
+
+
+def _step(
+    model: CausalLM, caches: tuple[LayerCache, ...], state: SlotState, rows: list[Row], num_logits: int
+) -> Callable[[], None]:
     def run() -> None:
-        inputs = inputs_of_rows(_rows(max_num_tokens, state.max_seq_len), state)
+        inputs = inputs_of_rows(rows, state)
         hidden = model(ForwardBatch(inputs.input_ids, inputs.positions, inputs.attention, caches))
-        logits = model.compute_logits(hidden[torch.zeros(max_batch_size, dtype=torch.int64, device=state.device)])
+        logits = model.compute_logits(hidden[torch.zeros(num_logits, dtype=torch.int64, device=state.device)])
         logits.max(dim=-1)
 
     return run

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 
 from tokenmill.attention.base import AttentionBackend
 from tokenmill.checkpoints.base import Checkpoint
-from tokenmill.checkpoints.loading import fill_dummy, load_weights
+from tokenmill.checkpoints.loading import fill_dummy, load_weights, named_tensors
 from tokenmill.config import LlmArgs
-from tokenmill.errors import InvalidParameterError, UnsupportedFeatureError
+from tokenmill.errors import CheckpointError, InvalidParameterError, UnsupportedFeatureError
+from tokenmill.layers.attention import Attention
 from tokenmill.layers.context import LayerContext
 from tokenmill.layers.weights import finalize_weights, weight_targets
 from tokenmill.models import load_model_class
@@ -20,6 +22,8 @@ from tokenmill.models.config import ModelConfig
 from tokenmill.ops.platform import computes_bfloat16
 from tokenmill.quantization.checkpoint_format import read_format
 from tokenmill.quantization.select import methods_for
+
+_CACHE_SCALE: Final = re.compile(r"(.*\.self_attn)\.(?:.+\.)?([kv])_scale")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -131,6 +135,46 @@ def has_fp8_weights(checkpoint: Checkpoint) -> bool:
         UnsupportedFeatureError: they are quantized in a way that cannot be read.
     """
     return read_format(checkpoint.hf_config, {}) is not None
+
+
+def load_cache_scales(model: CausalLM, checkpoint: Checkpoint) -> int:
+    """Give each attention layer the scales of keys and values that the checkpoint has for a float8 cache.
+
+    They are one number for a layer, beside the projection or the attention itself (`self_attn.k_proj.k_scale`,
+    `self_attn.k_scale`, `self_attn.attn.k_scale`). A layer without them keeps 1.
+
+    Returns:
+        Layers that have scales.
+
+    Raises:
+        UnsupportedFeatureError: there is a scale for each head.
+        CheckpointError: a scale is not a positive number.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for name, tensor in named_tensors(checkpoint, model.rename_weight, model.unstack_weight):
+        match = _CACHE_SCALE.fullmatch(name)
+        if match is not None:
+            found.setdefault(match[1], {})[match[2]] = _cache_scale(name, tensor.load())
+    num_layers = 0
+    for name, module in model.named_modules():
+        scales = found.get(name.rpartition(".")[0])
+        if isinstance(module, Attention) and scales is not None:
+            module.use_cache_scales(scales.get("k", 1.0), scales.get("v", 1.0))
+            num_layers += 1
+    return num_layers
+
+
+def _cache_scale(name: str, scale: torch.Tensor) -> float:
+    if scale.numel() != 1:
+        raise UnsupportedFeatureError(
+            f"'{name}' has {scale.numel()} scales of the cache; one for each layer is supported.",
+            field="dtype",
+            remedy="Leave KvCacheConfig.dtype at 'auto'.",
+        )
+    value = float(scale)
+    if not 0.0 < value < float("inf"):
+        raise CheckpointError(f"'{name}' is {value}, which is no scale.", field="model")
+    return value
 
 
 def load_model(

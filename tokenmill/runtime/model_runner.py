@@ -20,6 +20,7 @@ from tokenmill.layers.forward_batch import ForwardBatch
 from tokenmill.ops.argmax import TokenPlaces
 from tokenmill.ops.kv_cache import copy_blocks
 from tokenmill.ops.upload import upload
+from tokenmill.runtime.device_errors import device_errors
 from tokenmill.runtime.phases import phase
 from tokenmill.runtime.slot_runner import LaunchedStep, SlotRunner
 from tokenmill.runtime.slot_state import SlotState
@@ -99,6 +100,10 @@ class ModelRunner(SlotRunner):
     @torch.inference_mode()
     def launch(self, plan: BatchPlan) -> LaunchedStep:
         """Start the step; on a GPU this returns before it is computed."""
+        with device_errors():
+            return self._launch(plan)
+
+    def _launch(self, plan: BatchPlan) -> LaunchedStep:
         self._apply_changes(plan)
         if self._graphs is not None:
             greedy = self._sampling.is_plain_greedy([row.slot for row in plan.rows])

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from tokenmill.engine.plan import BatchPlan, BlockCopy, Row, RowOutput, StepOutput
+from tokenmill.runtime.device_errors import device_errors
 from tokenmill.runtime.phases import phase
 from tokenmill.runtime.program_executor import ProgramExecutor, Values
 from tokenmill.runtime.slot_runner import NOT_FINITE, LaunchedStep, SlotRunner
@@ -64,6 +65,10 @@ class ProgramRunner(SlotRunner):
 
     def launch(self, plan: BatchPlan) -> LaunchedStep:
         """Compute the step."""
+        with device_errors():
+            return self._launch(plan)
+
+    def _launch(self, plan: BatchPlan) -> LaunchedStep:
         rows = plan.rows
         if plan.new_slots or plan.new_blocks or plan.block_copies:
             with torch.inference_mode():

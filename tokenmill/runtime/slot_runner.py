@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from tokenmill.engine.plan import BatchPlan, BlockCopy, NewSlot, Row, RowOutput, StepOutput
+from tokenmill.runtime.device_errors import device_errors
 from tokenmill.runtime.phases import phase
 from tokenmill.runtime.slot_state import SlotState
 from tokenmill.sampling.logprobs import LogprobTensors, prompt_logprobs, to_token_logprobs
@@ -79,6 +80,10 @@ class SlotRunner(ABC):
         """Read what the step gave; waits for the device."""
         if pending.output is not None:
             return pending.output
+        with device_errors():
+            return self._collect(pending)
+
+    def _collect(self, pending: LaunchedStep) -> StepOutput:
         rows = pending.plan.rows
         outputs = [RowOutput() for _ in rows]
         of_prompts = {

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from tokenmill.ops.argmax import TokenPlaces, most_likely
+from tokenmill.ops.sampling import can_sample, sample_tokens
 from tokenmill.sampling import steps
 from tokenmill.sampling.exact import rows_per_slice, rows_where
 from tokenmill.sampling.logprobs import token_logprobs
@@ -72,7 +73,9 @@ class Sampler:
         greedy = self.most_likely(logits)
         token_ids, invalid = greedy.token_ids, greedy.invalid
         needs = self._params.batch_needs(slot_list)
-        if needs.flags:
+        if needs.flags and not needs.flags & Need.EDITS and can_sample(logits):
+            token_ids = self._draw_in_one(logits, token_ids, slots, positions).masked_fill(invalid, 0)
+        elif needs.flags:
             rows = _Rows(slots, positions.to(torch.int64), token_buffer)
             token_ids, invalid = self._choose_in_slices(logits, invalid, rows, slot_list)
             token_ids = token_ids.masked_fill(invalid, 0)
@@ -86,6 +89,23 @@ class Sampler:
             places: where the tokens are written as well.
         """
         return SampledTokens(*most_likely(logits, places))
+
+    def _draw_in_one(
+        self, logits: torch.Tensor, greedy: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:  # [R] int64
+        """Temperature, top-k, top-p, min-p and the draw of all rows in one launch; greedy ones take `greedy`."""
+        params = self._params
+        return sample_tokens(
+            logits,
+            greedy,
+            slots,
+            positions.to(torch.int64),
+            temperature=params.float_column("temperature"),
+            top_k=params.integer_column("top_k"),
+            top_p=params.float_column("top_p"),
+            min_p=params.float_column("min_p"),
+            stream_key=params.integer_column("stream_key"),
+        )
 
     def _choose_in_slices(
         self, logits: torch.Tensor, invalid: torch.Tensor, rows: _Rows, slot_list: Sequence[int]

@@ -40,6 +40,7 @@ class Need(IntFlag):
     BAD_WORDS = auto()
     MIN_TOKENS = auto()
 
+    DRAWING = RANDOM | TOP_K | TOP_P | MIN_P
     EDITS = REPETITION | COUNTS | BIAS | BAD_WORDS | MIN_TOKENS
     PENALTIES = REPETITION | COUNTS
 
@@ -125,6 +126,14 @@ class SlotSamplingParams:
     def floats(self, name: str, slots: torch.Tensor) -> torch.Tensor:
         """[R] float64: `temperature` (0: greedy), `top_p`, `min_p` or a penalty of `slots` [R]."""
         return self._floats[:, _FLOAT_INDEX[name]][slots]
+
+    def integer_column(self, name: str) -> torch.Tensor:
+        """[S] int64 of all slots, see `integers`; a column of a table."""
+        return self._integers[:, _INTEGER_INDEX[name]]
+
+    def float_column(self, name: str) -> torch.Tensor:
+        """[S] float64 of all slots, see `floats`; a column of a table."""
+        return self._floats[:, _FLOAT_INDEX[name]]
 
     def slot_needs(self, slot: int) -> SlotNeeds:
         """What `slot` calls for."""

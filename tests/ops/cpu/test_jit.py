@@ -11,7 +11,7 @@ from typing import Any
 import llvmlite.binding
 import pytest
 
-from tests.support.avx2_processor import features
+from tests.support.older_processor import AVX2, FEATURES, Features
 from tokenmill.ops.cpu import jit, machine_code
 from tokenmill.ops.cpu.cpu_features import REQUIRED_FEATURES, DotProduct, best_dot_product, supported_dot_products
 from tokenmill.ops.cpu.native_functions import NativeSyntaxError
@@ -86,7 +86,8 @@ def test_a_damaged_file_heals(empty_cache: Path, damage: Any) -> None:
 
 def test_every_processor_has_its_own_code(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert new_square().call(7) == 49
-    monkeypatch.setattr(llvmlite.binding, "get_host_cpu_features", features)
+    older = Features(dict.fromkeys(FEATURES[AVX2], True))
+    monkeypatch.setattr(llvmlite.binding, "get_host_cpu_features", lambda: older)
     assert not new_square().read()
     monkeypatch.undo()
     monkeypatch.setenv("TOKENMILL_CACHE", str(empty_cache))

@@ -1,0 +1,48 @@
+"""The table of kernels says what the products themselves decide by."""
+
+from __future__ import annotations
+
+import pytest
+
+from tokenmill.linear_kernels import KernelChoice, linear_kernels
+from tokenmill.models.config import ModelConfig
+from tokenmill.ops.linear_plan import small_batch_plan
+
+pytestmark = pytest.mark.spec("C6")
+
+LLAMA_8B = ModelConfig.from_hf({
+    "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 131072, "rope_theta": 500000.0, "hidden_act": "silu",
+})  # fmt: skip
+
+
+def of_layer(choices: tuple[KernelChoice, ...], layer: str) -> list[KernelChoice]:
+    return [choice for choice in choices if choice.layer == layer]
+
+
+@pytest.mark.parametrize("float8", [False, True])
+def test_one_row_few_rows_many_rows(float8: bool) -> None:
+    choices = linear_kernels(LLAMA_8B, float8=float8)
+    shapes = {choice.layer: (choice.out_features, choice.in_features, choice.count) for choice in choices}
+    assert shapes == {
+        "qkv_proj": (6144, 4096, 32),
+        "o_proj": (4096, 4096, 32),
+        "gate_up_proj": (28672, 4096, 32),
+        "down_proj": (4096, 14336, 32),
+        "lm_head": (128256, 4096, 1),
+    }
+    for layer in shapes:
+        rows = of_layer(choices, layer)
+        is_float8 = float8 and layer != "lm_head"
+        assert {choice.weights for choice in rows} == {"float8" if is_float8 else "16 bits"}
+        assert (rows[0].first_rows, rows[0].last_rows, rows[0].kernel) == (1, 1, "matvec")
+        assert rows[-1].last_rows == 8192 and rows[-1].kernel == ("_scaled_mm" if is_float8 else "cuBLAS")
+        for choice in rows[1:]:
+            for num_rows in (choice.first_rows, choice.last_rows):
+                plan = small_batch_plan(num_rows, choice.out_features, choice.in_features, 1 if is_float8 else 2)
+                assert (plan.kernel == "library") == (choice.kernel in ("cuBLAS", "_scaled_mm"))
+
+
+def test_deterministic_products_have_one_kernel() -> None:
+    assert {choice.kernel for choice in linear_kernels(LLAMA_8B, float8=True, deterministic=True)} == {"invariant"}
