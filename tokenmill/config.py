@@ -108,7 +108,8 @@ class KvCacheConfig(StrictModel):
     free_gpu_memory_fraction: float = Field(default=0.9, gt=0.0, lt=1.0)
     """Share of the device memory left after loading weights that the cache may take."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8"] = "auto"
-    """Type of cached keys and values; auto: the model's. `fp8` (float8_e4m3fn) needs a GPU."""
+    """Type of cached keys and values; auto: the model's, or what a compiled engine was built with: on a CPU bfloat16
+    beside quantized weights. `fp8` (float8_e4m3fn) needs a GPU."""
 
 
 class StatsConfig(StrictModel):

@@ -5,8 +5,10 @@
 
 Players: tokenmill's engine backend and its torch backend, and llama.cpp with the file as it is and converted to Q4_0,
 its fastest format. Each turn is a fresh process that does every work once; players take turns, so that what else the
-machine does hits all alike. Values are medians over the rounds, ratios are medians of the ratios within a round. Beside
-them stand what memory and arithmetic of this machine gave in the same minutes, and the limits that follow.
+machine does hits all alike. The engine and llama.cpp's best format play every round, the others, which are slow, the
+first two. Values are medians over the rounds, ratios are medians of the ratios within a round. Beside them stand what
+memory and arithmetic of this machine gave in the same minutes, and the limits that follow. Starts from a built engine,
+and with kernels that nobody has compiled yet, are measured apart. All of it takes four minutes.
 
 llama.cpp comes from `llama-cpp-python`, built from source for this machine's processor:
 `CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-binary llama-cpp-python llama-cpp-python`. `--llama-python` names the
@@ -30,10 +32,12 @@ from benchmarks.cpu.machine_limits import MachineLimits, measure_limits
 from benchmarks.result_file import FOLDER, RESULTS, ROOT, Row, print_rows, write_result
 from tokenmill.inspection import inspect_model
 
-ENGINE = "tokenmill engine"
+ENGINE, TORCH = "tokenmill engine", "tokenmill torch"
 LLAMA, LLAMA_BEST = "llama.cpp, same file", "llama.cpp, Q4_0"
 Rounds = Mapping[str, Sequence[Mapping[str, float]]]
 """By player, one result of every work a round."""
+STARTS = "start of Python to first token"
+NUM_STARTS = 3
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ WORKS = (
          {"vLLM CPU build": 1029, "OpenVINO GenAI": 1069, "transformers": 488}),
     Work("batch", "16 streams, 128 in, 128 out", "output throughput", "tokens/s", 750, 3.0,
          {"vLLM CPU build": 286, "OpenVINO GenAI": 350, "transformers": 84}),
-    Work("start", "start of Python to first token", "time", "s", 4.0, None, {"vLLM CPU build": 126, "transformers": 9}),
+    Work("start", STARTS, "time", "s", 4.0, None, {"vLLM CPU build": 126, "transformers": 9}),
 )  # fmt: skip
 
 
@@ -78,8 +82,9 @@ def main() -> None:
         commands = players(options, Path(folder))
         rounds: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
         limits: list[MachineLimits] = []
+        starts = measure_starts(commands[ENGINE], Path(folder)) if ENGINE in commands else []
         for index in range(options.rounds):
-            names = list(commands)
+            names = [name for name in commands if name in (ENGINE, LLAMA_BEST) or index < options.other_rounds]
             for name in names if index % 2 == 0 else reversed(names):
                 rounds[name].append(play(commands[name], index))
                 print(
@@ -87,7 +92,7 @@ def main() -> None:
                 )
             limits.append(measure_limits(options.threads))
     model = inspect_model(options.model)
-    rows = make_rows(rounds, MachineLimits.median(limits), model.checkpoint.num_bytes, model.num_parameters)
+    rows = make_rows(rounds, MachineLimits.median(limits), model.checkpoint.num_bytes, model.num_parameters) + starts
     print_rows(rows)
     write_result(options.output, "cpu_compare", rows)
     print(f"written to {options.output}")
@@ -101,9 +106,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--backends", nargs="+", default=["engine", "torch"], help="of tokenmill")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--other-rounds", type=int, default=2, help="of the torch backend and llama.cpp's same file")
     parser.add_argument("--output", type=Path, default=RESULTS / "cpu_compare.json")
     options = parser.parse_args(arguments)
-    if min(options.rounds, options.threads) < 1:
+    if min(options.rounds, options.other_rounds, options.threads) < 1:
         parser.error("counts must be at least 1")
     return options
 
@@ -126,11 +132,30 @@ def players(options: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
     return commands
 
 
-def play(command: Sequence[str], index: int) -> dict[str, float]:
-    """One turn."""
-    done = subprocess.run([*command, "--seed", str(100 * index)], stdout=subprocess.PIPE, check=True, cwd=ROOT)
+def play(command: Sequence[str], index: int = 0, **environment: str) -> dict[str, float]:
+    """One turn, in a process with these variables besides its own."""
+    variables = {**os.environ, **environment}
+    seeded = [*command, "--seed", str(100 * index)]
+    done = subprocess.run(seeded, stdout=subprocess.PIPE, check=True, cwd=ROOT, env=variables)
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return result
+
+
+def measure_starts(command: Sequence[str], folder: Path) -> list[Row]:
+    """Times from the start of Python to the first token that no round has: on a machine that has never run the engine,
+    and from an engine that was built before. Leaves the kernels compiled for the rounds."""
+    python, module, script, path, *options = command
+    fresh = play([*command, "--only-start"], TOKENMILL_CACHE=str(folder / "cache"))["start"]
+    engine = str(folder / "engine")
+    build = [python, module, "tokenmill", "build", path, "-o", engine]
+    subprocess.run(build, stdout=subprocess.DEVNULL, check=True, cwd=ROOT)
+    built = [python, module, script, engine, *options, "--only-start"]
+    play(built)
+    seconds = statistics.median(play(built)["start"] for _ in range(NUM_STARTS))
+    return [
+        Row(STARTS, f"time, {ENGINE}, from a built engine", round(seconds, 3), "s", 2.0),
+        Row(STARTS, f"time, {ENGINE}, no kernel compiled yet", round(fresh, 3), "s"),
+    ]
 
 
 def make_rows(rounds: Rounds, machine: MachineLimits, num_bytes: int, num_parameters: int) -> list[Row]:
@@ -159,12 +184,12 @@ def make_rows(rounds: Rounds, machine: MachineLimits, num_bytes: int, num_parame
 
 
 def ratio_rows(work: Work, rounds: Rounds) -> list[Row]:
-    """How many times as fast as llama.cpp the engine is."""
+    """How many times as fast as llama.cpp, and as the torch backend, the engine is."""
     rows = []
-    for other, goal in ((LLAMA, None), (LLAMA_BEST, work.ratio_goal)):
+    for other, goal in ((LLAMA, None), (LLAMA_BEST, work.ratio_goal), (TORCH, None)):
         if other not in rounds or ENGINE not in rounds or work.key == "start":
             continue
-        pairs = zip(rounds[ENGINE], rounds[other], strict=True)
+        pairs = zip(rounds[ENGINE], rounds[other], strict=False)  # others play the first rounds only
         ratio = statistics.median(own[work.key] / theirs[work.key] for own, theirs in pairs)
         rows.append(Row(work.name, f"{ENGINE} over {other}", round(ratio, 2), "", goal, is_upper_goal=False))
     return rows

@@ -1,6 +1,7 @@
 """tokenmill's turn in `compare.py`: one measurement of each work through `LLM`, printed as JSON.
 
 python -m benchmarks.cpu.play_tokenmill MODEL --backend engine --threads 2 --seed 0
+python -m benchmarks.cpu.play_tokenmill MODEL --backend engine --threads 2 --only-start
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ def main() -> None:
     parser.add_argument("--backend", required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only-start", action="store_true", help="measure nothing else")
     options = parser.parse_args()
     cache = KvCacheConfig(max_tokens=16 * 320, enable_block_reuse=False)
     with LLM(
@@ -32,7 +34,8 @@ def main() -> None:
     ) as llm:  # fmt: skip
         next(llm.generate_async("Hello", SamplingParams(max_tokens=1), streaming=True))
         start = time.perf_counter() - STARTED
-        print(json.dumps({**measure(llm, options.seed), "start": start}))
+        measured = {} if options.only_start else measure(llm, options.seed)
+        print(json.dumps({**measured, "start": start}))
 
 
 def measure(llm: LLM, seed: int) -> Mapping[str, float]:

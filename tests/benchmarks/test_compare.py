@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("llvmlite")
 
-from benchmarks.cpu.compare import ENGINE, LLAMA, LLAMA_BEST, WORKS, limit_of, make_rows
+from benchmarks.cpu.compare import ENGINE, LLAMA, LLAMA_BEST, TORCH, WORKS, limit_of, make_rows
 from benchmarks.cpu.machine_limits import MachineLimits
 
 MACHINE = MachineLimits(bandwidth=40e9, int8_ops=800e9)
@@ -59,3 +59,10 @@ def test_limits() -> None:
 def test_without_llama_there_are_no_ratios() -> None:
     rows = make_rows({ENGINE: ROUNDS[ENGINE]}, MACHINE, NUM_BYTES, NUM_PARAMETERS)
     assert not [row for row in rows if "over" in row.metric]
+
+
+def test_slow_players_may_play_less() -> None:
+    rounds = {**ROUNDS, TORCH: [results(60, 1000, 600, 5.0)]}
+    rows = {(row.work, row.metric): row.value for row in make_rows(rounds, MACHINE, NUM_BYTES, NUM_PARAMETERS)}
+    assert rows["1 stream, 128 in, 128 out", f"output throughput, {TORCH}"] == 60
+    assert rows["1 stream, 128 in, 128 out", f"{ENGINE} over {TORCH}"] == 5.0  # of the same round

@@ -117,6 +117,23 @@ def test_float32_gives_the_logits_of_transformers(hf_model: Any, make: Any) -> N
     executor.close()
 
 
+def test_the_most_likely_tokens_are_the_next_input(hf_model: Any) -> None:
+    """Steps that go on from each other give what torch gives, and write the step's integers as the host would."""
+    package, found = fused_package(hf_model), []
+    for executor in (executor_of(package, num_threads=2), torch_executor_of(package)):
+        sequences, arrays = Sequences(executor), executor.arrays
+        sequences.step([(2, random_tokens(9)), (0, random_tokens(5, seed=1))])
+        sequences.step([(2, [3]), (0, [4])])
+        tokens = [executor.most_likely().tolist()]
+        for _ in range(4):
+            executor.repeat()
+            tokens.append(executor.most_likely().tolist())
+        assert arrays.token_ids[:2].tolist() == tokens[-2]
+        assert (arrays.positions[:2].tolist(), arrays.kv_lens[:2].tolist()) == ([13, 9], [14, 10])
+        found.append(tokens)
+    assert found[0] == found[1]
+
+
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("tiny"), weight_scale=0.1)

@@ -49,7 +49,11 @@ logger = logging.getLogger(__name__)
 
 
 def build_engine(
-    args: LlmArgs, on_progress: Callable[[str, int, int], None] | None = None, *, num_sharing: int = 1
+    args: LlmArgs,
+    on_progress: Callable[[str, int, int], None] | None = None,
+    *,
+    num_sharing: int = 1,
+    read: Callable[[], EnginePackage] | None = None,
 ) -> tuple[EngineCore, EngineDescription]:
     """Load the model, size and allocate its cache, and put scheduler and runner together.
 
@@ -57,6 +61,7 @@ def build_engine(
         args: `args.model` is a local path.
         on_progress: called while weights load.
         num_sharing: engines that are started now and share the device's free memory evenly.
+        read: gives the engine in `args.model`, if it is one; None: it is read now.
 
     Raises:
         UserError: the model or a parameter cannot be used.
@@ -66,7 +71,8 @@ def build_engine(
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
     if is_engine(Path(args.model)):
-        return build_program_engine(args, EnginePackage.load(args.model), on_progress, num_sharing=num_sharing)
+        package = EnginePackage.load(args.model) if read is None else read()
+        return build_program_engine(args, package, on_progress, num_sharing=num_sharing)
     device = resolve_device(args.device)
     if device.type == "cuda":  # what an engine before this one left unused is free, too
         gc.collect()

@@ -55,8 +55,8 @@ class UnquantizedLinear:
 
     def can_fuse(self, x: torch.Tensor) -> bool:
         """Whether `apply_fused` is there for x [T, in_features], which is one row then."""
-        is_streamed = isinstance(self._weight, StreamedWeight) and not self._batch_invariant
-        return is_streamed and can_fuse(x, self._weight.data)
+        weight = self._weight
+        return isinstance(weight, StreamedWeight) and not self._batch_invariant and can_fuse(x, weight.data)
 
     def apply_fused(self, x: OneRow, bias: torch.Tensor | None, activation: str = "") -> torch.Tensor:
         """See `ops.row_product.row_product`."""

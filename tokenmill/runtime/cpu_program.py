@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from tokenmill.attention.base import LayerCache
-from tokenmill.ops.cpu.argmax import argmax, argmax_arguments, argmax_scratch_bytes
+from tokenmill.ops.cpu.argmax import advance_arguments, argmax, argmax_arguments, argmax_scratch_bytes
 from tokenmill.ops.cpu.cache_layout import STEP_SIZE, cache_shapes
 from tokenmill.ops.cpu.compile_processes import compile_all
 from tokenmill.ops.cpu.layout import COLUMN_NUM_TOKENS
@@ -49,8 +49,8 @@ class _StepList:
     """The ops of one kind of step.
 
     Args:
-        ops: of the body, then of the head, then the most likely tokens.
-        num_body: how many are the body's.
+        ops: the one that goes on from the step before, those of the body and of the head, the most likely tokens.
+        num_body: how many the first and the body's are.
         names: the operation that each op belongs to.
     """
 
@@ -93,6 +93,8 @@ class CpuExecutor:
         # What the head reads must outlive it: logits of further rows may be asked for after the step.
         memory = ProgramMemory(package.program, arrays, apart=[buffer.name for buffer in self._parts.hidden])
         self._memory = memory
+        if package.region is not None:
+            memory.pages.adopt(package.region)
         self._caches = _allocate_caches(package.program, num_blocks, arrays.tokens_per_block, cache_dtype, memory.pages)
         self._step = np.zeros(STEP_SIZE, np.int64)
         self._step[_QUERY_STARTS] = arrays.query_start.ctypes.data
@@ -103,20 +105,26 @@ class CpuExecutor:
         self._most_likely: Integers = memory.pages.take(4 * arrays.max_num_rows).view(np.int32)
         writer = OpWriter(
             memory,
-            CpuWeights(package.program.weights, package.weights, memory),
+            CpuWeights(package.program, package.weights, memory),
             StepPlaces(
                 arrays, self._step.ctypes.data, self._caches, layer_caches(package.program), num_threads, deterministic
             ),
             KernelChoices.of(package, num_threads),
         )
-        choice = self._choice_of_tokens(package.program.output.name)
-        self._lists = _write_lists(self._parts, writer, choice, on_progress or (lambda what, done, total: None))
+        around = self._token_ops(package.program.output.name)
+        self._lists = _write_lists(self._parts, writer, around, on_progress or (lambda what, done, total: None))
         self._pool = ThreadPool(num_threads, num_spins=NUM_SPINS)
 
     def run(self) -> Values:
         """See `ProgramExecutor.run`."""
         self._pool.run(self._ready(self._lists[self._kind()]).ops)
         return self._logits[: self.arrays.num_rows]
+
+    def repeat(self) -> None:
+        """See `ProgramExecutor.repeat`."""
+        ops = self._lists[self._kind()].ops
+        ops.rows[0, COLUMN_NUM_TOKENS] = self.arrays.num_sequences
+        self._pool.run(ops)
 
     def most_likely(self) -> Integers:
         """See `ProgramExecutor.most_likely`."""
@@ -163,8 +171,8 @@ class CpuExecutor:
         """End the threads."""
         self._pool.close()
 
-    def _choice_of_tokens(self, logits: str) -> list[Op]:
-        """The ops that find the most likely tokens."""
+    def _token_ops(self, logits: str) -> tuple[Op, list[Op]]:
+        """The op that makes the most likely tokens the step's input, and those that find them."""
         scratch = self._memory.reserve(argmax_scratch_bytes(self.arrays.max_num_rows))
         halves = argmax_arguments(
             logits=self._memory.buffer_address(logits),
@@ -172,7 +180,14 @@ class CpuExecutor:
             scratch=scratch,
             tokens=self._most_likely.ctypes.data,
         )
-        return [Op(argmax, half) for half in halves]
+        arrays = self.arrays
+        inputs = advance_arguments(
+            tokens=self._most_likely.ctypes.data,
+            token_ids=arrays.token_ids.ctypes.data,
+            positions=arrays.positions.ctypes.data,
+            kv_lens=arrays.kv_lens.ctypes.data,
+        )
+        return Op(argmax, inputs), [Op(argmax, half) for half in halves]
 
     def _kind(self) -> tuple[int, int]:
         return min(self.arrays.num_tokens, 2), min(self.arrays.num_rows, 2)
@@ -185,32 +200,40 @@ class CpuExecutor:
         """Write this step's sizes to its list."""
         self._step[_NUM_ROWS] = self.arrays.num_sequences
         counts = step.ops.rows[: step.ops.num_ops, COLUMN_NUM_TOKENS]
-        counts[: step.num_body] = self.arrays.num_tokens
+        counts[0] = 0
+        counts[1 : step.num_body] = self.arrays.num_tokens
         counts[step.num_body :] = self.arrays.num_rows
         return step
 
 
 def _write_lists(
-    parts: ProgramParts, writer: OpWriter, choice: Sequence[Op], on_progress: ProgressCallback
+    parts: ProgramParts, writer: OpWriter, around: tuple[Op, Sequence[Op]], on_progress: ProgressCallback
 ) -> dict[tuple[int, int], _StepList]:
-    """Lists by (tokens, rows), where 2 stands for several; 0 tokens: the head alone, 0 rows: the body alone."""
+    """Lists by (tokens, rows), where 2 stands for several; 0 tokens: the head alone, 0 rows: the body alone.
+
+    Args:
+        around: what comes before each step, and after those with rows.
+    """
+    before, after = around
     written: dict[tuple[int, int], list[tuple[Operation, Op]]] = {}
     for num_tokens, num_rows in ((1, 1), (1, 2), (1, 0), (2, 1), (2, 2), (2, 0), (0, 1), (0, 2)):
         body: Sequence[Operation] = parts.body if num_tokens else ()
         head: Sequence[Operation] = parts.head if num_rows else ()
         written[num_tokens, num_rows] = [
+            (parts.body[0], before),
             *((operation, op) for operation in body for op in writer.write(operation, one=num_tokens == 1)),
             *((operation, op) for operation in head for op in writer.write(operation, one=num_rows == 1)),
-            *((parts.head[-1], op) for op in choice if num_rows),
+            *((parts.head[-1], op) for op in after if num_rows),
         ]
-    functions = [*STEP_FUNCTIONS, *(op.kernel for entries in written.values() for _, op in entries)]
+    of_ops = (function for entries in written.values() for _, op in entries for function in op.functions)
+    functions = [*STEP_FUNCTIONS, *of_ops]
     compile_all(functions, num_usable_cores(), lambda done, total: on_progress("kernels", done, total))
     body_names = {operation.name for operation in parts.body}
     lists = {}
     for sizes, entries in written.items():
         ops = OpList(len(entries))
         for _, op in entries:
-            ops.append(op.kernel, *op.arguments, barrier=op.barrier)
+            op.append_to(ops)
         names = tuple(operation.name for operation, _ in entries)
         lists[sizes] = _StepList(ops, sum(name in body_names for name in names), names)
     return lists

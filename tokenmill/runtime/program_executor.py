@@ -31,6 +31,11 @@ class ProgramExecutor(Protocol):
         """Compute the step, write its keys and values to the cache; logits [R, V], good until the next call."""
         ...
 
+    def repeat(self) -> None:
+        """As `run`, after a step of one token for each sequence: the most likely tokens are the input now, one position
+        further on. `arrays` says so afterwards."""
+        ...
+
     def most_likely(self) -> Integers:
         """The most likely tokens [R] of the step that ran last, of equal ones the first; -1 in rows whose largest logit
         is not a finite number. Good until the next call."""
@@ -78,6 +83,11 @@ class TorchExecutor:
         self._hidden = self._program(self._batch())
         self._logits = self.logits_at(self.arrays.row_index[: self.arrays.num_rows].tolist())
         return self._logits
+
+    def repeat(self) -> None:
+        """See `ProgramExecutor.repeat`."""
+        self.arrays.advance(self.most_likely())
+        self.run()
 
     def most_likely(self) -> Integers:
         """See `ProgramExecutor.most_likely`."""

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from tests.support.native_ops import run_equally, run_ops
-from tokenmill.ops.cpu.argmax import NOT_FINITE, argmax, argmax_arguments, argmax_scratch_bytes
+from tokenmill.ops.cpu.argmax import (
+    NOT_FINITE,
+    advance_arguments,
+    argmax,
+    argmax_arguments,
+    argmax_scratch_bytes,
+)
 
 
 def native_argmax(logits: torch.Tensor) -> list[int]:
@@ -50,3 +56,21 @@ def test_numbers_that_are_not_finite() -> None:
     logits[5] = -torch.inf
     logits[6, :199] = -torch.inf
     assert native_argmax(logits) == [NOT_FINITE] * 6 + [199]
+
+
+def test_the_tokens_are_the_next_input() -> None:
+    def compute(num_threads: int) -> torch.Tensor:
+        token_ids, positions, kv_lens, tokens = (torch.randint(9, 999, (5,), dtype=torch.int32) for _ in range(4))
+        before = positions.clone(), kv_lens.clone()
+        arguments = advance_arguments(
+            tokens=tokens.data_ptr(),
+            token_ids=token_ids.data_ptr(),
+            positions=positions.data_ptr(),
+            kv_lens=kv_lens.data_ptr(),
+        )
+        run_ops([(argmax, arguments)], 3, num_threads)
+        assert token_ids[:3].tolist() == tokens[:3].tolist()
+        assert [(positions - before[0]).tolist(), (kv_lens - before[1]).tolist()] == [[1, 1, 1, 0, 0]] * 2
+        return torch.zeros(1)
+
+    run_equally(compute)

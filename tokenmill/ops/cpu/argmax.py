@@ -1,7 +1,8 @@
 """The op `argmax`: the most likely token of each row of logits, so that no step of a greedy answer needs the host.
 
-Two rows of the op list: `find` looks at fixed pieces of each row, `combine` at what was found. Pieces do not depend on
-the number of threads; of equal logits the first one is taken, by any.
+Two rows of the op list: the first looks at fixed pieces of each row of logits, the second puts together what was found.
+Pieces do not depend on the number of threads; of equal logits the first one is taken, by any. A third row, at the front
+of the list, makes these tokens the input of the next step.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from llvmlite import ir
 
 from tokenmill.ops.cpu.dot_product import Loop
 from tokenmill.ops.cpu.intrinsics import argument, chunk_range
-from tokenmill.ops.cpu.jit import kernel
+from tokenmill.ops.cpu.jit import device, kernel
 from tokenmill.ops.cpu.layout import COLUMN_NUM_TOKENS, FIRST_ARGUMENT
 from tokenmill.ops.cpu.scalars import store_i32
 from tokenmill.ops.cpu.simd import (
@@ -36,7 +37,16 @@ LOGITS: Final = FIRST_ARGUMENT  # address of float32 [rows, columns]
 COLUMNS: Final = FIRST_ARGUMENT + 1
 FOUND: Final = FIRST_ARGUMENT + 2  # address of `argmax_scratch_bytes(rows)`
 TOKENS: Final = FIRST_ARGUMENT + 3  # address of int32 [rows]
-COMBINES: Final = FIRST_ARGUMENT + 4  # 0: look at the pieces; 1: put together what was found
+PART: Final = FIRST_ARGUMENT + 4  # of the following
+
+FIND: Final = 0
+COMBINE: Final = 1
+ADVANCE: Final = 2
+
+# Columns of `ADVANCE`, instead of the first three.
+TOKEN_IDS: Final = FIRST_ARGUMENT  # address of int32 [rows], the input of a step
+POSITIONS: Final = FIRST_ARGUMENT + 1  # address of int32 [rows]
+KV_LENS: Final = FIRST_ARGUMENT + 2  # address of int32 [rows]
 
 NUM_PIECES: Final = 8
 """Pieces of a row, for different threads."""
@@ -75,12 +85,21 @@ def find_largest(
     store_vector(builder, builder.add(result, I64(4 * LANES)), best_column)
 
 
+@device
+def advance(row: int, token: int) -> None:
+    """From a step of one token for each sequence to the next one."""
+    store_i32(argument(row, TOKEN_IDS) + 4 * token, load_i32(argument(row, TOKENS) + 4 * token))
+    position, kv_len = argument(row, POSITIONS) + 4 * token, argument(row, KV_LENS) + 4 * token
+    store_i32(position, load_i32(position) + 1)
+    store_i32(kv_len, load_i32(kv_len) + 1)
+
+
 @kernel
 def argmax(thread: int, num_threads: int, row: int) -> None:
-    """One half of the op, see the module."""
+    """One part of the op, see the module."""
     num_rows, columns = argument(row, COLUMN_NUM_TOKENS), argument(row, COLUMNS)
     num_vectors = columns // LANES
-    if argument(row, COMBINES) == 0:
+    if argument(row, PART) == FIND:
         first, end = chunk_range(thread, num_threads, num_rows * NUM_PIECES)
         for item in range(first, end):
             begin, stop = chunk_range(item % NUM_PIECES, NUM_PIECES, num_vectors)
@@ -90,6 +109,9 @@ def argmax(thread: int, num_threads: int, row: int) -> None:
         return
     first, end = chunk_range(thread, num_threads, num_rows)
     for token in range(first, end):
+        if argument(row, PART) == ADVANCE:
+            advance(row, token)
+            continue
         logits = argument(row, LOGITS) + token * columns * 4
         best, best_column = load_f32(logits), 0
         is_number = best == best
@@ -121,4 +143,9 @@ def argmax_arguments(
         tokens: address of int32 [rows]; `NOT_FINITE` where the largest logit is not a finite number.
     """
     shared = (logits, columns, scratch, tokens)
-    return (*shared, 0), (*shared, 1)
+    return (*shared, FIND), (*shared, COMBINE)
+
+
+def advance_arguments(*, tokens: int, token_ids: int, positions: int, kv_lens: int) -> tuple[int, ...]:
+    """Columns of the row that goes on with the tokens that were found: addresses of int32 [rows] each."""
+    return (token_ids, positions, kv_lens, tokens, ADVANCE)

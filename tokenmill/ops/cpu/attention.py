@@ -28,7 +28,14 @@ from tokenmill.ops.cpu.attention_arguments import (
     query_len,
     scratch_bytes,
 )
-from tokenmill.ops.cpu.attention_decode import combine_row, decode_split, list_split, num_splits, prefetch_split
+from tokenmill.ops.cpu.attention_decode import (
+    combine_row,
+    decode_split,
+    list_split,
+    num_splits,
+    prefetch_split,
+    split_groups,
+)
 from tokenmill.ops.cpu.attention_prefill import prefill_tile
 from tokenmill.ops.cpu.attention_tiles import GROUP, QUERY_TILE, VECTOR_BYTES
 from tokenmill.ops.cpu.cache_layout import CacheLocation, kv_len
@@ -105,6 +112,12 @@ def tile_cost(row: int, sequence: int, tile: int) -> int:
 
 
 @device
+def split_cost(row: int, sequence: int) -> int:
+    """Cost of each split of a decode row."""
+    return ITEM_COST + split_groups(row, sequence)
+
+
+@device
 def total_cost(row: int) -> int:
     """Cost of all items of the step."""
     step, decode_len = argument(row, STEP), argument(row, DECODE_LEN)
@@ -112,7 +125,7 @@ def total_cost(row: int) -> int:
     for sequence in range(num_rows(step)):
         length = query_len(step, sequence)
         if 0 < length <= decode_len:
-            total += num_splits(row, sequence) * (ITEM_COST + DECODE_GROUPS)
+            total += num_splits(row, sequence) * split_cost(row, sequence)
         elif length > 0:
             for tile in range((length * query_heads(row) + QUERY_TILE - 1) // QUERY_TILE):
                 total += tile_cost(row, sequence, tile)
@@ -138,7 +151,7 @@ def attention(thread: int, num_threads: int, row: int) -> None:
         tiles = (length * query_heads(row) + QUERY_TILE - 1) // QUERY_TILE if length > decode_len else 0
         for kv_head in range(argument(row, NUM_KV_HEADS)):
             for item in range(splits + tiles):
-                cost = tile_cost(row, sequence, item) if length > decode_len else ITEM_COST + DECODE_GROUPS
+                cost = tile_cost(row, sequence, item) if length > decode_len else split_cost(row, sequence)
                 middle = (2 * done + cost) * num_threads
                 done += cost
                 if middle < begin or middle >= end:

@@ -44,7 +44,7 @@ PREFILL_GROUPS: Final = 8
 """Key groups of a prefill tile between two updates of its running maximum."""
 
 DECODE_GROUPS: Final = 16
-"""Key groups of one split of a decode row. Fixed, so that results do not depend on threads."""
+"""Most key groups of one split of a decode row."""
 
 LOWEST: Final = -1e30
 """Stands for the maximum of no scores."""

@@ -81,11 +81,23 @@ def first_visible_group(row: int, sequence: int) -> int:
 
 
 @device
-def num_splits(row: int, sequence: int) -> int:
-    """Splits of a decode row."""
+def num_decode_groups(row: int, sequence: int) -> int:
+    """Key groups that a decode row sees."""
     last = kv_len(argument(row, STEP), sequence) - 1
-    groups = group_of(row, last) + 1 - first_visible_group(row, sequence)
-    return (groups + DECODE_GROUPS - 1) // DECODE_GROUPS
+    return group_of(row, last) + 1 - first_visible_group(row, sequence)
+
+
+@device
+def num_splits(row: int, sequence: int) -> int:
+    """Splits of a decode row, which depend on its length alone."""
+    return (num_decode_groups(row, sequence) + DECODE_GROUPS - 1) // DECODE_GROUPS
+
+
+@device
+def split_groups(row: int, sequence: int) -> int:
+    """Key groups of each split of a decode row but the last, which may have fewer."""
+    splits = num_splits(row, sequence)
+    return (num_decode_groups(row, sequence) + splits - 1) // splits
 
 
 @device
@@ -104,8 +116,9 @@ def partial_address(row: int, slot: int, head: int) -> int:
 def list_split(row: int, table: int, sequence: int, kv_head: int, split: int) -> int:
     """Write the table of a split, whose entries beyond the last group repeat that one; the number of groups."""
     last = kv_len(argument(row, STEP), sequence) - 1
-    first_group = first_visible_group(row, sequence) + split * DECODE_GROUPS
-    num_groups = min(DECODE_GROUPS, group_of(row, last) + 1 - first_group)
+    size = split_groups(row, sequence)
+    first_group = first_visible_group(row, sequence) + split * size
+    num_groups = min(size, group_of(row, last) + 1 - first_group)
     list_groups(row, table, sequence, kv_head, first_group, num_groups, last)
     for index in range(num_groups, DECODE_GROUPS):
         for offset in range(0, GROUP_ENTRY, 8):
@@ -120,10 +133,11 @@ def prefetch_split(row: int, table: int) -> None:
     elements = argument(row, HEAD_DIM) >> argument(row, IS_PAIRS)
     key_stride = round16(argument(row, TOKENS_PER_BLOCK)) * 4
     value_stride = round16(argument(row, HEAD_DIM)) * 4
-    for index in range(DECODE_GROUPS):
-        keys = load_i64(table + index * GROUP_ENTRY)
+    for index in range(0, DECODE_GROUPS, 2):  # neighbours in memory: in its order
+        keys, following = load_i64(table + index * GROUP_ENTRY), load_i64(table + (index + 1) * GROUP_ENTRY)
         for element in range(elements):
             prefetch(keys + element * key_stride)
+            prefetch(following + element * key_stride)
     for index in range(DECODE_GROUPS):
         entry = table + index * GROUP_ENTRY
         values = load_i64(entry + ENTRY_VALUES)

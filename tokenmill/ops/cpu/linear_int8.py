@@ -135,7 +135,7 @@ def _many_tokens_kernel(encoding: int, variant: LinearVariant) -> NativeFunction
     group_bytes = ENCODINGS[encoding].group_bytes
     way, wide, tile_blocks = int(variant.way), variant.tile_tokens, variant.tile_blocks
     wide_8 = min(wide, 8)
-    blocks_ahead = 2 if variant.fetches else 0
+    fetches = 1 if variant.fetches else 0
 
     def linear_many_tokens(thread: int, num_threads: int, row: int) -> None:
         num_tokens, num_groups = argument(row, COLUMN_NUM_TOKENS), argument(row, NUM_GROUPS)
@@ -149,7 +149,7 @@ def _many_tokens_kernel(encoding: int, variant: LinearVariant) -> NativeFunction
         tile_tokens = min(width, wide)
         num_chunks = argument(row, NUM_BLOCKS) // chunk_blocks
         block_bytes = num_groups * group_bytes
-        ahead = blocks_ahead * block_bytes
+        ahead = fetches * chunk_blocks * block_bytes
         num_token_blocks = (num_tokens + TOKEN_BLOCK - 1) // TOKEN_BLOCK
         first, end = chunk_range(thread, num_threads, num_chunks * num_token_blocks)
         for item in range(first, end):
@@ -158,31 +158,27 @@ def _many_tokens_kernel(encoding: int, variant: LinearVariant) -> NativeFunction
             num_panels = (count + width - 1) // width
             zero_totals(totals, num_panels * width * stride)
             panels = argument(row, VALUES) + first_token // width * panel_bytes
-            for pair in range(0, chunk_blocks, 2):
-                weights = argument(row, WEIGHT) + (chunk * chunk_blocks + pair) * block_bytes
-                result = totals + pair * BLOCK_TOTALS
-                for group in range(0, num_groups, GROUP_BLOCK):
-                    length = min(num_groups - group, GROUP_BLOCK)
-                    w = weights + group * group_bytes
-                    values = panels + (argument(row, FIRST_GROUP) + group) * panel_group
-                    for tile in range(num_panels * width // tile_tokens):
-                        token = tile * tile_tokens
-                        x = values + token // width * panel_bytes + token % width * 4
-                        y = result + token * stride
-                        for block in range(0, 2, tile_blocks):
-                            v, z = w + block * block_bytes, y + block * BLOCK_TOTALS
-                            if width == 16:
-                                panel_block(
-                                    encoding, way, 16, wide, tile_blocks, v, block_bytes, ahead, x, length, z, stride
-                                )
-                            elif width == 8:
-                                panel_block(
-                                    encoding, way, 8, wide_8, tile_blocks, v, block_bytes, ahead, x, length, z, stride
-                                )
-                            else:
-                                panel_block(
-                                    encoding, way, 4, 4, tile_blocks, v, block_bytes, ahead, x, length, z, stride
-                                )
+            weights = argument(row, WEIGHT) + chunk * chunk_blocks * block_bytes
+            for group in range(0, num_groups, GROUP_BLOCK):
+                length = min(num_groups - group, GROUP_BLOCK)
+                w = weights + group * group_bytes
+                values = panels + (argument(row, FIRST_GROUP) + group) * panel_group
+                for tile in range(num_panels * width // tile_tokens):
+                    token = tile * tile_tokens
+                    x = values + token // width * panel_bytes + token % width * 4
+                    y = totals + token * stride
+                    for block in range(0, chunk_blocks, tile_blocks):
+                        v, z = w + block * block_bytes, y + block * BLOCK_TOTALS
+                        if width == 16:
+                            panel_block(
+                                encoding, way, 16, wide, tile_blocks, v, block_bytes, ahead, x, length, z, stride
+                            )
+                        elif width == 8:
+                            panel_block(
+                                encoding, way, 8, wide_8, tile_blocks, v, block_bytes, ahead, x, length, z, stride
+                            )
+                        else:
+                            panel_block(encoding, way, 4, 4, tile_blocks, v, block_bytes, ahead, x, length, z, stride)
             if gated:
                 finish_gated(row, totals, first_token, count, chunk)
             else:
