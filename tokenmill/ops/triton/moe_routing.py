@@ -16,7 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from tokenmill.ops.moe_plan import max_row_blocks
 from tokenmill.ops.triton.launch import can_overlap, warps_for
 
-SORT_BLOCKS = (256, 2048, 16384)
+SORT_BLOCKS = (256, 2048, 4096)
 """Pairs that a sorting program looks at together; few values, since each is compiled once."""
 ENTRIES_PER_STORE = tl.constexpr(128)
 
@@ -208,7 +208,7 @@ def sort_pairs(experts: torch.Tensor, first_expert: int, num_experts: int, block
         block_rows=block_rows,
         block=block,
         overlaps=overlaps,
-        num_warps=min(32, block // 256),
+        num_warps=min(8, block // 256),
         launch_pdl=overlaps,
     )
     return RowBlocks(pairs, tile_experts, block_rows)
