@@ -268,7 +268,6 @@ def _decode_kernel(
     window: tl.constexpr,
     cap: tl.constexpr,
     operands: tl.constexpr,
-    fixed: tl.constexpr,
     block_m: tl.constexpr,
     block_n: tl.constexpr,
     block_d: tl.constexpr,
@@ -282,7 +281,7 @@ def _decode_kernel(
     heads, is_head = kv_head * group + tl.arange(0, block_m), tl.arange(0, block_m) < group
     table = block_tables + row * table_stride
     first_visible, first, end = visible_range(tl.load(kv_lens + row), window, block_n)
-    tokens = tokens_per_split(end - first, num_splits, fixed, block_n)
+    tokens = tokens_per_split(end - first, num_splits, block_n)
     start = first + split * tokens
     if starts_early:  # the step's metadata and the cache are there, its queries are not
         _prefetch_first_tile(
@@ -319,7 +318,6 @@ def decode_attention(
     result: Result,
     *,
     num_splits: int,
-    fixed_split_tokens: int = 0,
     tiles: DecodeTiles | None = None,
     turning: Turning | None = None,
 ) -> None:
@@ -336,8 +334,6 @@ def decode_attention(
         metadata: its `kv_lens`, `block_tables` and `slot_mapping` are read.
         result: of the R rows, written.
         num_splits: see `choose_num_splits`.
-        fixed_split_tokens: tokens of a part, a multiple of the tile; 0: as even as possible. Fixed, a row's result does
-            not depend on the batch; `num_splits` of them must cover the longest row.
         tiles: for tuning.
         turning: queries and keys are turned by these angles first; None: they are as they should be.
     """
@@ -347,7 +343,6 @@ def decode_attention(
     cut = {
         "head_dim": head_dim,
         "window": spec.sliding_window or 0,
-        "fixed": fixed_split_tokens,
         "block_n": tiles.block_n,
         "block_d": max(16, triton.next_power_of_2(head_dim)),
         "overlaps": can_overlap(query.device),

@@ -38,15 +38,9 @@ def visible_range(
 
 
 @triton.jit
-def tokens_per_split(
-    num_tokens: tl.tensor, num_splits: tl.tensor, fixed: tl.constexpr, block_n: tl.constexpr
-) -> tl.tensor:
-    """A whole number of tiles; `fixed` if given, whatever the batch."""
-    if fixed > 0:
-        tokens = num_tokens * 0 + fixed
-    else:
-        tokens = tl.maximum(tl.cdiv(tl.cdiv(num_tokens, num_splits), block_n), 1) * block_n
-    return tokens
+def tokens_per_split(num_tokens: tl.tensor, num_splits: tl.tensor, block_n: tl.constexpr) -> tl.tensor:
+    """A whole number of tiles."""
+    return tl.maximum(tl.cdiv(tl.cdiv(num_tokens, num_splits), block_n), 1) * block_n
 
 
 @triton.jit
@@ -87,7 +81,6 @@ def _combine_kernel(
     num_heads: tl.constexpr,
     head_dim: tl.constexpr,
     window: tl.constexpr,
-    fixed: tl.constexpr,
     block_n: tl.constexpr,
     chunk: tl.constexpr,
     block_d: tl.constexpr,
@@ -98,7 +91,7 @@ def _combine_kernel(
         gdc_launch_dependents()
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     _, first, end = visible_range(tl.load(kv_lens + row), window, block_n)
-    used = tl.maximum(tl.cdiv(end - first, tokens_per_split(end - first, num_splits, fixed, block_n)), 1)
+    used = tl.maximum(tl.cdiv(end - first, tokens_per_split(end - first, num_splits, block_n)), 1)
     if overlaps:
         gdc_wait()
     base = (row * num_heads + head) * num_splits
@@ -146,7 +139,7 @@ def combine(
         cut: constants of the kernel, those that the parts were computed with.
     """
     num_rows, num_heads, num_splits, _ = partial.sums.shape
-    chunk = 16 if cut["fixed"] else min(triton.next_power_of_2(num_splits), 64)  # fixes the order of sums
+    chunk = min(triton.next_power_of_2(num_splits), 64)
     _combine_kernel[(num_heads, num_rows)](
         partial,
         kv_lens,
