@@ -102,7 +102,8 @@ def test_streams_in_threads_and_event_loops_add_up_to_the_whole(llm: LLM) -> Non
 
 
 def test_a_stream_gives_each_step_as_it_ends(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = llm.generate(TEXTS[1], SamplingParams(max_tokens=20, ignore_eos=True)).outputs[0]
+    params = SamplingParams(max_tokens=20, ignore_eos=True, temperature=1.0, seed=7)  # greedy tokens may come in groups
+    whole = llm.generate(TEXTS[1], params).outputs[0]
     was_read = threading.Event()
     advance = EngineCore.advance
     has_given = False
@@ -117,8 +118,7 @@ def test_a_stream_gives_each_step_as_it_ends(llm: LLM, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(EngineCore, "advance", advance_when_read)
     texts, counts = [], []
-    result = llm.generate_async(TEXTS[1], SamplingParams(max_tokens=20, ignore_eos=True), streaming=True)
-    for output in result:
+    for output in llm.generate_async(TEXTS[1], params, streaming=True):
         texts.append(output.outputs[0].text_diff)
         counts.append(len(output.outputs[0].token_ids_diff))
         was_read.set()

@@ -161,24 +161,37 @@ def text_tokens(tokenizer: Any, count: int) -> list[int]:
 
 @pytest.mark.spec("D1", "E4")
 @pytest.mark.parametrize(
-    ("alias", "quantization"), [("smollm2:135m", "auto"), ("smollm2:135m", "int8"), ("gemma3:270m", "auto")]
+    ("alias", "quantization", "kv_cache_dtype"),
+    [
+        ("smollm2:135m", "auto", "float32"),
+        ("smollm2:135m", "auto", "bfloat16"),
+        ("smollm2:135m", "int8", "bfloat16"),
+        ("smollm2:135m", "none", "bfloat16"),
+        ("gemma3:270m", "auto", "bfloat16"),
+    ],
 )
-def test_integer_products_are_near_float_math_on_the_same_values(alias: str, quantization: str) -> None:
-    """The file's own 4-bit values, and int8: logits of 1,000 positions of text against float math on these values."""
+def test_engines_are_near_float_math_on_the_same_values(alias: str, quantization: str, kv_cache_dtype: str) -> None:
+    """The file's own 4-bit values, int8, and floats, with both types of cache: logits of 1,000 tokens of text against
+    float math on these values."""
     path = model_file(alias)
     token_list = text_tokens(load_tokenizer(path), 1000)
-    logits = engine_logits(path, token_list, quantization=quantization), exact_logits(path, tuple(token_list))
-    found, exact = (one - one.mean(1, keepdim=True) for one in logits)  # the softmax sees no common offset
-    error = ((found - exact).norm() / exact.norm()).item()
-    agreement = (found.argmax(1) == exact.argmax(1)).float().mean().item()
+    found = engine_logits(path, token_list, quantization=quantization, kv_cache_dtype=kv_cache_dtype)
+    error, agreement = compared(found, exact_logits(path, tuple(token_list)))
     assert error <= 0.1
     assert agreement >= 0.93
+
+
+def compared(found: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
+    """Relative error of logits less their mean, which no softmax sees; agreement of the likeliest tokens."""
+    found, exact = (one - one.mean(1, keepdim=True) for one in (found, exact))
+    error = ((found - exact).norm() / exact.norm()).item()
+    return error, (found.argmax(1) == exact.argmax(1)).float().mean().item()
 
 
 @cache
 def exact_logits(path: Path, token_list: tuple[int, ...]) -> torch.Tensor:
     """The same in float32."""
-    return engine_logits(path, list(token_list), quantization="none", dtype="float32")
+    return engine_logits(path, list(token_list), quantization="none", dtype="float32", kv_cache_dtype="float32")
 
 
 def engine_logits(path: Path, token_list: list[int], **options: Any) -> torch.Tensor:

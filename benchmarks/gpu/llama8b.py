@@ -19,7 +19,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -89,20 +89,26 @@ def run(shape: Shape, options: argparse.Namespace) -> None:
     """Measure a shape, print, write."""
     weights = options.quantization or "bf16"
     name = f"{shape.file}_{'deterministic' if options.deterministic else weights}"
-    rows = measure_engine(shape, options, weights)
+    output = options.output or RESULTS / f"{name}.json"
+
+    def write(measured: list[Row]) -> None:
+        write_result(output, name, measured, device=torch.cuda.get_device_name())
+
+    rows = measure_engine(shape, options, weights, write)
     if options.deterministic:
         options.deterministic = False
         rows = [replace(one, metric=f"{one.metric}, deterministic", goal=None) for one in rows]
         rows += measure_engine(shape, options, weights)
         rows = [one for one in rows if one.work.count("/") > 1]  # the second engine starts with compiled kernels
     print_rows(rows)
-    output = options.output or RESULTS / f"{name}.json"
-    write_result(output, name, rows, device=torch.cuda.get_device_name())
+    write(rows)
     print("written to", output)
 
 
-def measure_engine(shape: Shape, options: argparse.Namespace, weights: str) -> list[Row]:
-    """Start an engine, measure all works with it, and end it."""
+def measure_engine(
+    shape: Shape, options: argparse.Namespace, weights: str, write: Callable[[list[Row]], None] | None = None
+) -> list[Row]:
+    """Start an engine, measure all works with it, and end it; `write` what was measured before anything is profiled."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(shape.config))
         started = time.perf_counter()
@@ -116,6 +122,8 @@ def measure_engine(shape: Shape, options: argparse.Namespace, weights: str) -> l
             measured = measure(llm, shape, work, weights, options.repeats, trace)
             print_rows(measured)
             rows += measured
+        if write is not None:
+            write(rows)
         for num_rows in options.profile:
             profile_decode(llm, num_rows)
     return rows

@@ -79,12 +79,19 @@ def measure(num_tokens: int, weights: ExpertWeights, kind: str) -> Iterator[Row]
     tiles = [sort_pairs(r.experts, 0, NUM_EXPERTS, plan.block_rows) for r in chosen]
     yield row(f"{work}: sort", [lambda: sort_pairs(chosen[0].experts, 0, NUM_EXPERTS, plan.block_rows)], None)
     rows, scales = operand(x, bytes_per_weight)
+    by_token = weights.scales_inner_by_token(num_tokens * TOP_K)
+    unquantized = BF16 if by_token else None
     gate_up = [
-        lambda r=r, t=t: grouped_gate_up(rows, scales, r, weights, t, plan)
+        lambda r=r, t=t: grouped_gate_up(rows, scales, r, weights, t, plan, unquantized=unquantized)
         for r, t in zip(chosen, tiles, strict=True)
     ]  # fmt: skip
     yield row(f"{work}: gate and up", gate_up, limit_of(num_tokens, chosen, bytes_per_weight, 2 / 3))
-    inner = grouped_gate_up(rows, scales, chosen[0], weights, tiles[0], plan)
+    inner = gate_up[0]()
+    if by_token:
+        assert isinstance(inner, torch.Tensor)
+        between = inner
+        yield row(f"{work}: quantize", [lambda: per_token_quantize_fp8(between)], None)
+        inner = per_token_quantize_fp8(between)
     down = [
         lambda r=r, t=t: grouped_down(inner, r, weights, t, plan, BF16) for r, t in zip(chosen, tiles, strict=True)
     ]  # fmt: skip
@@ -164,6 +171,8 @@ def empty_inner(num_tokens: int, weights: ExpertWeights) -> torch.Tensor | Quant
     if weights.down.scales is None:
         return inner
     rows = per_token_quantize_fp8(inner)
+    if weights.scales_inner_by_token(num_tokens * TOP_K):
+        return rows
     return QuantizedRows(rows.values, rows.scales[:, None].expand(-1, SIZE // 128).contiguous())
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -32,6 +33,7 @@ from tokenmill.ops.kv_cache import copy_blocks, copy_blocks_torch
 from tokenmill.ops.linear import StreamedWeight, linear, new_arrivals
 from tokenmill.ops.rms_norm import add_rms_norm, add_rms_norm_fp8, add_rms_norm_torch, rms_norm, rms_norm_torch
 from tokenmill.ops.rope import apply_rope, apply_rope_torch
+from tokenmill.ops.row_product import OneRow, PendingNorm, row_product
 
 HIDDEN, INTERMEDIATE, HEAD_DIM = 4096, 14336, 128
 NUM_HEADS, NUM_KV_HEADS, NUM_LAYERS = 32, 8, 32
@@ -206,7 +208,7 @@ def decoder_layers(num_rows: int, fp8: bool) -> Row:
         })  # fmt: skip
     x, weight = normal(num_rows, HIDDEN), normal(HIDDEN)
     cos = torch.ones(num_rows, 1, HEAD_DIM, device="cuda")
-    step = _fp8_step if fp8 and num_rows > 1 else _step
+    step = _row_step if num_rows == 1 else _fp8_step if fp8 else _step
     calls = [lambda: step(x, layers, weight, cos, torch.zeros_like(cos))]
     size = sum(out_features * in_features for name, (out_features, in_features) in LINEARS.items() if name in names)
     limit = max(element * size / READ_BANDWIDTH, 2 * num_rows * size / (FP8_FLOPS if fp8 else BF16_FLOPS))
@@ -215,20 +217,42 @@ def decoder_layers(num_rows: int, fp8: bool) -> Row:
     return Row(work, "time", seconds * 1e6, "us", None, None, limit * 1e6)
 
 
-def _step(
-    x: torch.Tensor, layers: Sequence[dict[str, object]], norm: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+def _row_step(
+    x: torch.Tensor, layers: Sequence[dict[str, Any]], norm: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> torch.Tensor:
-    def product(x: torch.Tensor, weight: object) -> torch.Tensor:
-        return weight_only_linear(x, weight) if isinstance(weight, Fp8Weight) else linear(x, weight)  # type: ignore[arg-type]
+    """One row: norms and activation inside the products; its attention turns queries and keys."""
+
+    def product(x: OneRow, weight: Fp8Weight | StreamedWeight, activation: str = "") -> torch.Tensor:
+        if isinstance(weight, Fp8Weight):
+            return row_product(x, weight.values, weight.scales, None, activation)
+        return row_product(x, weight.data, None, None, activation)
 
     residual = x
     for layer in layers:
+        row = PendingNorm.of(x, residual, norm, 1e-5)
+        qkv = product(row, layer["qkv"])
+        x = product(qkv[:, :HIDDEN], layer["o"])
+        row = PendingNorm.of(x, row.stream, norm, 1e-5)
+        x = product(product(row, layer["gate_up"], "silu"), layer["down"])
+        residual = row.stream
+    return x
+
+
+def _step(
+    x: torch.Tensor,
+    layers: Sequence[dict[str, StreamedWeight]],
+    norm: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+) -> torch.Tensor:
+    residual = x
+    for layer in layers:
         hidden, residual = add_rms_norm(x, residual, norm, 1e-5)
-        qkv = product(hidden, layer["qkv"])
+        qkv = linear(hidden, layer["qkv"])
         rotated = apply_rope(qkv.view(x.shape[0], -1, HEAD_DIM)[:, : NUM_HEADS + NUM_KV_HEADS], cos, sin)
-        x = product(rotated.flatten(1)[:, :HIDDEN], layer["o"])
+        x = linear(rotated.flatten(1)[:, :HIDDEN], layer["o"])
         hidden, residual = add_rms_norm(x, residual, norm, 1e-5)
-        x = product(silu_and_mul_triton(product(hidden, layer["gate_up"])), layer["down"])
+        x = linear(silu_and_mul_triton(linear(hidden, layer["gate_up"])), layer["down"])
     return x
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -171,11 +172,11 @@ class DecodeWindow:
     def table(self, llm: LLM) -> StepTable:
         """What the operations of a step take beside the limits of the device, which is idle now."""
         assert self._profile is not None and self._num_seen >= self._num_skipped + self._num_steps
-        kernels = [
+        kernels = uncovered(
             Kernel(event.name, event.time_range.start, event.time_range.elapsed_us())
             for event in self._profile.events() or ()
             if event.device_type == DeviceType.CUDA and not event.name.startswith("Mem")
-        ]
+        )
         description, nbytes = llm.description, linear_nbytes(llm)
         step = StepSize(
             num_tokens=self._num_rows,
@@ -200,3 +201,13 @@ class DecodeWindow:
         )
         for event in events[:num_kernels]:
             print(f"{event.device_time_total / steps:10.1f} us {event.count / steps:6.1f} x  {event.key[:100]}")
+
+
+def uncovered(kernels: Iterable[Kernel]) -> list[Kernel]:
+    """Kernels in order, each from the end of all before it: one that overlaps them has waited until then."""
+    found, end = [], 0.0
+    for kernel in sorted(kernels, key=lambda kernel: kernel.start):
+        start = max(kernel.start, end)
+        end = max(end, kernel.start + kernel.microseconds)
+        found.append(kernel._replace(start=start, microseconds=max(0.0, end - start)))
+    return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
@@ -106,52 +105,6 @@ def test_blocks_of_a_gguf_file_are_used_as_they_are(model_type: str, kind: str, 
     assert found.keys() == expected.keys()
     for name, values in expected.items():
         assert torch.equal(found[name], values), name
-
-
-@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
-def test_blocks_of_256_are_used_as_they_are(kind: str, tmp_path: Path) -> None:
-    path = tmp_path / "model.gguf"
-    write_with_random_blocks(path, kind)
-    engine = build(path, **ROWS)
-    assert engine.config.quantization == kind.lower()
-    found, expected = engine_values(engine), checkpoint_values(engine, path)
-    for name, values in expected.items():
-        assert torch.equal(found[name], values), name
-
-
-def test_unknown_block_types_are_converted_and_said(tmp_path: Path) -> None:
-    path = tmp_path / "model.gguf"
-    write_model(path, tiny_model("llama"), "Q5_1")
-    engine = build(path, **ROWS)
-    assert engine.config.quantization == "int8_group32"
-    assert any("of the type Q5_1" in notice and "int8_group32" in notice for notice in engine.config.report["notices"])
-    found, expected = engine_values(engine), checkpoint_values(engine, path)
-    for name, values in expected.items():
-        assert relative_error(found[name], values) < 0.01, name
-
-
-def write_with_random_blocks(path: Path, kind: str) -> None:
-    """A llama whose matrices are random bytes of a block type, with scales that are small numbers."""
-    from tests.checkpoints import gguf_files
-
-    rng = np.random.default_rng(0)
-    block_size, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
-    scales = {"Q4_K": (0, 2), "Q6_K": (208,)}[kind]
-
-    def add(writer: gguf.GGUFWriter, name: str, array: np.ndarray, wanted: str) -> None:
-        if wanted == "F32":
-            writer.add_tensor(name, np.ascontiguousarray(array, np.float32))
-            return
-        blocks = rng.integers(0, 256, (array.shape[0], array.shape[1] // block_size, block_bytes), np.uint8)
-        for position in scales:
-            numbers = rng.uniform(0.001, 0.01, blocks.shape[:2]).astype(np.float16)
-            blocks[..., position : position + 2] = numbers[..., None].view(np.uint8)
-        writer.add_tensor(name, blocks.reshape(array.shape[0], -1), raw_dtype=gguf.GGMLQuantizationType[kind])
-
-    model = tiny_model("llama", hidden_size=256, intermediate_size=256, num_attention_heads=4, num_hidden_layers=1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gguf_files, "add_tensor", add)
-        write_model(path, model, kind)
 
 
 @pytest.mark.parametrize(

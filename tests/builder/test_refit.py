@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,12 @@ from tests.checkpoints.gguf_files import tiny_model, write_model
 from tests.support.changed_checkpoints import EXPECTED, ROWS, changed_checkpoint
 from tokenmill.builder.build import build
 from tokenmill.builder.engine import Engine
+from tokenmill.builder.packing import pack_weight
+from tokenmill.builder.weight_source import WeightSource
+from tokenmill.checkpoints.base import open_checkpoint
 from tokenmill.errors import CheckpointError
+from tokenmill.models.config import ModelConfig
+from tokenmill.runtime.session import Session
 
 pytestmark = pytest.mark.spec("D6")
 
@@ -65,3 +72,42 @@ def test_a_gguf_engine_takes_a_checkpoint_of_another_type(tmp_path: Path) -> Non
     refitted = engine.refit(tmp_path / "model")
     for name, content in engine.weights.items():
         assert np.array_equal(refitted.weights[name], content), name
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_a_tied_embedding_is_kept_once_and_looked_up_packed(tmp_path: Path, kind: str) -> None:
+    """The same logits as with the table's rows beside the packed head, also after a refit."""
+    model = tiny_model("qwen2", tie_word_embeddings=True)
+    write_model(tmp_path / "model.gguf", model, kind)
+    options = {"capture": "dispatch", "picture": False, "opt_level": 1, "max_seq_len": 64}
+    engine = build(tmp_path / "model.gguf", device="cpu", **options)
+    (table,) = (weight for weight in engine.program.weights if "embed_tokens" in weight.name)
+    assert (table.layout, table.format) == ("packed", kind.lower())
+    users = {one.kind for one in engine.program.operations for name in one.weights.values() if name == table.name}
+    assert users == {"embedding", "linear"}
+    rows = replace(table, name="rows", layout="rows")
+    contents = {**engine.weights, "rows": pack_weight(rows, weight_source(tmp_path / "model.gguf"))}
+    operations = tuple(
+        replace(one, weights={"table": "rows"}) if one.kind == "embedding" else one for one in engine.program.operations
+    )
+    apart = replace(engine.program, weights=(*engine.program.weights, rows), operations=operations)
+    expected = first_logits(replace(engine, program=apart, weights=contents))
+    assert np.array_equal(first_logits(engine), expected)
+    assert np.array_equal(first_logits(engine.strip().refit(tmp_path / "model.gguf")), expected)
+
+
+def weight_source(path: Path) -> WeightSource:
+    checkpoint = open_checkpoint(path)
+    return WeightSource(checkpoint, ModelConfig.from_hf(checkpoint.hf_config))
+
+
+def first_logits(engine: Engine) -> Any:
+    session = Session(engine, num_blocks=4, tokens_per_block=16, num_threads=1)
+    step = {
+        "token_ids": [1, 5, 9],
+        "query_start": [0, 3],
+        "kv_lens": [3],
+        "block_tables": [[1]],
+        "row_index": [0, 1, 2],
+    }
+    return session.run(step)["logits"]

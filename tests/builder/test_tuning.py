@@ -15,7 +15,7 @@ from tokenmill.builder.tuning import ROUNDS, Tunable, measure, tune
 from tokenmill.errors import EngineFileError
 from tokenmill.ops.cpu.linear_int8 import LinearWeight, linear_variants
 from tokenmill.ops.cpu.machine import machine_key
-from tokenmill.program.timing_cache import TimingCache, linear_key
+from tokenmill.program.timing_cache import TimingCache, common_timing_cache, linear_key
 from tokenmill.runtime.kernel_choices import KernelChoices
 
 pytestmark = pytest.mark.spec("D3")
@@ -209,3 +209,21 @@ def test_an_engine_brings_its_times_along(tuned: Engine, tmp_path: Path, caplog:
         assert KernelChoices.of(engine, 1).linear(weight, one_token=False) is not None
         assert KernelChoices.of(engine, 7).linear(weight, one_token=False) is None
     assert [record.message.count("7 threads") for record in caplog.records if "measured on" in record.message] == [1, 1]
+
+
+def test_an_engine_without_times_uses_those_of_other_builds_here(
+    tuned: Engine, model_dir: Path, cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as the engine that `LLM(model)` builds at load."""
+    untuned = build(model_dir, opt_level=1, **OPTIONS)
+    shape = next(shape for shape in linear_shapes(tuned.program) if not shape.is_head)
+    weight = LinearWeight(0, shape.format, shape.num_rows, shape.num_columns, shape.gated)
+    monkeypatch.setenv("TOKENMILL_CACHE", str(tmp_path))
+    assert KernelChoices.of(untuned, 1).linear(weight, one_token=False) is None
+    common_timing_cache().write_bytes(cache_path.read_bytes())
+    expected = KernelChoices.of(tuned, 1).linear(weight, one_token=False)
+    assert expected is not None
+    assert KernelChoices.of(untuned, 1).linear(weight, one_token=False) == expected
+    assert KernelChoices.of(untuned, 7).linear(weight, one_token=False) is None
+    common_timing_cache().write_text("damaged")
+    assert KernelChoices.of(untuned, 1).linear(weight, one_token=False) is None

@@ -35,10 +35,30 @@ def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def program_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Environment of the program under test: this source tree, a cache folder of its own, no terminal width of ours."""
+    """Environment of the program under test: this source tree, a cache folder of its own with the kernels that are
+    compiled already, no terminal width of ours."""
     kept = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "FORCE_COLOR")}
     cache = tmp_path_factory.mktemp("cache")
+    for name in ("native", "captures"):
+        (cache / name).symlink_to(Path(os.environ["TOKENMILL_CACHE"]) / name, target_is_directory=True)
     return {**kept, "PYTHONPATH": str(ROOT), "TOKENMILL_CACHE": str(cache), "TERM": "xterm", "OMP_NUM_THREADS": "1"}
+
+
+SLOWLY = """
+import time
+from tokenmill.engine.core import EngineCore
+advance = EngineCore.advance
+EngineCore.advance = lambda engine: (time.sleep(0.02), advance(engine))[1]
+"""
+
+
+@pytest.fixture
+def slow_environment(program_environment: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    """The same for a program whose answers take so long that one can interrupt them."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(SLOWLY)
+    return {**program_environment, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
 
 
 @dataclass(frozen=True)

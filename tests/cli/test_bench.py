@@ -53,6 +53,8 @@ def test_throughput_report_is_consistent(program: Program, tiny_model: Path, tmp
     assert results["num_steps"] >= 12 * 7 / 4
     assert report["workload"]["input_len"] == 20
     assert report["configuration"]["enable_block_reuse"] is False
+    assert report["configuration"]["backend"] == "engine"
+    assert "attn_backend" not in report["configuration"], "the program has kernels of its own"
     assert "bench throughput" in report["command"]
 
 

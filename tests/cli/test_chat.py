@@ -120,12 +120,12 @@ def test_a_question_longer_than_the_context_is_one_line(program: Program, tiny_m
 
 @pytest.mark.spec("A3")
 def test_ctrl_c_stops_the_answer_and_not_the_program(
-    tiny_model: Path, program_environment: dict[str, str], tmp_path: Path
+    tiny_model: Path, slow_environment: dict[str, str], tmp_path: Path
 ) -> None:
     """The answer would go on for thousands of tokens. Ctrl-C ends it, what was said is kept, the next one works."""
     saved = tmp_path / "chat.json"
     arguments = ["chat", str(tiny_model), "--temperature", "0", "--max-tokens", "6000", *ENGINE]
-    with Terminal(arguments, program_environment) as terminal:
+    with Terminal(arguments, slow_environment) as terminal:
         terminal.wait_for("> ")
         terminal.type("a long one\r")
         terminal.wait_for("a long one")
@@ -187,8 +187,8 @@ def test_typed_lines_are_remembered_for_the_next_time(
     assert history.stat().st_mode & 0o077 == 0
 
 
-def test_ctrl_c_ends_run_quietly(tiny_model: Path, program_environment: dict[str, str]) -> None:
-    with Terminal(["run", str(tiny_model), "go on", "--max-tokens", "6000", *ENGINE], program_environment) as terminal:
+def test_ctrl_c_ends_run_quietly(tiny_model: Path, slow_environment: dict[str, str]) -> None:
+    with Terminal(["run", str(tiny_model), "go on", "--max-tokens", "6000", *ENGINE], slow_environment) as terminal:
         terminal.wait_for_answer(100)
         terminal.interrupt()
         assert terminal.exit_code() == 130

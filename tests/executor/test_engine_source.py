@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support.tiny_checkpoint import write_tiny_model
+from tokenmill.builder import build as builder
 from tokenmill.config import LlmArgs
 from tokenmill.executor import engine_source
 from tokenmill.executor.engine_source import EngineTarget, open_engine
@@ -27,13 +28,13 @@ def model_dir(tmp_path: Path) -> Path:
 def builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Models that were built; all engines are cached, however small."""
     built: list[Path] = []
-    build = engine_source.build
+    build = builder.build
 
     def counted(model: Any, *arguments: Any, **options: Any) -> Any:
         built.append(model)
         return build(model, *arguments, **options)
 
-    monkeypatch.setattr(engine_source, "build", counted)
+    monkeypatch.setattr(builder, "build", counted)
     monkeypatch.setattr(engine_source, "SMALLEST_CACHED", 0)
     monkeypatch.setenv("TOKENMILL_CACHE", str(tmp_path / "cache"))
     return built

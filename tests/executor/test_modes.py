@@ -253,6 +253,7 @@ def test_statistics_count_everything_once(llm: LLM) -> None:
     assert llm.get_stats() == []
 
 
+@pytest.mark.spec("C5")
 @pytest.mark.parametrize("num_replicas", [0, 1])
 def test_records_of_steps_and_requests(model_dir: Path, num_replicas: int) -> None:
     config = StatsConfig(iter_stats_max_iterations=50, request_stats_max_iterations=50)

@@ -11,7 +11,7 @@ import pytest
 from tests.support.single_thread import single_thread
 from tests.support.tiny_checkpoint import write_tiny_model
 from tests.support.tiny_programs import tiny_package
-from tests.support.ways import GREEDY, NO_REUSE, PROMPTS, WAYS
+from tests.support.ways import GREEDY, NO_REUSE, WAYS, prompts_of
 from tokenmill import LLM, SamplingParams
 from tokenmill.builder.build import build
 from tokenmill.checkpoints.base import open_checkpoint
@@ -20,6 +20,7 @@ from tokenmill.program.package import EnginePackage
 
 pytestmark = pytest.mark.spec("D1", "H3")
 
+PROMPTS = prompts_of(1, 2, 7, 31, 32, 33, 64, 100, 150, 3, 17)
 CPU_WAYS: dict[str, dict[str, Any]] = {"as it is": {}, **WAYS}
 
 

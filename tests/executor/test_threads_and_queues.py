@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -15,6 +16,8 @@ from tokenmill import SamplingParams
 from tokenmill.engine.request import GenerationRequest
 from tokenmill.errors import EngineError, ExecutorShutdownError, QueueFullError
 from tokenmill.executor.deadlines import DeadlineTimer
+from tokenmill.executor.executor import ProgressCallback
+from tokenmill.executor.in_process import InProcessExecutor
 from tokenmill.executor.iteration_queue import IterationResultQueue
 from tokenmill.executor.managed_thread import ManagedThread
 from tokenmill.executor.postproc import OutputDelta
@@ -42,6 +45,31 @@ def test_an_exception_reaches_the_owner(caplog: pytest.LogCaptureFixture) -> Non
     assert [str(error) for error in errors] == ["lost?"]
     assert thread.error is errors[0]
     assert "The thread test ended with an error" in caplog.text
+
+
+class Panic(BaseException):
+    """What libraries written in Rust raise when they have a mistake."""
+
+
+def test_what_is_no_exception_reaches_the_owner_too() -> None:
+    errors: list[Exception] = []
+
+    def task() -> None:
+        raise Panic("index out of bounds")
+
+    thread = ManagedThread(task, name="test", on_error=errors.append)
+    thread.start()
+    assert thread.join(5.0)
+    assert [str(error) for error in errors] == ["Panic: index out of bounds"]
+    assert isinstance(errors[0].__cause__, Panic)
+
+
+def test_an_engine_whose_build_panics_is_not_waited_for() -> None:
+    def build(report: ProgressCallback) -> Any:
+        raise Panic("index out of bounds")
+
+    with pytest.raises(EngineError, match="Panic: index out of bounds"):
+        InProcessExecutor(build, None, max_requests=1)
 
 
 def test_an_owner_that_raises_too_is_noticed(caplog: pytest.LogCaptureFixture) -> None:

@@ -119,8 +119,10 @@ def test_what_is_there_is_not_waited_for() -> None:
 def test_a_start_that_is_given_up_leaves_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while the caller's tokenizer loads: the engine's thread ends when it next says how far it is."""
     is_building = threading.Event()
+    threads: list[threading.Thread] = []
 
     def build(report: Callable[[str, int, int], None]) -> None:
+        threads.append(threading.current_thread())
         is_building.set()
         while True:
             time.sleep(0.01)
@@ -133,4 +135,4 @@ def test_a_start_that_is_given_up_leaves_no_thread(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(TokenizerSource, "load", load)
     with pytest.raises(KeyboardInterrupt):
         InProcessExecutor(build, TokenizerSource(tokenizer=object()), max_requests=1)  # type: ignore[arg-type]
-    assert "tokenmill-engine" not in [thread.name for thread in threading.enumerate()]
+    assert [thread.is_alive() for thread in threads] == [False]

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
-from tests.support.ways import GREEDY, NO_REUSE, PROMPTS, WAYS
+from tests.support.ways import GREEDY, NO_REUSE, WAYS, prompts_of
 from tokenmill import LLM, KvCacheConfig, SamplingParams
 from tokenmill.layers.linear import LinearBase
 
 pytestmark = [pytest.mark.gpu, pytest.mark.spec("H3")]
 
+PROMPTS = prompts_of(1, 2, 7, 31, 32, 33, 64, 100, 150, 200, 3, 17)
 GPU_WAYS: dict[str, dict[str, Any]] = {
     "graphs and overlap": {},
     "eager": {"enable_cuda_graphs": False},

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.gpu.test_engine import GPU_WAYS, make_llm, tokens_of
+from tests.gpu.test_engine import GPU_WAYS, PROMPTS, make_llm, tokens_of
 from tests.support.tiny_checkpoint import write_tiny_moe_model
-from tests.support.ways import PROMPTS
 from tokenmill import LLM, SamplingParams
 from tokenmill.builder.build import build
 

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("triton")
 from triton import knobs
 
-from tokenmill.ops.triton.compile_once import compile_once
+from tokenmill.ops.compile_once import compile_once
 
 KERNEL = SimpleNamespace(module="m", name="kernel")
 OTHER = SimpleNamespace(module="m", name="other")

@@ -23,6 +23,7 @@ from tests.support.tiny_models import random_tokens, relative_error, tiny_hf_mod
 from tokenmill import LLM, KvCacheConfig, SamplingParams
 from tokenmill.builder.build import build
 from tokenmill.program.package import EnginePackage
+from tokenmill.runtime.session import Session
 
 pytestmark = pytest.mark.spec("C1", "E2")
 
@@ -139,6 +140,29 @@ def test_decoding_gives_the_logits_of_prefill_with_any_number_of_threads(mixtral
         assert errors.median() < (1e-5 if quantization == "none" else 2e-2)
     assert torch.equal(wholes[0], wholes[1])
     assert torch.equal(wholes[0], wholes[2])
+
+
+@pytest.mark.spec("D5")
+def test_a_session_keeps_what_experts_compute_and_times_them(mixtral: Path) -> None:
+    name = "model.layers.0.mlp.experts"
+    engine = build(mixtral, device="cpu", quantization="none", debug_outputs=(name,), **OPTIONS)
+    tokens = random_tokens(7)
+    step = {
+        "token_ids": tokens,
+        "query_start": [0, len(tokens)],
+        "kv_lens": [len(tokens)],
+        "block_tables": [[1]],
+        "row_index": [len(tokens) - 1],
+    }
+    kept = []
+    for use_kernels in (True, False):
+        session = Session(engine, num_blocks=4, tokens_per_block=16, num_threads=1, use_kernels=use_kernels)
+        kept.append(torch.from_numpy(session.run(step)[name]))
+        times = {one.name: one for one in session.profile(step, num_runs=1)}
+        assert times[name].kind == "experts"
+        assert times[name].seconds > 0
+    assert kept[0].shape == (len(tokens), 48)
+    assert relative_error(*kept) < 1e-5
 
 
 def test_bfloat16_experts(mixtral: Path) -> None:

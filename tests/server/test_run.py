@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import httpx
@@ -23,6 +24,16 @@ with LLM(sys.argv[1], device="cpu", dtype="float32", num_threads=1) as llm:
     serve(llm, port=0, served_model_name="tiny", on_start=lambda url: print(url, flush=True), log_level="warning")
     print("returned", flush=True)
 print("cleaned up", flush=True)
+"""
+
+
+SLOWLY = """
+import time
+from tokenmill.engine.core import EngineCore
+from tokenmill.server import run
+advance = EngineCore.advance
+EngineCore.advance = lambda engine: (time.sleep(0.1), advance(engine))[1]
+run._CTRL_C_SECONDS = 1
 """
 
 
@@ -46,6 +57,30 @@ def test_signal_ends_the_server_after_its_requests(model_dir: Path, signal_numbe
             assert process.wait(timeout=30) == 0
         finally:
             process.kill()
+
+
+@pytest.mark.parametrize("num_signals", [1, 2])
+def test_ctrl_c_does_not_wait_long_for_requests(model_dir: Path, num_signals: int) -> None:
+    """A stream that would go on for minutes gets seconds, and none after a second Ctrl-C."""
+    command = [sys.executable, "-c", SLOWLY + SERVE, model_dir]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            url = process.stdout.readline().strip()
+            body = {"prompt": "a", "max_tokens": 400, "stream": True, "ignore_eos": True}
+            with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+                lines = response.iter_lines()
+                next(lines)
+                for _ in range(num_signals):
+                    process.send_signal(signal.SIGINT)
+                    time.sleep(0.5)
+                output, errors = process.communicate(timeout=20)
+        finally:
+            process.kill()
+    assert output.split("\n") == ["returned", "cleaned up", ""]
+    assert process.returncode == 0
+    assert "1 requests may finish within 1 s" in errors
+    assert "Traceback" not in errors
 
 
 def test_listener_has_no_delay() -> None:

@@ -25,6 +25,14 @@ from tokenmill.ops.cpu.threads import OpList, ThreadPool
 
 Array = npt.NDArray[Any]
 GROUP = 32
+K_BLOCKS = {
+    "q2_k": (84, (80, 82)),
+    "q3_k": (110, (108,)),
+    "q4_k": (144, (0, 2)),
+    "q5_k": (176, (0, 2)),
+    "q6_k": (210, (208,)),
+}
+"""Bytes of a block of 256 values, and where its float16 numbers are."""
 
 
 def aligned(num_bytes: int) -> npt.NDArray[np.uint8]:
@@ -38,8 +46,8 @@ def file_blocks(weight_format: str, rows: int, columns: int, seed: int = 0) -> t
     """A tensor as a GGUF file holds it, [rows, bytes], and its values by gguf's own reader, float64."""
     generator = np.random.default_rng(seed)
     kind = GGMLQuantizationType[weight_format.upper()]
-    if weight_format in ("q4_k", "q6_k"):  # gguf cannot make these, only read them
-        size, floats = {"q4_k": (144, (0, 2)), "q6_k": (210, (208,))}[weight_format]
+    if weight_format in K_BLOCKS:  # gguf cannot make these, only read them
+        size, floats = K_BLOCKS[weight_format]
         blocks = generator.integers(0, 256, (rows, columns // 256, size), dtype=np.uint8)
         for offset in floats:
             numbers = (generator.random((rows, columns // 256, 1)) * 1e-3).astype(np.float16)

@@ -7,8 +7,6 @@ from typing import Any, Final
 from tokenmill import KvCacheConfig, SamplingParams, SchedulerConfig
 from tokenmill.config import CapacitySchedulerPolicy
 
-LENGTHS: Final = (1, 2, 7, 31, 32, 33, 64, 100, 150, 200, 3, 17)
-PROMPTS: Final = [[(7 * index + 13 * length) % 300 for index in range(length)] for length in LENGTHS]
 GREEDY: Final = SamplingParams(max_tokens=40, ignore_eos=True)
 NO_REUSE: Final = KvCacheConfig(max_tokens=8192, tokens_per_block=16, enable_block_reuse=False)
 
@@ -22,3 +20,8 @@ WAYS: Final[dict[str, dict[str, Any]]] = {
     },
 }
 """Arguments of `LLM`; `NO_REUSE` where a way has no cache of its own."""
+
+
+def prompts_of(*lengths: int) -> list[list[int]]:
+    """Token ids, one prompt for each length."""
+    return [[(7 * index + 13 * length) % 300 for index in range(length)] for length in lengths]

@@ -53,6 +53,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "engine.request",
         "executor.description",
         "executor.engine_factory",
+        "executor.engine_reading",
         "executor.engine_source",
         "inputs",
         "program",
@@ -91,6 +92,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "executor.backend_choice": ("models",),
     "executor.engine_source": ("builder", "executor.description", "program"),  # engines are built here, or read
+    "executor.engine_reading": ("ops", "program"),  # before torch is there
     "executor.scheduling": ("engine", "engine.plan", "executor.description", "kv_cache"),
     "tokenization": ("checkpoints",),
     "engine": ("engine.plan", "engine.request", "kv_cache"),
@@ -158,6 +160,7 @@ WITHOUT_COMMON: dict[str, tuple[str, ...]] = {
 LATE_OWN_IMPORTS: dict[str, str] = {
     "tokenmill.attention.select": "the Triton kernels load triton, which a model on a CPU does not need",
     "tokenmill.cli": "`--help` must not load torch: a command loads what it needs when it runs",
+    "tokenmill.executor.engine_source": "an engine that was built before starts without the builder",
     "tokenmill.executor.executor": "`create` picks among classes that are derived from this module's",
     "tokenmill.executor.worker": "torch loads while a thread loads the tokenizer",
     "tokenmill.executor.__main__": "a process loads what its kind needs; postprocessing needs no engine",

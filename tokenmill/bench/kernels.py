@@ -25,7 +25,8 @@ COMPANIONS: Final = ("_combine_kernel", "_splits_kernel", "splitKreduce")
 
 PATTERNS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ("attention", ("_decode_kernel", "_prefill_kernel", "_attention_kernel", "flash", "fmha", "BatchDecode")),
-    ("rope and cache write", ("rope", "_rotation_kernel", "_write_kernel")),
+    ("rope and cache write", ("rope", "_write_kernel")),
+    ("step inputs", ("_rotation_kernel", "_decode_inputs_kernel")),
     ("norms", ("rms_norm",)),
     ("activation", ("_gated",)),
     ("experts", ("_pair_", "_gate_up_kernel", "_rows_kernel", "_route_kernel", "_sort_kernel", "expert")),

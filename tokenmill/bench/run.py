@@ -61,10 +61,14 @@ def run_benchmark(
 def describe_configuration(llm: LLM) -> dict[str, Any]:
     """What the engine runs with."""
     args, running = llm.args, llm.description
+    runs_natively = running.backend == "engine" and running.device == "cpu"  # torch has nearly nothing to do with it
+    num_cores = describe_machine().num_cores
     return {
+        "backend": running.backend,
+        **({} if runs_natively else {"attn_backend": running.attn_backend}),
+        "quantization": args.quantization,
         "dtype": running.dtype,
         "device": running.device,
-        "attn_backend": running.attn_backend,
         "kv_cache_dtype": running.cache_dtype,
         "load_format": args.load_format,
         "max_batch_size": args.max_batch_size,
@@ -74,5 +78,5 @@ def describe_configuration(llm: LLM) -> dict[str, Any]:
         "enable_block_reuse": args.kv_cache_config.enable_block_reuse,
         "kv_cache_tokens": running.memory.cache_tokens,
         "capacity_scheduler_policy": str(args.scheduler_config.capacity_scheduler_policy),
-        "num_threads": torch.get_num_threads(),
+        "num_threads": args.num_threads or num_cores if runs_natively else torch.get_num_threads(),
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Self
 
@@ -15,6 +14,7 @@ from tokenmill.builder.weight_source import WeightSource
 from tokenmill.checkpoints.base import open_checkpoint
 from tokenmill.checkpoints.resolve import resolve_model
 from tokenmill.models.config import ModelConfig
+from tokenmill.ops.cpu.cpu_features import best_dot_product
 from tokenmill.program.package import EnginePackage
 from tokenmill.program.weight_file import Bytes
 
@@ -28,10 +28,6 @@ class Engine(EnginePackage):
         such as `avx512_vnni`, `avx2` or `portable`; `triton` for an engine for GPUs."""
         if self.config.target.device != "cpu":
             return "triton"
-        if find_spec("llvmlite") is None:
-            return "no (the package llvmlite is missing)"
-        from tokenmill.ops.cpu.cpu_features import best_dot_product
-
         return best_dot_product().name.lower()
 
     def refit(

@@ -7,7 +7,7 @@ run takes other weights, so that one token streams its weights from memory and n
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle
@@ -17,6 +17,8 @@ import numpy as np
 
 from tokenmill.builder.packing import PACKED_GATED, ROWS
 from tokenmill.builder.tuning import Tunable
+from tokenmill.ops.cpu.compile_processes import compile_all
+from tokenmill.ops.cpu.jit import NativeFunction
 from tokenmill.ops.cpu.layout import GROUP_SIZE, int8_group32_bytes
 from tokenmill.ops.cpu.linear_int8 import (
     SCRATCH_BYTES,
@@ -30,7 +32,8 @@ from tokenmill.ops.cpu.linear_int8 import (
 )
 from tokenmill.ops.cpu.memory import huge_page_memory
 from tokenmill.ops.cpu.packing import encoding_of, packed_bytes
-from tokenmill.ops.cpu.threads import OpList, ThreadPool
+from tokenmill.ops.cpu.threads import STEP_FUNCTIONS, OpList, ThreadPool
+from tokenmill.ops.platform import num_usable_cores
 from tokenmill.program.program import Program
 from tokenmill.program.timing_cache import linear_key
 from tokenmill.program.weight_file import Bytes
@@ -99,6 +102,7 @@ def linear_tunables(
     if not shapes or not profiles:
         yield []
         return
+    compile_all([*STEP_FUNCTIONS, *_kernels(shapes, profiles)], num_usable_cores())
     bench = _Bench(shapes, max(profiles), num_threads)
     try:
         yield [
@@ -109,6 +113,14 @@ def linear_tunables(
         ]
     finally:
         bench.pool.close()
+
+
+def _kernels(shapes: Iterable[LinearShape], profiles: Sequence[int]) -> Iterator[NativeFunction]:
+    """All that may be measured."""
+    for weight_format in sorted({shape.format for shape in shapes}):
+        for one_token in sorted({num_tokens == 1 for num_tokens in profiles}):
+            for variant in linear_variants(one_token=one_token):
+                yield linear_kernel(weight_format, one_token=one_token, variant=variant)
 
 
 class _Bench:

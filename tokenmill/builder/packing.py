@@ -8,7 +8,7 @@ built and when it is given new weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import replace
 from typing import Final
 
@@ -36,20 +36,30 @@ ProgressCallback = Callable[[str, int, int], None]
 
 
 def choose_layouts(program: Program, device: str) -> Program:
-    """The program with the layout of every weight. A weight that two kinds of operations read in different layouts,
-    such as an embedding that is also the output head, becomes two."""
+    """The program with the layout of every weight. An embedding that is also the output head is looked up in the packed
+    weight; any other weight that two kinds of operations read in different layouts becomes two."""
     if device != "cpu":
         return program
     weights = {weight.name: weight for weight in program.weights}
+    heads = {
+        name
+        for operation in program.operations
+        for role, name in operation.weights.items()
+        if _layout(operation, role, weights[name]) == PACKED
+    }
     chosen: dict[str, Weight] = {}
-    operations = tuple(_with_layouts(operation, weights, chosen) for operation in program.operations)
+    operations = tuple(_with_layouts(operation, weights, heads, chosen) for operation in program.operations)
     return replace(program, weights=tuple(chosen.values()), operations=operations)
 
 
-def _with_layouts(operation: Operation, weights: Mapping[str, Weight], chosen: dict[str, Weight]) -> Operation:
+def _with_layouts(
+    operation: Operation, weights: Mapping[str, Weight], heads: Set[str], chosen: dict[str, Weight]
+) -> Operation:
     names: dict[str, str] = {}
     for role, name in operation.weights.items():
         layout = _layout(operation, role, weights[name])
+        if operation.kind == "embedding" and name in heads:
+            layout = PACKED
         # The plain rows keep the name; a packed copy of the same rows gets one of its own.
         own = name if layout == ROWS or not _is_shared(name, weights, chosen, layout) else f"{name}.{layout}"
         chosen[own] = replace(weights[name], name=own, layout=layout)

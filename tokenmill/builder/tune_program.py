@@ -7,13 +7,12 @@ from collections.abc import Callable
 from tokenmill.builder.config import BuildConfig
 from tokenmill.builder.linear_tuning import linear_tunables
 from tokenmill.builder.tuning import TuningReport, tune
-from tokenmill.env import read_environment
 from tokenmill.errors import EngineFileError
 from tokenmill.ops.cpu.machine import machine_key
 from tokenmill.ops.platform import num_usable_cores
 from tokenmill.program.engine_config import LimitsRecord
 from tokenmill.program.program import Program
-from tokenmill.program.timing_cache import TimingCache
+from tokenmill.program.timing_cache import TimingCache, common_timing_cache
 
 
 def tune_program(
@@ -24,7 +23,7 @@ def tune_program(
     Raises:
         EngineFileError: the file that `config.timing_cache` names is no timing cache or cannot be written.
     """
-    path = config.timing_cache or read_environment().cache_dir / "timing.cache"
+    path = config.timing_cache or common_timing_cache()
     known = TimingCache.load(path)
     num_threads = config.num_threads or num_usable_cores()
     profiles = [num_tokens for num_tokens in config.profiles if num_tokens <= limits.max_num_tokens]

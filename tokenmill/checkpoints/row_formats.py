@@ -19,7 +19,10 @@ from tokenmill.program.formats import WEIGHT_FORMATS
 Rows = np.ndarray[Any, np.dtype[np.uint8]]
 """Encoded rows, [rows, bytes of a row]."""
 
-BLOCK_TYPES: Final = {"Q4_0": "q4_0", "Q4_1": "q4_1", "Q5_0": "q5_0", "Q8_0": "q8_0", "Q4_K": "q4_k", "Q6_K": "q6_k"}
+BLOCK_TYPES: Final = {
+    name: name.lower()
+    for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+}  # fmt: skip
 """ggml block types that are formats of weights too, and the formats' names."""
 
 CAN_ENCODE: Final = ("float32", "bfloat16", "int8_channel", "int8_group32", "q4_0", "q4_1", "q5_0", "q8_0")

@@ -6,11 +6,11 @@ import gc
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from tokenmill.attention.base import LayerCache
 from tokenmill.attention.select import select_backend
 from tokenmill.checkpoints.base import Checkpoint, open_checkpoint
 from tokenmill.config import LlmArgs
@@ -22,6 +22,7 @@ from tokenmill.executor.engine_source import EngineTarget, open_engine
 from tokenmill.executor.program_factory import build_program_engine
 from tokenmill.executor.scheduling import make_core
 from tokenmill.kv_cache.tensors import allocate_caches
+from tokenmill.models.base import CausalLM
 from tokenmill.models.config import ModelConfig
 from tokenmill.ops.platform import free_memory
 from tokenmill.program.engine_config import is_engine
@@ -48,7 +49,11 @@ logger = logging.getLogger(__name__)
 
 
 def build_engine(
-    args: LlmArgs, on_progress: Callable[[str, int, int], None] | None = None, *, num_sharing: int = 1
+    args: LlmArgs,
+    on_progress: Callable[[str, int, int], None] | None = None,
+    *,
+    num_sharing: int = 1,
+    read: Callable[[], EnginePackage] | None = None,
 ) -> tuple[EngineCore, EngineDescription]:
     """Load the model, size and allocate its cache, and put scheduler and runner together.
 
@@ -56,6 +61,7 @@ def build_engine(
         args: `args.model` is a local path.
         on_progress: called while weights load.
         num_sharing: engines that are started now and share the device's free memory evenly.
+        read: gives the engine in `args.model`, if it is one; None: it is read now.
 
     Raises:
         UserError: the model or a parameter cannot be used.
@@ -65,7 +71,8 @@ def build_engine(
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
     if is_engine(Path(args.model)):
-        return build_program_engine(args, EnginePackage.load(args.model), on_progress, num_sharing=num_sharing)
+        package = EnginePackage.load(args.model) if read is None else read()
+        return build_program_engine(args, package, on_progress, num_sharing=num_sharing)
     device = resolve_device(args.device)
     if device.type == "cuda":  # what an engine before this one left unused is free, too
         gc.collect()
@@ -123,15 +130,38 @@ def _build_torch_engine(
     model = load_model(args, config, checkpoint, device, dtype, backend, on_progress)
     if cache_dtype.itemsize == 1:
         load_cache_scales(model, checkpoint)
-    slots = SlotState(args.max_batch_size, max_seq_len, memory.tokens_per_block, device)
+    runner, description = _make_runner(args, description, model, request, cache_dtype, num_sharing)
+    overlap = device.type == "cuda"  # elsewhere host and device are one
+    return make_core(args, description, runner, overlap=overlap), description
+
+
+def _make_runner(
+    args: LlmArgs,
+    description: EngineDescription,
+    model: CausalLM,
+    request: MemoryRequest,
+    cache_dtype: torch.dtype,
+    num_sharing: int,
+) -> tuple[ModelRunner, EngineDescription]:
+    """The runner, ready for its first plan; on a GPU its cache has the size that is left once steps have run."""
+    config, memory, device = description.model, description.memory, torch.device(description.device)
+    slots = SlotState(args.max_batch_size, description.max_seq_len, memory.tokens_per_block, device)
+    make_caches = partial(
+        allocate_caches,
+        config.num_layers,
+        tokens_per_block=memory.tokens_per_block,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        dtype=cache_dtype,
+        device=device,
+    )
     is_gpu = device.type == "cuda"
-    # On a GPU the first caches are just block 0: what is left for the cache is known once steps have run.
-    caches = _make_caches(description, 1 if is_gpu else memory.num_blocks, cache_dtype, device)
+    caches = make_caches(num_blocks=1 if is_gpu else memory.num_blocks)
     # One more for the scratch slot.
-    sampling = SlotSamplingParams(description.max_batch_size + 1, config.vocab_size, device)
+    sampling = SlotSamplingParams(args.max_batch_size + 1, config.vocab_size, device)
     runner = ModelRunner(model, caches, slots, sampling, use_graphs=args.enable_cuda_graphs)
     if is_gpu:
-        largest = largest_step(model, caches, slots, max_num_tokens, args.max_batch_size)
+        largest = largest_step(model, caches, slots, description.max_num_tokens, args.max_batch_size)
         decode = None
         if args.enable_cuda_graphs:
             decode = largest_decode_step(model, caches, slots, args.max_batch_size)
@@ -139,10 +169,9 @@ def _build_torch_engine(
         free = free_memory(device) // num_sharing + measured.weights
         memory = plan_memory(config, request, args.kv_cache_config, free, measured)
         description = replace(description, memory=memory)
-        runner.use_caches(_make_caches(description, memory.num_blocks, cache_dtype, device))
+        runner.use_caches(make_caches(num_blocks=memory.num_blocks))
         runner.warm_up()
-    # Host and device are one elsewhere: nothing overlaps.
-    return make_core(args, description, runner, overlap=is_gpu), description
+    return runner, description
 
 
 def _run_and_measure(
@@ -164,21 +193,6 @@ def _run_and_measure(
     run_together([largest, *runner.first_runs()], device)
     activations = max(peak_bytes(largest, device), sampling_bytes(num_logits))
     return MeasuredMemory(weights, activations, 0 if decode is None else GRAPHS_ROOM + peak_bytes(decode, device))
-
-
-def _make_caches(
-    description: EngineDescription, num_blocks: int, cache_dtype: torch.dtype, device: torch.device
-) -> tuple[LayerCache, ...]:
-    config = description.model
-    return allocate_caches(
-        config.num_layers,
-        num_blocks,
-        description.memory.tokens_per_block,
-        config.num_key_value_heads,
-        config.head_dim,
-        cache_dtype,
-        device,
-    )
 
 
 def _refuse_unsupported(args: LlmArgs) -> None:

@@ -19,7 +19,6 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from tokenmill.builder.build import build
 from tokenmill.builder.config import BuildConfig
 from tokenmill.builder.memory_plan import plan_memory
 from tokenmill.config import LlmArgs
@@ -74,6 +73,8 @@ def open_engine(
     cached = _load(folder)
     if cached is not None:
         return resized(cached, target)
+    from tokenmill.builder.build import build
+
     package: EnginePackage = build(path, config, on_progress=on_progress)
     _store(package, folder)
     return package

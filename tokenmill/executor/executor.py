@@ -39,6 +39,7 @@ from tokenmill.errors import (
 )
 from tokenmill.executor.deadlines import DeadlineTimer
 from tokenmill.executor.description import EngineDescription
+from tokenmill.executor.engine_reading import start_reading
 from tokenmill.executor.health import ExecutorHealth
 from tokenmill.executor.iteration_queue import IterationResultQueue
 from tokenmill.executor.request_table import RequestTable
@@ -97,11 +98,12 @@ class GenerationExecutor(ABC):
 
             return GenerationExecutorProxy(args, tokenizer, on_progress)
         limit_spinning(os.environ)
-        from tokenmill.executor.engine_factory import build_engine
+        read = start_reading(args.model)
+        from tokenmill.executor.engine_factory import build_engine  # torch, while the engine is read
         from tokenmill.executor.in_process import InProcessExecutor
 
         return InProcessExecutor(
-            partial(build_engine, args),
+            partial(build_engine, args, read=read),
             tokenizer,
             max_requests=args.max_queue_size + args.max_batch_size,
             grace_period=args.worker_config.grace_period,

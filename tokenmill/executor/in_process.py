@@ -67,7 +67,7 @@ class InProcessExecutor(GenerationExecutor):
         self._on_progress = on_progress
         self._started: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
         self._is_abandoned = False
-        self._thread = ManagedThread(self._run, name="tokenmill-engine", on_error=self._table.fail)
+        self._thread = ManagedThread(self._run, name="tokenmill-engine", on_error=self._on_error)
         try:
             self._thread.start()
             if tokenizer is not None:
@@ -101,6 +101,10 @@ class InProcessExecutor(GenerationExecutor):
         if hasattr(self, "_worker"):
             self._worker.stop()
         self._thread.join(HURRY_SECONDS)
+
+    def _on_error(self, cause: Exception) -> None:
+        self._table.fail(cause)
+        self._started.put(self._table.closed_by)  # if nobody waits for it any more, nobody reads it
 
     def _report(self, what: str, done: int, total: int) -> None:
         if self._is_abandoned:

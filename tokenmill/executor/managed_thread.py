@@ -59,10 +59,18 @@ class ManagedThread:
     def _run(self) -> None:
         try:
             self._task()
-        except Exception as error:  # the thread's boundary: the owner decides
+        except BaseException as cause:  # the thread's boundary: the owner decides, about a library's panic or exit, too
+            error = cause if isinstance(cause, Exception) else _as_exception(cause)
             self._error = error
             logger.exception("The thread %s ended with an error.", self._thread.name)
             try:
                 self._on_error(error)
             except Exception:
                 logger.critical("The error of thread %s could not be handled.", self._thread.name, exc_info=True)
+
+
+def _as_exception(cause: BaseException) -> Exception:
+    """Something that its receivers' `except Exception` takes. Panics of Rust libraries are no `Exception`, for one."""
+    error = RuntimeError(f"{type(cause).__name__}: {cause}")
+    error.__cause__ = cause
+    return error

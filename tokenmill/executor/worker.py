@@ -19,6 +19,7 @@ from tokenmill.errors import ProtocolError
 from tokenmill.executor.base_worker import BaseWorker
 from tokenmill.executor.child import Child
 from tokenmill.executor.description import EngineDescription
+from tokenmill.executor.engine_reading import start_reading
 from tokenmill.executor.managed_thread import ManagedThread
 from tokenmill.executor.messages import (
     Abort,
@@ -180,13 +181,15 @@ def _build(child: Child, start: StartWorker, args: LlmArgs) -> tuple[EngineCore,
         on_error=lambda error: None,
     )
     loading.start()
-    from tokenmill.executor.engine_factory import build_engine  # torch, while the tokenizer loads
+    read = start_reading(args.model)
+    from tokenmill.executor.engine_factory import build_engine  # torch, while tokenizer and engine load
 
     num_sharing = args.num_replicas if start.cache_tokens is None else 1
     engine, description = build_engine(
         _own_share(start, args),
         lambda what, done, total: child.send(Progress(what, done, total)),
         num_sharing=num_sharing,
+        read=read,
     )
     loading.join()
     if loading.error is not None:

@@ -55,8 +55,12 @@ _ALL: Final = (
     WeightFormat("q4_0", 32, 18, meaning="float16 d, 16 bytes: low nibbles are values 0..15; w = d * (q - 8)"),
     WeightFormat("q4_1", 32, 20, meaning="float16 d, float16 m, 16 bytes of nibbles as q4_0; w = d * q + m"),
     WeightFormat("q5_0", 32, 22, meaning="float16 d, 4 bytes of fifth bits, 16 bytes of nibbles; w = d * (q - 16)"),
+    WeightFormat("q5_1", 32, 24, meaning="float16 d, float16 m, then as q5_0; w = d * q + m"),
     WeightFormat("q8_0", 32, 34, meaning="float16 d, 32 int8; w = d * q"),
     WeightFormat("q4_k", 256, 144, meaning="float16 d and dmin, 12 bytes of 6-bit scales and minima, 128 of nibbles"),
+    WeightFormat("q2_k", 256, 84, meaning="16 bytes of 4-bit scales and minima, 64 of values, float16 d and dmin"),
+    WeightFormat("q3_k", 256, 110, meaning="32 bytes of third bits, 64 of low bits, 12 of 6-bit scales, float16 d"),
+    WeightFormat("q5_k", 256, 176, meaning="as q4_k, with 32 bytes of fifth bits before the nibbles"),
     WeightFormat("q6_k", 256, 210, meaning="128 bytes of low nibbles, 64 of high bits, 16 int8 scales, float16 d"),
 )
 

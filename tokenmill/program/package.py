@@ -77,6 +77,8 @@ class EnginePackage:
             engine has only the constants that come from no checkpoint.
         files: other files, by their path in the engine: the tokenizer's, `timing.cache`, `graph.html`.
         tokenizer_path: where the tokenizer can be loaded from; None: there is none.
+        region: memory in which all weights lie as a CPU's kernels want them: in huge pages, each at a multiple of 64;
+            None: they lie in a file that is mapped, or anywhere.
     """
 
     config: EngineConfig
@@ -84,6 +86,7 @@ class EnginePackage:
     weights: Mapping[str, Bytes]
     files: Mapping[str, FileContent] = field(default_factory=dict)
     tokenizer_path: Path | None = None
+    region: Bytes | None = field(default=None, repr=False)
     _extracted: _ExtractedFiles | None = field(default=None, repr=False)
     """Files that were taken out of a buffer; they live as long as the engine."""
 

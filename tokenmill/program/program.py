@@ -67,7 +67,7 @@ class Weight:
         name: unique in the program; key of its bytes in the engine's weight file.
         shape: logical shape.
         format: how its values are encoded (`formats.py`): `float32`, `bfloat16`, `int8_channel`, `int8_group32`,
-            `q4_0`, `q4_1`, `q5_0`, `q8_0`, `q4_k`, `q6_k`.
+            `q4_0`, `q4_1`, `q5_0`, `q5_1`, `q8_0`, `q2_k` to `q6_k`.
         layout: how the encoded values lie in memory: `rows`, or a packing that a linear kernel reads.
         parts: the checkpoint tensors that it is made of, for refit; empty for computed constants.
         transform: what is done to the parts' values: `none`, or `add_one` (norm weights of Gemma).

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from filelock import FileLock
 
+from tokenmill.env import read_environment
 from tokenmill.errors import EngineFileError
 
 _FORMAT: Final = "tokenmill-timing-cache"
@@ -128,6 +129,11 @@ def _entries(times: Any) -> Iterator[tuple[str, str, dict[str, float]]]:
 
 def _is_time(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
+def common_timing_cache() -> Path:
+    """The file that builds share unless `BuildConfig.timing_cache` names another one; executors look there, too."""
+    return read_environment().cache_dir / "timing.cache"
 
 
 def linear_key(weight_format: str, num_rows: int, num_columns: int, gated: bool, num_tokens: int) -> str:

@@ -35,8 +35,8 @@ from tokenmill.runtime.cpu_memory import FLOAT_BYTES, ProgramMemory
 from tokenmill.runtime.cpu_weights import CpuWeights, ExpertStack
 from tokenmill.runtime.kernel_choices import KernelChoices
 
-ExpertOp: TypeAlias = tuple[NativeFunction, tuple[int, ...]]
-"""A kernel and the arguments of its op row."""
+ExpertOp: TypeAlias = tuple[NativeFunction, tuple[int | NativeFunction, ...]]
+"""A kernel and the arguments of its op row, in which functions stand for their addresses."""
 
 _INT8_COLUMNS: Final = (int8_kernel.VALUES, int8_kernel.WEIGHT, int8_kernel.NUM_BLOCKS, int8_kernel.SCRATCH)
 _FLOAT_COLUMNS: Final = (float_kernel.X, float_kernel.WEIGHT, float_kernel.NUM_BLOCKS, float_kernel.SCRATCH)

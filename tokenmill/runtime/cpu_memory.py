@@ -69,8 +69,10 @@ class ProgramMemory:
         return self.buffers[operand.buffer].dtype == "int8_group32"
 
     def put(self, content: Bytes | Floats) -> int:
-        """A copy of `content` in memory that stays; its address."""
+        """The address of `content` in memory that stays: where it is, or of a copy."""
         flat = np.ascontiguousarray(content).view(np.uint8).reshape(-1)
+        if self.pages.holds(flat):
+            return flat.ctypes.data
         place = self.pages.take(flat.nbytes)
         place[:] = flat
         return place.ctypes.data

@@ -26,6 +26,7 @@ from tokenmill.ops.cpu.norm import rms_norm, rms_norm_arguments
 from tokenmill.ops.cpu.packing import FORMATS
 from tokenmill.ops.cpu.quantize import quantize, quantize_arguments
 from tokenmill.ops.cpu.rope import RopeOp, rope_write_cache, rotation, rotation_arguments
+from tokenmill.ops.cpu.threads import OpList
 from tokenmill.program.program import AttributeValue, Operand, Operation
 from tokenmill.runtime.cpu_experts import ExpertResources, expert_ops
 from tokenmill.runtime.cpu_memory import ProgramMemory
@@ -36,11 +37,21 @@ from tokenmill.runtime.step_arrays import StepArrays
 
 
 class Op(NamedTuple):
-    """An entry of the op list."""
+    """An entry of the op list. Arguments that are functions stand for their addresses."""
 
     kernel: NativeFunction
-    arguments: tuple[int, ...]
+    arguments: tuple[int | NativeFunction, ...]
     barrier: bool = True
+
+    @property
+    def functions(self) -> list[NativeFunction]:
+        """All that must be compiled before the op is run."""
+        return [self.kernel, *(one for one in self.arguments if isinstance(one, NativeFunction))]
+
+    def append_to(self, ops: OpList) -> None:
+        """Make it the next entry; what is not compiled yet is compiled now."""
+        numbers = (one.address if isinstance(one, NativeFunction) else one for one in self.arguments)
+        ops.append(self.kernel, *numbers, barrier=self.barrier)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,13 +152,15 @@ def _embedding(writer: OpWriter, operation: Operation, one: bool) -> Iterator[Op
     name, y = operation.weights["table"], operation.outputs["y"]
     table = writer.weights[name]
     num_rows, columns = table.shape
+    address, packed = writer.weights.table(name)
     arguments = embedding_arguments(
         token_ids=writer.memory.address(operation.inputs["token_ids"]),
-        table=writer.weights.rows(name),
+        table=address,
         table_format=table.format,
         num_rows=num_rows,
         columns=columns,
         output=writer.place(y),
+        packed=packed,
         scale=_number(operation.attributes["scale"]),
     )
     yield Op(embedding, arguments)

@@ -93,6 +93,8 @@ class CpuExecutor:
         # What the head reads must outlive it: logits of further rows may be asked for after the step.
         memory = ProgramMemory(package.program, arrays, apart=[buffer.name for buffer in self._parts.hidden])
         self._memory = memory
+        if package.region is not None:
+            memory.pages.adopt(package.region)
         self._caches = _allocate_caches(package.program, num_blocks, arrays.tokens_per_block, cache_dtype, memory.pages)
         self._step = np.zeros(STEP_SIZE, np.int64)
         self._step[_QUERY_STARTS] = arrays.query_start.ctypes.data
@@ -103,7 +105,7 @@ class CpuExecutor:
         self._most_likely: Integers = memory.pages.take(4 * arrays.max_num_rows).view(np.int32)
         writer = OpWriter(
             memory,
-            CpuWeights(package.program.weights, package.weights, memory),
+            CpuWeights(package.program, package.weights, memory),
             StepPlaces(
                 arrays, self._step.ctypes.data, self._caches, layer_caches(package.program), num_threads, deterministic
             ),
@@ -223,14 +225,15 @@ def _write_lists(
             *((operation, op) for operation in head for op in writer.write(operation, one=num_rows == 1)),
             *((parts.head[-1], op) for op in after if num_rows),
         ]
-    functions = [*STEP_FUNCTIONS, *(op.kernel for entries in written.values() for _, op in entries)]
+    of_ops = (function for entries in written.values() for _, op in entries for function in op.functions)
+    functions = [*STEP_FUNCTIONS, *of_ops]
     compile_all(functions, num_usable_cores(), lambda done, total: on_progress("kernels", done, total))
     body_names = {operation.name for operation in parts.body}
     lists = {}
     for sizes, entries in written.items():
         ops = OpList(len(entries))
         for _, op in entries:
-            ops.append(op.kernel, *op.arguments, barrier=op.barrier)
+            op.append_to(ops)
         names = tuple(operation.name for operation, _ in entries)
         lists[sizes] = _StepList(ops, sum(name in body_names for name in names), names)
     return lists

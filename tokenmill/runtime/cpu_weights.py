@@ -17,7 +17,7 @@ from tokenmill.ops.cpu.linear_float import pack_float_weight
 from tokenmill.ops.cpu.linear_int8 import LinearWeight
 from tokenmill.ops.cpu.packing import ENCODINGS, PackedWeight, pack_blocks, pack_floats, packed_bytes
 from tokenmill.program.formats import WEIGHT_FORMATS, rows_nbytes
-from tokenmill.program.program import Weight
+from tokenmill.program.program import Program, Weight
 from tokenmill.runtime.cpu_memory import ProgramMemory
 from tokenmill.runtime.huge_pages import Bytes
 from tokenmill.runtime.weight_decoding import decode_weight
@@ -50,13 +50,15 @@ class CpuWeights:
     """Brings weights into memory when an operation asks for them; each layout of a weight once.
 
     Args:
-        weights: of the program.
+        program: whose weights they are.
         contents: their bytes, by name.
         memory: where they go.
     """
 
-    def __init__(self, weights: tuple[Weight, ...], contents: Mapping[str, Bytes], memory: ProgramMemory) -> None:
-        self._weights = {weight.name: weight for weight in weights}
+    def __init__(self, program: Program, contents: Mapping[str, Bytes], memory: ProgramMemory) -> None:
+        self._weights = {weight.name: weight for weight in program.weights}
+        products = [operation for operation in program.operations if operation.kind == "linear"]
+        self._heads = {one.weights["weight"] for one in products if "activation" not in one.attributes}
         self._contents = contents
         self._memory = memory
         self._placed: dict[tuple[str, str], int] = {}
@@ -74,6 +76,14 @@ class CpuWeights:
         """Address of a weight's rows in its own format."""
         content = self._row_content(self._weights[name])
         return self._place(name, "rows", lambda: content)
+
+    def table(self, name: str) -> tuple[int, bool]:
+        """Address of a weight for look-ups, and whether it is packed: so is one that products read, too."""
+        if name not in self._heads:
+            return self.rows(name), False
+        if WEIGHT_FORMATS[self._weights[name].format].is_quantized:
+            return self.linear(name, gated=False).address, True
+        return self.float_linear(name, gated=False), True
 
     def linear(self, name: str, *, gated: bool) -> LinearWeight:
         """A quantized weight for the integer kernels."""

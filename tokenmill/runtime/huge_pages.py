@@ -22,6 +22,18 @@ class HugePages:
         self._regions: list[Bytes] = []
         self._rest: Bytes = np.zeros(0, np.uint8)
 
+    def adopt(self, region: Bytes) -> None:
+        """Keep memory that somebody else took from the system; `holds` is true for what lies in it."""
+        self._regions.append(region)
+
+    def holds(self, content: Bytes) -> bool:
+        """Whether a vector lies in this memory, at a multiple of 64."""
+        address = content.ctypes.data
+        return address % ALIGNMENT == 0 and any(
+            region.ctypes.data <= address and address + content.nbytes <= region.ctypes.data + region.nbytes
+            for region in self._regions
+        )
+
     def take(self, num_bytes: int) -> Bytes:
         """The next piece: zeros at an address that is a multiple of 64."""
         size = -(-num_bytes // ALIGNMENT) * ALIGNMENT

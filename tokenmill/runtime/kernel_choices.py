@@ -1,4 +1,4 @@
-"""`KernelChoices`: which variant of a kernel an engine uses on this machine, by the times that its build measured."""
+"""`KernelChoices`: which variant of a kernel an engine uses on this machine, by the times that builds measured."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from tokenmill.errors import EngineFileError
 from tokenmill.ops.cpu.linear_int8 import LinearVariant, LinearWeight, linear_variants
 from tokenmill.ops.cpu.machine import machine_key
 from tokenmill.program.package import TIMING_CACHE_NAME, EnginePackage
-from tokenmill.program.timing_cache import TimingCache, linear_key
+from tokenmill.program.timing_cache import TimingCache, common_timing_cache, linear_key
 
 logger = logging.getLogger(__name__)
 
@@ -34,24 +35,28 @@ class KernelChoices:
 
     @staticmethod
     def of(package: EnginePackage, num_threads: int) -> KernelChoices:
-        """What the build of an engine measured, if it was on this machine.
+        """What was measured on this machine: by the build of an engine, or else by builds of others here.
 
         Raises:
             EngineFileError: the engine's timing cache is damaged.
         """
         content = package.files.get(TIMING_CACHE_NAME)
-        if content is None:
-            return KernelChoices()
-        text = content.read_bytes() if isinstance(content, Path) else content
-        cache, machine = TimingCache.decode(text, TIMING_CACHE_NAME), machine_key(num_threads)
-        if cache.times and machine not in cache.times:
+        cache, machine = TimingCache(), machine_key(num_threads)
+        if content is not None:
+            text = content.read_bytes() if isinstance(content, Path) else content
+            cache = TimingCache.decode(text, TIMING_CACHE_NAME)
+        profiles = package.config.build_config.get("profiles", ())
+        if machine in cache.times:
+            return KernelChoices(cache, machine, profiles)
+        common = _common_cache()
+        if machine not in common.times and cache.times:
             logger.info(
                 "The engine's kernels were measured on '%s', not on '%s': the usual ones are used. "
                 "`tokenmill build` measures them here.",
                 next(iter(cache.times)),
                 machine,
             )
-        return KernelChoices(cache, machine, package.config.build_config.get("profiles", ()))
+        return KernelChoices(common, machine, profiles)
 
     def linear(self, weight: LinearWeight, *, one_token: bool) -> LinearVariant | None:
         """The variant for products of one token with `weight`, or the best over all larger numbers that were measured;
@@ -72,3 +77,12 @@ class KernelChoices:
         scores = {name: sum(times[name] / min(times.values()) for times in rows) for name in names}
         usual, best = names[0], min(names, key=lambda name: scores[name])
         return variants[usual if scores[usual] <= MARGIN * scores[best] else best]
+
+
+def _common_cache() -> TimingCache:
+    """What all builds of this user measured; nothing if that cannot be read."""
+    try:
+        return TimingCache.load(common_timing_cache())
+    except EngineFileError as error:
+        logger.warning("%s", error)
+        return TimingCache()

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from tokenmill.attention.base import LayerCache
 from tokenmill.engine.plan import BatchPlan, BlockCopy, Row
@@ -23,7 +24,7 @@ from tokenmill.runtime.device_errors import device_errors
 from tokenmill.runtime.phases import phase
 from tokenmill.runtime.slot_runner import LaunchedStep, SlotRunner
 from tokenmill.runtime.slot_state import SlotState
-from tokenmill.runtime.step_graphs import StepGraphs, StepResult, StepSize
+from tokenmill.runtime.step_graphs import StepGraphs, StepResult, StepSize, batch_bucket
 from tokenmill.runtime.step_inputs import StepInputs, inputs_of_rows
 from tokenmill.sampling.sampled_tokens import TokenReadback
 from tokenmill.sampling.slot_params import SlotSamplingParams
@@ -138,8 +139,19 @@ class ModelRunner(SlotRunner):
         if len(sampled_rows) < len(rows):
             index = upload(np.array(sampled_rows, np.int64), slots.device)
             last, slots, positions = last[index], slots[index], positions[index]
-        logits = self._model.compute_logits(hidden[last])  # [sampled, V]
+        logits = self._logits(hidden[last])
         return self._choose(logits, slots, positions, [rows[row] for row in sampled_rows])
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:  # [n, V]
+        """Logits of n rows, on a GPU computed with as many rows as a captured step has.
+
+        A library that meets a new number of rows may load another kernel, which holds up a step by a tenth of a second.
+        """
+        num_rows = hidden.shape[0]
+        num_more = 0 if self._graphs is None else batch_bucket(num_rows, self._slots.scratch_slot) - num_rows
+        if num_more:
+            hidden = functional.pad(hidden, (0, 0, 0, num_more))
+        return self._model.compute_logits(hidden)[:num_rows]
 
     # ---- steps from graphs -----------------------------------------------------------------------------------
 
@@ -157,7 +169,7 @@ class ModelRunner(SlotRunner):
         assert result.hidden is not None
         index = upload(np.array(sampled_rows, np.int64), self._slots.device)
         slots, positions = result.inputs.slots[index], result.inputs.next_positions[index]
-        logits = self._model.compute_logits(result.hidden[index])
+        logits = self._logits(result.hidden[index])
         readback = self._choose(logits, slots, positions, [rows[row] for row in sampled_rows])
         return LaunchedStep(plan, sampled_rows, readback, {})
 

@@ -18,6 +18,6 @@ PREFIX = "tokenmill: "
 
 def phase(name: str) -> AbstractContextManager[Any]:
     """A context manager; what runs in it is `name` on the profiler's timeline."""
-    if not torch.autograd._profiler_enabled():
+    if not torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
         return nullcontext()
     return record_function(PREFIX + name)

@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from tokenmill.ops.compile_once import compile_once
+
 MAX_THREADS = 16
 
 
@@ -18,7 +20,6 @@ def run_together(steps: Sequence[Callable[[], object]], device: torch.device) ->
 
     All threads launch into the default stream, so that steps share tensors as if they ran one after the other.
     """
-    from tokenmill.ops.triton.compile_once import compile_once
 
     def run(step: Callable[[], object]) -> None:
         torch.cuda.set_device(device)

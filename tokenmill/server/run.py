@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import signal
 import socket
 import threading
@@ -19,8 +21,12 @@ from tokenmill.server.app import create_app
 if TYPE_CHECKING:
     from tokenmill.llm import LLM
 
+logger = logging.getLogger("uvicorn.error")  # what a server says of itself; `log_level` is its level
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _BACKLOG = 2048
+_CTRL_C_SECONDS = 5
+"""Longest time that running requests get after Ctrl-C."""
 
 
 def serve(
@@ -35,10 +41,10 @@ def serve(
     shutdown_timeout: float = 30.0,
     on_start: Callable[[str], None] | None = None,
 ) -> None:
-    """Answer HTTP requests until SIGINT or SIGTERM (in the main thread; a second SIGINT does not wait).
+    """Answer HTTP requests until SIGTERM or Ctrl-C (SIGINT), in the main thread.
 
-    On the signal no new connections are taken; running requests may finish for `shutdown_timeout` seconds and are
-    cancelled then.
+    On the signal no new connections are taken; running requests may finish for `shutdown_timeout` seconds, after Ctrl-C
+    for 5 at the most, and are cancelled then. A second Ctrl-C does not wait.
 
     Args:
         llm: stays the caller's, to be shut down after this returns.
@@ -61,10 +67,32 @@ def serve(
     config = uvicorn.Config(
         app, log_level=log_level, timeout_graceful_shutdown=max(1, round(shutdown_timeout)), ws="none", lifespan="off"
     )
-    with listener, _signals_end_here():
+    with listener, _signals_end_here(), _quiet_cancellation():
         if on_start is not None:
             on_start(_url(listener))
-        uvicorn.Server(config).run(sockets=[listener])
+        _Server(config).run(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    """A server that does not let somebody at a terminal wait for long."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The handler of both signals."""
+        if sig == signal.SIGINT:
+            patience = self.config.timeout_graceful_shutdown
+            self.config.timeout_graceful_shutdown = min(_CTRL_C_SECONDS, patience or _CTRL_C_SECONDS)
+        super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let running requests finish, for a while."""
+        num_running = len(self.server_state.tasks)
+        if num_running:
+            logger.warning(
+                "%d requests may finish within %d s; Ctrl-C ends them now.",
+                num_running,
+                self.config.timeout_graceful_shutdown,
+            )
+        await super().shutdown(sockets)
 
 
 def open_listener(host: str, port: int) -> socket.socket:
@@ -102,6 +130,20 @@ def _url(listener: socket.socket) -> str:
     if listener.family == socket.AF_INET6:
         host = f"[{host}]"
     return f"http://{host}:{port}"
+
+
+@contextmanager
+def _quiet_cancellation() -> Iterator[None]:
+    """Requests that were cancelled because the server ends are no errors of the application: no tracebacks."""
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError)
+
+    logger.addFilter(is_news)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_news)
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from tokenmill.ops.cpu.compile_processes import compile_all
 from tokenmill.ops.cpu.jit import NativeFunction
 from tokenmill.ops.cpu.native_types import int64
 
+pytestmark = pytest.mark.spec("H1")
+
 
 @pytest.fixture(autouse=True)
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -11,11 +11,11 @@ from tests.support.packed_linear import file_blocks, make_weight
 from tokenmill.errors import UnsupportedFeatureError
 from tokenmill.ops.cpu.embedding import embedding, embedding_arguments
 from tokenmill.ops.cpu.linear_float import pack_float_weight
-from tokenmill.ops.cpu.packing import FORMATS
+from tokenmill.ops.cpu.packing import BLOCK_READERS, FORMATS, pack_blocks
 
 IDS = torch.tensor([3, 0, 36, 3, 17], dtype=torch.int32)
 ROWS, COLUMNS = 37, 256
-BLOCK_FORMATS = ("q4_0", "q4_1", "q5_0", "q8_0", "q4_k", "q6_k")
+BLOCK_FORMATS = tuple(BLOCK_READERS)
 
 
 def check(table: np.ndarray, table_format: str, values: torch.Tensor, *, packed: bool) -> None:
@@ -54,6 +54,28 @@ def test_packed_rows(table_format: str) -> None:
     check(weight.data, table_format, torch.from_numpy(values), packed=True)
 
 
+@pytest.mark.parametrize("table_format", BLOCK_FORMATS)
+def test_packed_rows_are_the_rows_of_the_file(table_format: str) -> None:
+    """To the bit: an engine keeps a tied embedding packed alone."""
+    raw, _ = file_blocks(table_format, ROWS, COLUMNS)
+    packed = pack_blocks(table_format, [np.ascontiguousarray(raw)], COLUMNS)
+    found = []
+    for table, is_packed in ((np.ascontiguousarray(raw), False), (packed.data, True)):
+        y = nans(len(IDS), COLUMNS)
+        arguments = embedding_arguments(
+            token_ids=IDS.data_ptr(),
+            table=table.ctypes.data,
+            table_format=table_format,
+            num_rows=ROWS,
+            columns=COLUMNS,
+            output=matrix(y, 0),
+            packed=is_packed,
+        )
+        run_ops([(embedding, arguments)], len(IDS))
+        found.append(y)
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("columns", [40, 64])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -83,5 +105,5 @@ def test_rows_of_int8_group32() -> None:
 
 
 def test_an_unknown_format_is_refused() -> None:
-    with pytest.raises(UnsupportedFeatureError, match="q3_k"):
-        embedding_arguments(token_ids=0, table=0, table_format="q3_k", num_rows=1, columns=256, output=(0, 0))
+    with pytest.raises(UnsupportedFeatureError, match="iq4_nl"):
+        embedding_arguments(token_ids=0, table=0, table_format="iq4_nl", num_rows=1, columns=256, output=(0, 0))

@@ -28,7 +28,7 @@ from tokenmill.runtime.step_arrays import StepArrays
 pytestmark = pytest.mark.spec("E2")
 
 MAX_TOKENS = 300
-FORMATS = (*CAN_ENCODE, "q4_k", "q6_k")
+FORMATS = (*CAN_ENCODE, "q2_k", "q4_k", "q6_k")
 
 
 # ---- who goes where --------------------------------------------------------------------------------------------------
@@ -190,12 +190,12 @@ class Run:
         )
         self.memory = ProgramMemory(program, arrays, ["x", "logits", "y"])
         contents = {name: rows.reshape(-1) for name, rows in one.encoded.items()}
-        weights = CpuWeights(program.weights, contents, self.memory)
+        weights = CpuWeights(program, contents, self.memory)
         self._places = StepPlaces(arrays, 0, (), (), num_threads)
         entries = OpWriter(self.memory, weights, self._places).write(program.operations[0], one=False)
         self.ops = OpList(len(entries))
         for op in entries:
-            self.ops.append(op.kernel, *op.arguments, barrier=op.barrier)
+            op.append_to(self.ops)
 
     def __call__(self, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         num_tokens = len(x)

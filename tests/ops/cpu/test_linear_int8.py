@@ -172,5 +172,5 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         arguments(plain, x=Activations(64, 1))
     with pytest.raises(InvalidParameterError, match="first group"):
         arguments(gated, activation="silu", y=Activations(64, 3, 1))
-    with pytest.raises(UnsupportedFeatureError, match="'q2_k'"):
-        linear_kernel("q2_k", one_token=True)
+    with pytest.raises(UnsupportedFeatureError, match="'iq4_nl'"):
+        linear_kernel("iq4_nl", one_token=True)

@@ -47,9 +47,10 @@ def read_value(weight: PackedWeight, row: int, column: int) -> float:
         padded = weight.data[-(len(weight.data) % (num_groups * encoding.group_bytes)) :].view(np.float32)
         return float(padded[position * 16 + lane]) * (value - encoding.zero_point)
     floats = record[: encoding.values_offset].view({2: np.float16, 4: np.float32}[encoding.scale_bytes])
-    scale = float(floats[(inside // 16 if encoding.scales_per_group == 2 else 0) * 16 + lane])
+    index = inside // 16 if encoding.scales_per_group == 2 else 0
+    scale = float(floats[index * 16 + lane])
     if encoding.has_minimum:
-        return scale * value + float(floats[16 + lane])
+        return scale * value + float(floats[(encoding.scales_per_group + index) * 16 + lane])
     return scale * (value - encoding.zero_point)
 
 
@@ -115,8 +116,8 @@ def test_what_cannot_be_packed_is_refused() -> None:
         pack_blocks("q4_0", [raw, raw[:2]], 64, gated=True)
     with pytest.raises(UnsupportedFeatureError, match="not a block format"):
         pack_blocks("int8_channel", [raw], 64)
-    with pytest.raises(UnsupportedFeatureError, match="'q3_k'"):
-        pack_blocks("q3_k", [raw], 64)
+    with pytest.raises(UnsupportedFeatureError, match="'iq4_nl'"):
+        pack_blocks("iq4_nl", [raw], 64)
     with pytest.raises(UnsupportedFeatureError, match="cannot be packed as q4_0"):
         pack_floats("q4_0", [np.zeros((2, 32), np.float32)])
     with pytest.raises(InvalidParameterError, match=r"\[32, 64\] columns"):

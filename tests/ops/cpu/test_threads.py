@@ -137,6 +137,7 @@ def workers() -> list[str]:
 
 
 def test_threads_end_with_their_pool() -> None:
+    gc.collect()  # pools of tests before this one
     before = len(workers())
     pool = ThreadPool(3)
     assert len(workers()) == before + 2
@@ -177,6 +178,7 @@ def test_a_process_ends_while_its_pool_is_open() -> None:
 
 def test_a_pool_ends_between_two_steps() -> None:
     """Within a step one worker would leave, and another wait for it."""
+    gc.collect()
     pool = ThreadPool(3)
     before = workers()
     with pool._lock:  # a step is under way

@@ -23,21 +23,13 @@ PADDED_ROWS: Final = FIRST_ARGUMENT + 7  # of a packed table
 SCALE: Final = FIRST_ARGUMENT + 8
 
 TABLE_FORMATS: Final = (*FORMATS, "float32", "bfloat16")
-Q4_0, Q4_1, Q5_0, Q8_0, Q4_K, Q6_K, INT8_GROUP32, INT8_CHANNEL, FLOAT32, BFLOAT16 = (
-    TABLE_FORMATS.index(name)
-    for name in (
-        "q4_0",
-        "q4_1",
-        "q5_0",
-        "q8_0",
-        "q4_k",
-        "q6_k",
-        "int8_group32",
-        "int8_channel",
-        "float32",
-        "bfloat16",
-    )
+Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 = (TABLE_FORMATS.index(name) for name in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0"))
+Q2_K, Q3_K, Q4_K, Q5_K = (TABLE_FORMATS.index(f"q{bits}_k") for bits in (2, 3, 4, 5))
+INT8_GROUP32, INT8_CHANNEL, FLOAT32, BFLOAT16 = (
+    TABLE_FORMATS.index(name) for name in ("int8_group32", "int8_channel", "float32", "bfloat16")
 )
+BLOCK_COLUMNS: Final = tuple(encoding.block_columns for encoding in ENCODINGS)
+BLOCK_BYTES: Final = tuple(encoding.block_bytes for encoding in ENCODINGS)
 
 # Of `packing.ENCODINGS`, by the number of the format.
 BITS: Final = tuple(encoding.bits for encoding in ENCODINGS)
@@ -50,7 +42,7 @@ GROUP_BYTES: Final = tuple(encoding.group_bytes for encoding in ENCODINGS)
 
 HALF_GROUP: Final = GROUP_SIZE // 2
 K_GROUPS: Final = 8
-"""Groups of 32 in a block of q4_k and q6_k."""
+"""Groups of 32 in a block of 256 columns."""
 
 SIX_BITS: Final = 63
 
@@ -70,10 +62,9 @@ def row_value(weight_format: int, place: int, group: int, column: int) -> float:
     if weight_format == Q8_0:
         block = place + group * 34
         return load_f16(block) * float32(load_i8(block + 2 + column))
-    if weight_format == Q4_K:
-        return q4_k_value(place + group // K_GROUPS * 144, group % K_GROUPS, column)
-    if weight_format == Q6_K:
-        return q6_k_value(place + group // K_GROUPS * 210, group % K_GROUPS, column)
+    if BLOCK_COLUMNS[weight_format] > GROUP_SIZE:
+        block = place + group // K_GROUPS * BLOCK_BYTES[weight_format]
+        return k_block_value(weight_format, block, group % K_GROUPS, column)
     shift = 4 if column >= HALF_GROUP else 0
     byte = column % HALF_GROUP
     if weight_format == Q4_0:
@@ -83,6 +74,11 @@ def row_value(weight_format: int, place: int, group: int, column: int) -> float:
         block = place + group * 20
         value = load_u8(block + 4 + byte) >> shift & NIBBLE
         return load_f16(block) * float32(value) + load_f16(block + 2)
+    if weight_format == Q5_1:
+        block = place + group * 24
+        fifth = load_u8(block + 4 + column // 8) >> column % 8 & 1
+        value = load_u8(block + 8 + byte) >> shift & NIBBLE | fifth << 4
+        return load_f16(block) * float32(value) + load_f16(block + 2)
     block = place + group * 22
     fifth = load_u8(block + 2 + column // 8) >> column % 8 & 1
     value = load_u8(block + 6 + byte) >> shift & NIBBLE | fifth << 4
@@ -90,8 +86,40 @@ def row_value(weight_format: int, place: int, group: int, column: int) -> float:
 
 
 @device
-def q4_k_value(block: int, group: int, column: int) -> float:
-    """Of a block of 256: 8 groups with scales and minimums of 6 bits."""
+def k_block_value(weight_format: int, block: int, group: int, column: int) -> float:
+    """Of a block of 256 columns: 8 groups."""
+    if weight_format == Q2_K:
+        return q2_k_value(block, group, column)
+    if weight_format == Q3_K:
+        return q3_k_value(block, group, column)
+    if weight_format in (Q4_K, Q5_K):
+        return q4_k_value(weight_format, block, group, column)
+    return q6_k_value(block, group, column)
+
+
+@device
+def q2_k_value(block: int, group: int, column: int) -> float:
+    """Of a block with 16 scales and minimums of 4 bits, for 16 columns each."""
+    value = load_u8(block + 16 + group // 4 * GROUP_SIZE + column) >> group % 4 * 2 & 3
+    mixed = load_u8(block + 2 * group + column // HALF_GROUP)
+    scale = load_f16(block + 80) * float32(mixed & NIBBLE)
+    return scale * float32(value) - load_f16(block + 82) * float32(mixed >> 4)
+
+
+@device
+def q3_k_value(block: int, group: int, column: int) -> float:
+    """Of a block with 16 scales of 6 bits, for 16 columns each."""
+    low = load_u8(block + GROUP_SIZE + group // 4 * GROUP_SIZE + column) >> group % 4 * 2 & 3
+    value = low | (load_u8(block + column) >> group & 1) << 2
+    index = 2 * group + column // HALF_GROUP
+    nibble = load_u8(block + 96 + index % 8) >> index // 8 * 4 & NIBBLE
+    scale = nibble | (load_u8(block + 104 + index % 4) >> index // 4 * 2 & 3) << 4
+    return load_f16(block + 108) * float32(scale - 32) * float32(value - 4)
+
+
+@device
+def q4_k_value(weight_format: int, block: int, group: int, column: int) -> float:
+    """Of a block of q4_k or q5_k: 8 groups with scales and minimums of 6 bits."""
     scales = block + 4
     if group < 4:
         scale, minimum = load_u8(scales + group) & SIX_BITS, load_u8(scales + 4 + group) & SIX_BITS
@@ -99,7 +127,10 @@ def q4_k_value(block: int, group: int, column: int) -> float:
         mixed = load_u8(scales + 4 + group)
         scale = mixed & NIBBLE | load_u8(scales + group - 4) >> 6 << 4
         minimum = mixed >> 4 | load_u8(scales + group) >> 6 << 4
-    value = load_u8(block + 16 + group // 2 * GROUP_SIZE + column) >> group % 2 * 4 & NIBBLE
+    nibbles, fifth = block + 16, 0
+    if weight_format == Q5_K:
+        nibbles, fifth = block + 48, load_u8(block + 16 + column) >> group & 1
+    value = load_u8(nibbles + group // 2 * GROUP_SIZE + column) >> group % 2 * 4 & NIBBLE | fifth << 4
     return load_f16(block) * float32(scale) * float32(value) - load_f16(block + 2) * float32(minimum)
 
 
@@ -115,7 +146,7 @@ def q6_k_value(block: int, group: int, column: int) -> float:
 
 @device
 def packed_scale(weight_format: int, place: int, index: int, lane: int) -> float:
-    """The index-th number (scales, then minimum) of a row in a packed group."""
+    """The index-th number (scales, then minimums) of a row in a packed group."""
     if SCALE_BYTES[weight_format] == 2:
         return load_f16(place + 2 * (index * ROW_BLOCK + lane))
     return load_f32(place + 4 * (index * ROW_BLOCK + lane))
@@ -150,9 +181,10 @@ def packed_value(row: int, weight_format: int, table_row: int, group: int, colum
         scales = table + argument(row, PADDED_ROWS) // ROW_BLOCK * num_groups * group_bytes
         return number * load_f32(scales + 4 * table_row)
     scales_per_group = SCALES_PER_GROUP[weight_format]
-    result = number * packed_scale(weight_format, place, column * scales_per_group // GROUP_SIZE, lane)
+    index = column * scales_per_group // GROUP_SIZE
+    result = number * packed_scale(weight_format, place, index, lane)
     if HAS_MINIMUM[weight_format] != 0:
-        result += packed_scale(weight_format, place, scales_per_group, lane)
+        result += packed_scale(weight_format, place, scales_per_group + index, lane)
     return result
 
 
@@ -168,15 +200,7 @@ def row_bytes(weight_format: int, columns: int) -> int:
         return 4 + columns
     if weight_format == INT8_GROUP32:
         return 34 * num_groups
-    if weight_format == Q4_0:
-        return 18 * num_groups
-    if weight_format == Q4_1:
-        return 20 * num_groups
-    if weight_format == Q5_0:
-        return 22 * num_groups
-    if weight_format == Q8_0:
-        return 34 * num_groups
-    return (144 if weight_format == Q4_K else 210) * (num_groups // K_GROUPS)
+    return columns // BLOCK_COLUMNS[weight_format] * BLOCK_BYTES[weight_format]
 
 
 @kernel

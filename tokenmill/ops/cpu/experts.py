@@ -314,8 +314,8 @@ class ExpertProducts:
     columns: tuple[int, int, int, int]
     scratch_bytes: int
 
-    def arguments(self) -> tuple[int, ...]:
-        """The row from `FIRST_ARGUMENT` on.
+    def arguments(self) -> tuple[int | NativeFunction, ...]:
+        """The row from `FIRST_ARGUMENT` on; the kernels stand for their addresses.
 
         Raises:
             InvalidParameterError: the weight is not whole chunks.
@@ -327,7 +327,7 @@ class ExpertProducts:
             self.lists.address,
             self.lists.num_experts,
             self.template,
-            *(kernel.address for kernel in self.kernels),
+            *self.kernels,
             self.parts,
             INNER_ROW if self.reads_inner else INPUT_ROW,
             self.input_bytes,

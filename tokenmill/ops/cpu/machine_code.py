@@ -33,6 +33,7 @@ class Processor:
     features: str
 
 
+@cache
 def host_processor() -> Processor:
     """This machine's."""
     return Processor(llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten())

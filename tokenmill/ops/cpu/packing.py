@@ -5,16 +5,17 @@ other, so that a thread reads one sequential stream. The bytes of one group of a
 
 | part | content |
 |---|---|
-| scales | 16 rows of float16 or float32; two such vectors for q6_k (columns 0-15 and 16-31); none for int8_channel |
-| minimums | 16 rows of the same type, for q4_1 and q4_k |
+| scales | 16 rows of float16 or float32; two such vectors for q2_k, q3_k and q6_k (columns 0-15 and 16-31) |
+| minimums | as many vectors of the same type, for q4_1, q5_1, q2_k, q4_k and q5_k |
 | values of 8 bits | 8 vectors of 64 bytes: byte 4 r + j of vector i is row r, column 4 i + j, unsigned |
 | values of 4 bits | 4 such vectors: column 4 i + j in the low, 16 + 4 i + j in the high half of the byte |
 | values of 5 bits | as for 4 bits, then one vector: bit i of byte 4 r + j is the fifth bit of column 4 i + j |
 | values of 6 bits | as for 4 bits, then two vectors: bits 2 i of vector h are the high bits of column 16 h + 4 i + j |
 
-A weight is scale * (value - zero point), or scale * value + minimum. int8_channel has one float32 per row behind all
-row blocks. Rows are padded to a multiple of 32 with zeros; in a gated weight blocks of 16 gate rows and 16 up rows
-alternate (both padded to 32), so that one thread has both.
+Values of 2 and 3 bits are packed as 4. A weight is scale * (value - zero point), or scale * value + minimum.
+int8_channel has no scales there but one float32 per row behind all row blocks. Rows are padded to a multiple of 32 with
+zeros; in a gated weight blocks of 16 gate rows and 16 up rows alternate (both padded to 32), so that one thread has
+both.
 """
 
 from __future__ import annotations
@@ -34,9 +35,11 @@ FloatArray: TypeAlias = npt.NDArray[np.float32]
 
 ROW_BLOCK: Final = 16
 ROW_PADDING: Final = 32
+ONE: Final = np.uint8(1)
+THREE: Final = np.uint8(3)
 NIBBLE: Final = np.uint8(15)
 K_BLOCK: Final = 256
-"""Columns of a block of q4_k and q6_k."""
+"""Columns of a block of q2_k to q6_k."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,10 @@ ENCODINGS: Final = (
     Encoding("q6_k", 6, 4, zero_point=32, scales_per_group=2, block_columns=K_BLOCK, block_bytes=210),
     Encoding("int8_group32", 8, 2, zero_point=128),
     Encoding("int8_channel", 8, 0, zero_point=128),
+    Encoding("q5_1", 5, 2, has_minimum=True, block_columns=32, block_bytes=24),
+    Encoding("q5_k", 5, 4, has_minimum=True, block_columns=K_BLOCK, block_bytes=176),
+    Encoding("q3_k", 4, 4, zero_point=4, scales_per_group=2, block_columns=K_BLOCK, block_bytes=110),
+    Encoding("q2_k", 4, 4, has_minimum=True, scales_per_group=2, block_columns=K_BLOCK, block_bytes=84),
 )
 """Formats that the int8 linear kernels read; kernels are told the index."""
 
@@ -160,7 +167,7 @@ class Rows:
     Args:
         words: uint32 [rows, groups, vectors], values as they are packed.
         scales: float [rows, groups, 1 or 2], or [rows] for int8_channel.
-        minimums: float [rows, groups, 1], or None.
+        minimums: likewise, or None.
     """
 
     words: npt.NDArray[np.uint32]
@@ -179,7 +186,7 @@ def pack_blocks(
     """Pack tensors of one GGUF block type, as one weight with their rows one after the other. No value changes.
 
     Args:
-        weight_format: q4_0, q4_1, q5_0, q8_0, q4_k or q6_k.
+        weight_format: one of `BLOCK_READERS`.
         parts: each tensor's blocks, uint8 [rows, bytes of a row].
         num_columns: input features.
         row_order: for each part, row i of the weight is row `row_order[i]` of the tensor; None where rows stay.
@@ -325,15 +332,64 @@ def _read_q8_0(blocks: ByteArray) -> Rows:
     return Rows(byte_words(blocks[..., 2:] ^ 128), _halves(blocks, 0, 1))
 
 
-def _read_q4_k(blocks: ByteArray) -> Rows:
-    rows, count = blocks.shape[:2]
-    packed, low = blocks[..., 4:16], blocks[..., 16:].reshape(rows, count, 4, GROUP_SIZE)
+def _read_q5_1(blocks: ByteArray) -> Rows:
+    values = np.concatenate([blocks[..., 8:] & NIBBLE, blocks[..., 8:] >> 4], axis=-1)
+    high = np.unpackbits(blocks[..., 4:8], axis=-1, bitorder="little")
+    return Rows(split_words(values | (high << 4), 5), _halves(blocks, 0, 1), _halves(blocks, 1, 1))
+
+
+def _k_scales(blocks: ByteArray) -> tuple[FloatArray, FloatArray]:
+    """Scales and minimums of the 8 groups of q4_k and q5_k blocks, [rows, groups, 1]."""
+    rows, packed = len(blocks), blocks[..., 4:16]
     scales = np.concatenate([packed[..., :4] & 63, (packed[..., 8:] & NIBBLE) | (packed[..., :4] >> 6 << 4)], axis=-1)
     minimums = np.concatenate([packed[..., 4:8] & 63, (packed[..., 8:] >> 4) | (packed[..., 4:8] >> 6 << 4)], axis=-1)
-    values = np.stack([low & NIBBLE, low >> 4], axis=3).reshape(rows, -1, GROUP_SIZE)
     step = _halves(blocks, 0, 1).astype(np.float32) * scales
     shift = _halves(blocks, 1, 1).astype(np.float32) * minimums
-    return Rows(nibble_words(values), step.reshape(rows, -1, 1), -shift.reshape(rows, -1, 1))
+    return step.reshape(rows, -1, 1), -shift.reshape(rows, -1, 1)
+
+
+def _k_nibbles(low: ByteArray) -> ByteArray:
+    """Low halves of bytes [rows, blocks, 128], 32 of them, then their high halves: [rows, blocks, 8, 32]."""
+    parts = low.reshape(*low.shape[:2], 4, GROUP_SIZE)
+    return np.stack([parts & NIBBLE, parts >> 4], axis=3).reshape(*low.shape[:2], 8, GROUP_SIZE)
+
+
+def _read_q4_k(blocks: ByteArray) -> Rows:
+    values = _k_nibbles(blocks[..., 16:]).reshape(len(blocks), -1, GROUP_SIZE)
+    return Rows(nibble_words(values), *_k_scales(blocks))
+
+
+def _read_q5_k(blocks: ByteArray) -> Rows:
+    high: ByteArray = blocks[..., None, 16:48] >> np.arange(8, dtype=np.uint8).reshape(8, 1) & ONE
+    values: ByteArray = _k_nibbles(blocks[..., 48:]) | (high << np.uint8(4))
+    return Rows(split_words(values.reshape(len(blocks), -1, GROUP_SIZE), 5), *_k_scales(blocks))
+
+
+def _k_pairs(low: ByteArray) -> ByteArray:
+    """Pairs of bits of bytes [rows, blocks, 64], the lowest of 32 bytes first: [rows, blocks, 8, 32]."""
+    shifts = np.array([0, 2, 4, 6], np.uint8).reshape(4, 1)
+    pairs: ByteArray = low.reshape(*low.shape[:2], 2, 1, GROUP_SIZE) >> shifts & THREE
+    return pairs.reshape(*low.shape[:2], 8, GROUP_SIZE)
+
+
+def _read_q3_k(blocks: ByteArray) -> Rows:
+    rows = len(blocks)
+    high: ByteArray = blocks[..., None, :32] >> np.arange(8, dtype=np.uint8).reshape(8, 1) & ONE
+    values: ByteArray = _k_pairs(blocks[..., 32:96]) | (high << np.uint8(2))
+    low, rest = blocks[..., None, 96:104], blocks[..., None, 104:108]
+    nibbles = (low >> np.array([[0], [4]], np.uint8) & NIBBLE).reshape(rows, -1, 16)
+    pairs = (rest >> np.array([[0], [2], [4], [6]], np.uint8) & THREE).reshape(rows, -1, 16)
+    scales = (nibbles | (pairs << 4)).astype(np.float32) - 32
+    steps = _halves(blocks, 54, 1).astype(np.float32) * scales
+    return Rows(nibble_words(values.reshape(rows, -1, GROUP_SIZE)), steps.reshape(rows, -1, 2))
+
+
+def _read_q2_k(blocks: ByteArray) -> Rows:
+    rows, mixed = len(blocks), blocks[..., :16]
+    steps = _halves(blocks, 40, 1).astype(np.float32) * (mixed & NIBBLE)
+    shifts = _halves(blocks, 41, 1).astype(np.float32) * (mixed >> 4)
+    values = _k_pairs(blocks[..., 16:80]).reshape(rows, -1, GROUP_SIZE)
+    return Rows(nibble_words(values), steps.reshape(rows, -1, 2), -shifts.reshape(rows, -1, 2))
 
 
 def _read_q6_k(blocks: ByteArray) -> Rows:
@@ -359,6 +415,10 @@ BLOCK_READERS: Final[Mapping[str, Callable[[ByteArray], Rows]]] = {
     "q8_0": _read_q8_0,
     "q4_k": _read_q4_k,
     "q6_k": _read_q6_k,
+    "q5_1": _read_q5_1,
+    "q5_k": _read_q5_k,
+    "q3_k": _read_q3_k,
+    "q2_k": _read_q2_k,
 }
 """Take blocks, uint8 [rows, blocks of a row, bytes], apart. The layouts are ggml's (ggml-common.h)."""
 

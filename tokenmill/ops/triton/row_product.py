@@ -2,9 +2,10 @@
 
 Four neighbouring weights come as one integer and one row's four values as another, and both are taken apart in
 registers: so a thread sums four products into one register, has room for many loads under way, and carries a block
-loaded ahead without packing bytes. `_walk_features` holds the whole row and goes over the output features; `_walk_row`
-goes over a longer row. Either adds a residual, normalizes, and applies a gated activation on the way. Weights are of
-x's type or float8_e4m3fn with a scale for each output feature. Called by `ops.row_product` and `matvec.py`.
+loaded ahead without packing bytes. `_matvec_features_kernel` holds the whole row and goes over the output features,
+`_matvec_row_kernel` goes over a longer row. Either adds a residual, normalizes, and applies a gated activation on the
+way. Weights are of x's type or float8_e4m3fn with a scale for each output feature. Called by `ops.row_product` and
+`matvec.py`.
 """
 
 from __future__ import annotations
@@ -210,7 +211,7 @@ def store_features(
 
 
 @triton.jit
-def _walk_row(
+def _matvec_row_kernel(
     x: Row,
     weight: tl.tensor,
     weight_scale: tl.tensor,
@@ -280,7 +281,7 @@ def _load_tile(
 
 
 @triton.jit
-def _walk_features(
+def _matvec_features_kernel(
     x: Row,
     weight: tl.tensor,
     weight_scale: tl.tensor,
@@ -353,10 +354,10 @@ def fused_matvec(
     out = torch.empty(1, out_features // 2 if activation else out_features, dtype=row.dtype, device=row.device)
     overlaps = can_overlap(row.device)
     num_tiles = triton.cdiv(out_features, block_out)
-    kernel, num_programs = _walk_row, num_tiles
+    kernel, num_programs = _matvec_row_kernel, num_tiles
     if plan.programs_per_multiprocessor:
         assert plan.block_in >= in_features, "programs that walk over the features hold the whole row"
-        kernel = _walk_features
+        kernel = _matvec_features_kernel
         num_programs = min(num_tiles, plan.programs_per_multiprocessor * num_multiprocessors(row.device))
     kernel[(num_programs,)](
         x,

@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from threading import Event, Lock
 from typing import Any
 
-from triton import knobs
-
 LONGEST_COMPILATION = 60.0
 """Seconds after which a thread compiles the kernel itself: the other one may have failed."""
 
@@ -44,6 +42,8 @@ class _Underway:
 @contextmanager
 def compile_once() -> Iterator[None]:
     """Within the block. Does nothing where somebody else has set hooks."""
+    from triton import knobs
+
     runtime = knobs.runtime
     if runtime.jit_cache_hook is not None or runtime.jit_post_compile_hook is not None:
         yield
