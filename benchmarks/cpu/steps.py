@@ -125,9 +125,9 @@ def host_row(llm: LLM, num_streams: int) -> Row:
     native: list[float] = []
     run = ThreadPool.run
 
-    def timed(pool: ThreadPool, ops: OpList) -> None:
+    def timed(self: ThreadPool, ops: OpList) -> None:
         begin = time.perf_counter()
-        run(pool, ops)
+        run(self, ops)
         native.append(time.perf_counter() - begin)
 
     shares = []
