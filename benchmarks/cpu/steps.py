@@ -49,7 +49,7 @@ def main() -> None:
     path = resolve_model(options.model)
     streams = [int(count) for count in options.streams.split(",")]
     package = build(path, device="cpu", capture="dispatch", opt_level=1, max_num_tokens=2048, max_seq_len=1024)
-    rows = []
+    rows: list[Row] = []
     for count in streams:
         rows += step_rows(package, count, options.threads, options.repeats)
     cache = KvCacheConfig(max_tokens=320 * max(streams), enable_block_reuse=False)
@@ -125,9 +125,9 @@ def host_row(llm: LLM, num_streams: int) -> Row:
     native: list[float] = []
     run = ThreadPool.run
 
-    def timed(pool: ThreadPool, ops: OpList) -> None:
+    def timed(self: ThreadPool, ops: OpList) -> None:
         begin = time.perf_counter()
-        run(pool, ops)
+        run(self, ops)
         native.append(time.perf_counter() - begin)
 
     shares = []
