@@ -97,7 +97,7 @@ def test_somebody_waits(model_dir: Path) -> None:
 
 def test_slow_steps_are_told_at_once(model_dir: Path) -> None:
     assert [len(tokens) for tokens in decode(make_runner(model_dir, Clock(0.02)), 0, max_repeats=8)] == [1, 1]
-    assert 1 < len(decode(make_runner(model_dir, Clock(0.006)), 0, max_repeats=8)[0]) < 8
+    assert 1 < len(decode(make_runner(model_dir, Clock(0.003)), 0, max_repeats=8)[0]) < 8
 
 
 def test_what_is_not_greedy_is_not_repeated(model_dir: Path) -> None:

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
 from tokenmill.engine.plan import Row
-from tokenmill.runtime.step_graphs import StepSize, batch_bucket, kv_bucket, step_size
+from tokenmill.runtime.slot_state import SlotState
+from tokenmill.runtime.step_graphs import StepGraphs, StepSize, batch_bucket, kv_bucket, step_size
 
 
 def test_batches_are_padded_by_little_and_there_are_few_sizes() -> None:
@@ -35,3 +42,47 @@ def test_which_steps_are_captured() -> None:
     assert size(Row(0, 0, 513, True)) is None
     assert size(*(Row(slot, 0, 2, True) for slot in range(17))) is None
     assert size(Row(0, 0, 8, True, prompt_logprobs=True)) is None
+
+
+class FakeGraph:
+    """A CUDA graph that remembers its pool."""
+
+    pools: ClassVar[list[Any]] = []
+
+    def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
+        self.pools.append(pool)
+
+    def capture_end(self) -> None:
+        pass
+
+    def replay(self) -> None:
+        pass
+
+
+def test_a_capture_that_failed_leaves_no_pool_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch refuses to capture into a pool whose only capture was given up; without memory a step is tried again."""
+    handles = iter(range(10))
+    monkeypatch.setattr(FakeGraph, "pools", [])
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    outcomes: list[Any] = ["eager", torch.OutOfMemoryError("no memory"), "captured"]
+
+    def step(inputs: Any, greedy: bool) -> Any:
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    graphs = StepGraphs(step, SlotState(4, 64, 16, torch.device("cpu")), 4)
+    rows = [Row(slot=0, start=3, num_tokens=1, sample=True)]
+    size = graphs.size_of(rows, greedy=True)
+    assert size is not None
+    assert graphs.run(rows, size) == "eager"
+    with pytest.raises(torch.OutOfMemoryError):
+        graphs.run(rows, size)
+    assert graphs.run(rows, size) == "captured"
+    assert graphs.run(rows, size) == "captured", "replayed"
+    assert FakeGraph.pools == [0, 1]

@@ -122,7 +122,7 @@ class Scheduler:
         """Take in what a plan gave; returns all events since the last call."""
         assert next(iter(self._in_flight)) == plan.step, f"step {plan.step} is committed before an earlier one"
         sequences = self._in_flight.pop(plan.step)
-        now = self._count_step()
+        now = self._count_steps(1 + len(output.rows[0].more_token_ids) if output.rows else 1)
         if plan.num_tokens >= self._num_tokens_without_memory:
             self._num_tokens_without_memory = 0
         for sequence, row, result in zip(sequences, plan.rows, output.rows, strict=True):
@@ -132,7 +132,7 @@ class Scheduler:
 
     def fail(self, plan: BatchPlan, error: TokenmillError) -> list[EngineEvent]:
         """The runner could not do the plan: all requests in it end with `error`; returns events like `commit`."""
-        self._count_step()
+        self._count_steps(1)
         for sequence in self._in_flight.pop(plan.step):
             if sequence.status is not SequenceStatus.FINISHED:
                 self._ledger.fail(sequence.request, error)
@@ -144,7 +144,7 @@ class Scheduler:
         If that happens again before a step as large is done, the request with most tokens in the plan ends with
         `error`: each time there is less to compute, so that it comes to an end.
         """
-        self._count_step()
+        self._count_steps(1)
         sequences = self._in_flight.pop(plan.step)
         if self._num_tokens_without_memory:
             largest = max(range(len(plan.rows)), key=lambda index: plan.rows[index].num_tokens)
@@ -266,9 +266,9 @@ class Scheduler:
 
     # Taking in
 
-    def _count_step(self) -> float:
+    def _count_steps(self, count: int) -> float:
         now = self._clock()
-        self._ledger.counters.num_steps += 1
+        self._ledger.counters.num_steps += count
         self._ledger.counters.last_step_time = now
         return now
 

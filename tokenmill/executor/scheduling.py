@@ -26,7 +26,9 @@ def make_core(args: LlmArgs, description: EngineDescription, runner: Runner[Any]
     records = args.stats_config
     recorder = StepRecorder(records.iter_stats_max_iterations, records.request_stats_max_iterations)
     overlap = overlap and not args.disable_overlap_scheduler
-    max_repeats = runner.max_repeats if isinstance(runner, RepeatingRunner) and not overlap else 1
+    max_repeats = 1
+    if isinstance(runner, RepeatingRunner) and not overlap and not recorder.is_on:  # records are of single steps
+        max_repeats = runner.max_repeats
     return EngineCore(_make_scheduler(args, description, max_repeats), runner, recorder, overlap=overlap)
 
 

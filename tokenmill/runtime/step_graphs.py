@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -150,8 +151,12 @@ class StepGraphs:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 result = self._run_step(rows, size)
-            finally:
-                graph.capture_end()
+            except BaseException:
+                self._pool = torch.cuda.graph_pool_handle()  # torch refuses one whose only capture failed
+                with suppress(RuntimeError):
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         captured = self._captured[size] = _Captured(graph, rows, result)
         return captured
 
