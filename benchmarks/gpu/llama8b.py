@@ -108,7 +108,7 @@ def run(shape: Shape, options: argparse.Namespace) -> None:
 def measure_engine(
     shape: Shape, options: argparse.Namespace, weights: str, write: Callable[[list[Row]], None] | None = None
 ) -> list[Row]:
-    """Start an engine, measure all works with it, and end it; `write` what was measured before anything is profiled."""
+    """Start an engine, measure all works with it, and end it; `write` after each work, since a run may be cut off."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(shape.config))
         started = time.perf_counter()
@@ -122,8 +122,8 @@ def measure_engine(
             measured = measure(llm, shape, work, weights, options.repeats, trace)
             print_rows(measured)
             rows += measured
-        if write is not None:
-            write(rows)
+            if write is not None:
+                write(rows)
         for num_rows in options.profile:
             profile_decode(llm, num_rows)
     return rows
