@@ -55,8 +55,9 @@ class UnquantizedLinear:
 
     def can_fuse(self, x: torch.Tensor) -> bool:
         """Whether `apply_fused` is there for x [T, in_features], which is one row then."""
-        is_streamed = isinstance(self._weight, StreamedWeight) and not self._batch_invariant
-        return is_streamed and can_fuse(x, self._weight.data)
+        if self._batch_invariant or not isinstance(self._weight, StreamedWeight):
+            return False
+        return can_fuse(x, self._weight.data)
 
     def apply_fused(self, x: OneRow, bias: torch.Tensor | None, activation: str = "") -> torch.Tensor:
         """See `ops.row_product.row_product`."""
