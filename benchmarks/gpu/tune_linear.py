@@ -88,6 +88,10 @@ def _matvec_plans(case: Case, in_features: int) -> Iterator[StreamPlan]:
                 if block_in < 256 * num_warps or not 16 <= per_thread <= 128:
                     continue
                 yield StreamPlan("matvec", block_out, block_in, num_warps)
+    for block_out, num_warps in itertools.product((2, 4, 8), (4, 8, 16)):
+        for programs in (2, 3, 4, 5, 6):
+            if 16 <= block_out * whole // (32 * num_warps) <= 128 and programs * num_warps <= 64:
+                yield StreamPlan("matvec", block_out, whole, num_warps, programs_per_multiprocessor=programs)
 
 
 class Operands(NamedTuple):

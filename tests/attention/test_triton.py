@@ -264,6 +264,7 @@ def test_decode_rows_are_turned_on_the_way(case: Case, num_splits: int, device: 
 
 def test_steps_with_prompts_are_turned_before(device: str) -> None:
     assert not TritonAttention().turns_heads(make_step(Case(((1, 3), (2, 0))), device).metadata)
+    assert not TritonAttention(batch_invariant=True).turns_heads(make_step(Case(((1, 3),)), device).metadata)
 
 
 def reference_with_sinks(step: Step, sinks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,16 +6,33 @@ import pytest
 import torch
 
 from tests.support.triton_kernels import TOLERANCES, relative_error
+from tokenmill.ops import row_product
 from tokenmill.ops.fp8 import per_token_quantize_reference
+from tokenmill.ops.linear_plan import StreamPlan
 from tokenmill.ops.row_product import PendingNorm, can_fuse, choose, row_product_reference
 
 pytest.importorskip("triton")
 from tokenmill.ops.row_product import row_product_triton
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = pytest.mark.usefixtures("poisoned", "way")
 SHAPES = [(2, 4), (6, 40), (38, 72), (64, 1064)]  # output and input features
 REAL_SHAPES = [pytest.param(shape, marks=pytest.mark.gpu) for shape in ((6144, 4096), (28672, 4096), (4096, 14336))]
 BF16 = torch.bfloat16
+
+
+def walks_features(out_features: int, in_features: int, weight_bytes: int) -> StreamPlan:
+    """Few programs, so that each of them walks over several blocks of features."""
+    whole_row = 1 << (in_features - 1).bit_length()
+    return StreamPlan("matvec", 4, whole_row, max(1, whole_row // 1024), programs_per_multiprocessor=2)
+
+
+@pytest.fixture(params=["as planned", "walks the row", "walks the features"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kernel that computes these products."""
+    if request.param == "walks the features":
+        monkeypatch.setattr(row_product, "matvec_plan", walks_features)
+    elif request.param == "walks the row":
+        monkeypatch.setattr(row_product, "matvec_plan", lambda *_: StreamPlan("matvec", 4, 256, 1))
 
 
 def normal(seed: int, *shape: int) -> torch.Tensor:

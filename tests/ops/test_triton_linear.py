@@ -161,7 +161,7 @@ def test_plans_cover_every_shape() -> None:
                 plan = matvec_plan(out_features, in_features, weight_bytes)
                 assert plan.block_out & (plan.block_out - 1) == 0 < plan.block_out
                 assert plan.block_in & (plan.block_in - 1) == 0 < plan.block_in
-                assert 1 <= plan.num_warps <= 4
+                assert 1 <= plan.num_warps <= 16
                 for num_rows in (2, 16, 33, 64, 100, 128, 256, 500, 512):
                     plan = small_batch_plan(num_rows, out_features, in_features, weight_bytes)
                     if plan.kernel == "small_batch":
@@ -185,11 +185,13 @@ def test_narrow_outputs_are_split() -> None:
     assert small_batch_plan(200, 6144, 4096, 1).kernel == "library"
 
 
-def test_one_row_fills_the_device_in_whole_waves() -> None:
-    assert matvec_plan(4096, 4096, 2) == StreamPlan("matvec", 4, 2048, 4)
-    assert matvec_plan(4096, 4096, 1) == StreamPlan("matvec", 4, 1024, 2)
-    assert matvec_plan(6144, 4096, 1) == StreamPlan("matvec", 4, 2048, 4)  # 1.45 waves of the narrower blocks
-    assert matvec_plan(512, 3072, 2) == StreamPlan("matvec", 1, 1024, 1)
+def test_one_row_is_held_or_walked_over() -> None:
+    assert matvec_plan(4096, 4096, 2) == StreamPlan("matvec", 2, 4096, 8, programs_per_multiprocessor=6)
+    assert matvec_plan(28672, 4096, 1) == StreamPlan("matvec", 4, 4096, 8, programs_per_multiprocessor=4)
+    assert matvec_plan(512, 3072, 2) == StreamPlan("matvec", 1, 4096, 8, programs_per_multiprocessor=6)
+    assert matvec_plan(128256, 4096, 2) == StreamPlan("matvec", 4, 2048, 4)  # the head
+    assert matvec_plan(5120, 5120, 2) == StreamPlan("matvec", 4, 1024, 2)  # held, it would idle three eighths of lanes
+    assert matvec_plan(4096, 14336, 1) == StreamPlan("matvec", 4, 2048, 2)
 
 
 def test_quantized_rows_are_a_pair() -> None:

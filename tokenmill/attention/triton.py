@@ -75,7 +75,10 @@ class TritonAttention:
         return output
 
     def turns_heads(self, metadata: AttentionMetadata) -> bool:
-        """Steps of decode rows alone: turning costs their kernel less than a launch of its own."""
+        """Steps of decode rows alone: turning costs their kernel less than a launch of its own.
+
+        A last bit may differ from `ops.rope`, which turns the rows of other steps; invariant rows are left to that.
+        """
         return not self.batch_invariant and metadata.num_decode_rows == len(metadata.query_lens)
 
     def _prefill(

@@ -31,12 +31,19 @@ from tokenmill.attention.triton_common import (
     scoring,
     soft_cap_base2,
     softmax_step,
-    store_result,
     strided,
     to_cached,
     triton_type,
 )
 from tokenmill.attention.triton_decode_float8 import attend_part_in_pairs
+from tokenmill.attention.triton_decode_parts import (
+    Partial,
+    combine,
+    new_partial,
+    store_part,
+    tokens_per_split,
+    visible_range,
+)
 from tokenmill.ops.triton.launch import can_overlap
 
 MAX_SPLITS = 64
@@ -59,18 +66,6 @@ class DecodeTiles(NamedTuple):
     programs_per_multiprocessor: int
 
 
-class Partial(NamedTuple):
-    """What the parts of a row leave for the combining kernel.
-
-    Args:
-        sums: [R, H, splits, D] float32, of values, not divided by the totals.
-        softmax: [R, H, splits, 2] float32, maximum (base 2) and total.
-    """
-
-    sums: torch.Tensor
-    softmax: torch.Tensor
-
-
 def decode_tiles(head_dim: int, cache_itemsize: int) -> DecodeTiles:
     """Tiles by head size and bytes of a cached number: small ones, so that many programs have loads under way."""
     return DecodeTiles(32, 2, 3, 2)
@@ -87,30 +82,6 @@ def choose_num_splits(num_programs: int, max_kv_len: int, num_multiprocessors: i
     """
     wanted = num_multiprocessors * tiles.programs_per_multiprocessor // num_programs
     return max(1, min(wanted, triton.cdiv(max_kv_len, tiles.block_n), MAX_SPLITS))
-
-
-@triton.jit
-def _visible_range(
-    kv_len: tl.tensor, window: tl.constexpr, block_n: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """First visible cached position, the same rounded down to a tile, and the end; the row's own token not counted."""
-    end = tl.maximum(kv_len - 1, 0)
-    first = end * 0
-    if window > 0:
-        first = tl.maximum(kv_len - window, 0)
-    return first, tl.minimum(first // block_n * block_n, end), end
-
-
-@triton.jit
-def _tokens_per_split(
-    num_tokens: tl.tensor, num_splits: tl.tensor, fixed: tl.constexpr, block_n: tl.constexpr
-) -> tl.tensor:
-    """A whole number of tiles; `fixed` if given, whatever the batch."""
-    if fixed > 0:
-        tokens = num_tokens * 0 + fixed
-    else:
-        tokens = tl.maximum(tl.cdiv(tl.cdiv(num_tokens, num_splits), block_n), 1) * block_n
-    return tokens
 
 
 @triton.jit
@@ -223,6 +194,17 @@ def _load_own(
 
 
 @triton.jit
+def _write_own(
+    place: tl.tensor, own: tl.tensor, scale: tl.tensor, head_dim: tl.constexpr, block_d: tl.constexpr
+) -> tl.tensor:
+    """Store the row's own key or value [block_d] in the cache; returns it as it lies there."""
+    dims = tl.arange(0, block_d)
+    cached = to_cached(own, scale, place)
+    tl.store(place + dims, cached, mask=dims < head_dim)
+    return cached
+
+
+@triton.jit
 def _prefetch_rows(data: tl.tensor, rows: tl.tensor, inside: tl.tensor, head_dim: tl.constexpr) -> None:
     """Ask for `head_dim` numbers from each of the offsets `rows` [N] on to come to L2, where `inside`."""
     line: tl.constexpr = 128 // (data.dtype.element_ty.primitive_bitwidth // 8)
@@ -243,19 +225,15 @@ def _prefetch_first_tile(
     cache: PagedCache,
     table: tl.tensor,  # pointer
     kv_head: tl.tensor,
-    kv_len: tl.tensor,
-    split: tl.tensor,
-    num_splits: tl.tensor,
+    first_visible: tl.tensor,
+    start: tl.tensor,
+    end: tl.tensor,
     num_kv_heads: tl.constexpr,
     head_dim: tl.constexpr,
     tokens_per_block: tl.constexpr,
-    window: tl.constexpr,
-    fixed: tl.constexpr,
     block_n: tl.constexpr,
 ) -> None:
     """Ask for the keys and values that a part begins with: they were written by steps before this one."""
-    first_visible, first, end = _visible_range(kv_len, window, block_n)
-    start = first + split * _tokens_per_split(end - first, num_splits, fixed, block_n)
     if start < end:
         blocks = load_blocks(table, start, first_visible, end, tokens_per_block, block_n)
         positions = start + tl.arange(0, block_n)
@@ -301,88 +279,34 @@ def _decode_kernel(
     if overlaps:
         gdc_launch_dependents()
     kv_head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    heads, is_head = kv_head * group + tl.arange(0, block_m), tl.arange(0, block_m) < group
+    table = block_tables + row * table_stride
+    first_visible, first, end = visible_range(tl.load(kv_lens + row), window, block_n)
+    tokens = tokens_per_split(end - first, num_splits, fixed, block_n)
+    start = first + split * tokens
     if starts_early:  # the step's metadata and the cache are there, its queries are not
         _prefetch_first_tile(
-            cache, block_tables + row * table_stride, kv_head, tl.load(kv_lens + row), split, num_splits, num_kv_heads,
-            head_dim, tokens_per_block, window, fixed, block_n,
+            cache, table, kv_head, first_visible, start, end, num_kv_heads, head_dim, tokens_per_block, block_n
         )  # fmt: skip
         gdc_wait()
-    lanes, dims = tl.arange(0, block_m), tl.arange(0, block_d)
-    heads, is_head, is_dim = kv_head * group + lanes, lanes < group, dims < head_dim
-    kv_len = tl.load(kv_lens + row)  # all that does not depend on it is loaded before it is looked at
     rows = row * query.token_stride + heads * query.head_stride
     q = load_turned(query.data, rows, is_head, turning, row, head_dim, block_d).to(operands)
     own_key = _load_own(key, row, kv_head, turning, head_dim, block_d)
     own_value = _load_own(value, row, kv_head, None, head_dim, block_d)
-    first_visible, first, end = _visible_range(kv_len, window, block_n)
-    tokens = _tokens_per_split(end - first, num_splits, fixed, block_n)
-    start = first + split * tokens
     if (start < end) | (split == 0):
         values, maximum, total = _attend_cached(
-            q, cache, block_tables + row * table_stride, kv_head, first_visible, start, tl.minimum(start + tokens, end),
-            score.factor, num_kv_heads, head_dim, tokens_per_block, cap, operands, block_m, block_n, block_d,
+            q, cache, table, kv_head, first_visible, start, tl.minimum(start + tokens, end), score.factor,
+            num_kv_heads, head_dim, tokens_per_block, cap, operands, block_m, block_n, block_d,
         )  # fmt: skip
         if split == 0:
-            cached_key = to_cached(own_key, score.key_scale, cache.key_data)
-            cached_value = to_cached(own_value, score.value_scale, cache.value_data)
             slot = (tl.load(slot_mapping + row) * num_kv_heads + kv_head) * head_dim
-            tl.store(cache.key_data + slot + dims, cached_key, mask=is_dim)
-            tl.store(cache.value_data + slot + dims, cached_value, mask=is_dim)
+            cached_key = _write_own(cache.key_data + slot, own_key, score.key_scale, head_dim, block_d)
+            cached_value = _write_own(cache.value_data + slot, own_value, score.value_scale, head_dim, block_d)
             values, maximum, total = _attend_own(q, cached_key, cached_value, values, maximum, total, score.factor, cap)
-        places = row * (num_kv_heads * group) + heads
-        if partial is not None:
-            parts = places * num_splits + split
-            tl.store(partial.softmax + parts * 2, maximum, mask=is_head)
-            tl.store(partial.softmax + parts * 2 + 1, total, mask=is_head)
-            tl.store(partial.sums + parts[:, None] * head_dim + dims, values, mask=is_head[:, None] & is_dim)
-        else:
-            store_result(values, maximum, total, places, heads, is_head, result, score.value_scale, head_dim, block_d)
-
-
-@triton.jit(do_not_specialize=["num_splits"], do_not_specialize_on_alignment=["kv_lens"])
-def _combine_kernel(
-    partial: Partial,
-    kv_lens: tl.tensor,
-    result: Result,
-    value_scale: float,
-    num_splits: int,
-    num_heads: tl.constexpr,
-    head_dim: tl.constexpr,
-    window: tl.constexpr,
-    fixed: tl.constexpr,
-    block_n: tl.constexpr,
-    chunk: tl.constexpr,
-    block_d: tl.constexpr,
-    overlaps: tl.constexpr,
-) -> None:
-    """Grid: heads, rows. The parts that had work are known from the row's length; the others hold anything."""
-    if overlaps:
-        gdc_launch_dependents()
-        gdc_wait()
-    head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    _, first, end = _visible_range(tl.load(kv_lens + row), window, block_n)
-    used = tl.maximum(tl.cdiv(end - first, _tokens_per_split(end - first, num_splits, fixed, block_n)), 1)
-    base = (row * num_heads + head) * num_splits
-    dims = tl.arange(0, block_d)
-    maximum, total = float("-inf"), 0.0
-    values = tl.zeros([block_d], tl.float32)
-    for start in range(0, used, chunk):
-        parts = start + tl.arange(0, chunk)
-        is_used = parts < used
-        pointers = partial.sums + (base + parts)[:, None] * head_dim + dims[None, :]
-        part_values = tl.load(pointers, mask=is_used[:, None] & (dims < head_dim)[None, :], other=0.0)
-        part_maxima = tl.load(partial.softmax + (base + parts) * 2, is_used, other=float("-inf"))
-        part_totals = tl.load(partial.softmax + (base + parts) * 2 + 1, is_used, other=0.0)
-        new_maximum = tl.maximum(maximum, tl.max(part_maxima, 0))
-        decay, weights = tl.exp2(maximum - new_maximum), tl.exp2(part_maxima - new_maximum)
-        total = total * decay + tl.sum(part_totals * weights, 0)
-        values = values * decay + tl.sum(part_values * weights[:, None], 0)
-        maximum = new_maximum
-    lane = tl.arange(0, 1)
-    store_result(
-        values[None, :], maximum + lane, total + lane, row * num_heads + head + lane, head + lane, lane == 0, result,
-        value_scale, head_dim, block_d,
-    )  # fmt: skip
+        store_part(
+            values, maximum, total, row * (num_kv_heads * group) + heads, heads, is_head, split, num_splits, result,
+            partial, score.value_scale, head_dim, block_d,
+        )  # fmt: skip
 
 
 def decode_attention(
@@ -417,12 +341,9 @@ def decode_attention(
         tiles: for tuning.
         turning: queries and keys are turned by these angles first; None: they are as they should be.
     """
-    num_rows, num_heads, head_dim = query.shape
+    head_dim = query.shape[2]
     tiles = tiles or decode_tiles(head_dim, cache[0].element_size())
-    partial = None
-    if num_splits > 1:
-        sums = query.new_empty(num_rows, num_heads, num_splits, head_dim, dtype=torch.float32)
-        partial = Partial(sums, query.new_empty(num_rows, num_heads, num_splits, 2, dtype=torch.float32))
+    partial = None if num_splits == 1 else new_partial(query, num_splits)
     cut = {
         "head_dim": head_dim,
         "window": spec.sliding_window or 0,
@@ -432,19 +353,8 @@ def decode_attention(
         "overlaps": can_overlap(query.device),
     }
     _launch_decode(spec, query, key, value, turning, cache, metadata, result, partial, num_splits, tiles, cut)
-    if num_splits > 1:
-        _combine_kernel[(num_heads, num_rows)](
-            partial,
-            metadata.kv_lens,
-            result,
-            spec.value_scale,
-            num_splits,
-            num_heads=num_heads,
-            chunk=16 if fixed_split_tokens else min(triton.next_power_of_2(num_splits), 64),  # fixes the order of sums
-            num_warps=4,
-            launch_pdl=cut["overlaps"],
-            **cut,
-        )
+    if partial is not None:
+        combine(partial, metadata.kv_lens, result, spec.value_scale, cut)
 
 
 def _launch_decode(

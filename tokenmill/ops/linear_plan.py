@@ -8,19 +8,29 @@ one choice of blocks is good for every layer of an 8B model, so there is a rule 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
-NUM_MULTIPROCESSORS = 132
 MAX_SPLITS = 8
 MIN_PROGRAMS = 96
 """Fewer programs than this leave too much of the device idle: input features are split until there are as many."""
 MIN_BLOCKS_PER_SPLIT = 4
 MATVEC_BLOCK_OUT = 4
+MATVEC_BLOCK_IN = 2048
 MATVEC_ELEMENTS_PER_WARP = 2048
-MATVEC_WARPS_IN_FLIGHT = 16
-"""Warps of `matvec` that a multiprocessor holds: its registers allow no more."""
+MATVEC_ELEMENTS_PER_WARP_OF_LONG_ROWS = 4096
 MIN_MATVEC_PROGRAMS = 768
+"""Narrower outputs are cut into smaller blocks of features."""
+MAX_WALKED_FEATURES = 8192
+"""Rows up to this length are held in registers, if that leaves no more than a quarter of a power of two idle."""
+MAX_WALKED_OUTPUT = 65536
+"""Of wider outputs (a head's) the programs that are not resident at first would run alone at the end."""
+ELEMENTS_PER_WALKING_WARP = 512
+WALKING_WARPS_PER_MULTIPROCESSOR: Mapping[int, int] = MappingProxyType({1: 32, 2: 48})
+WALKING_BLOCK_OUT: Mapping[int, int] = MappingProxyType({1: 4, 2: 2})
+"""By bytes of a weight."""
 MIN_BLOCK_ROWS = 16
 
 
@@ -31,6 +41,8 @@ class StreamPlan(NamedTuple):
         kernel: what computes it.
         block_out, block_in: output and input features that a program holds at a time.
         block_rows: rows that a program computes (`small_batch`), a power of two.
+        programs_per_multiprocessor: programs that walk over all output features and hold the whole row (`matvec`);
+            0: each block of output features has its program, which walks over the row.
         num_warps: warps of a program.
         num_stages: blocks of input features in flight (`small_batch`).
         num_splits: programs that share the input features of one block of output features (`small_batch`).
@@ -43,6 +55,7 @@ class StreamPlan(NamedTuple):
     num_stages: int = 1
     num_splits: int = 1
     block_rows: int = 1
+    programs_per_multiprocessor: int = 0
 
 
 class SmallBatchBlocks(NamedTuple):
@@ -80,24 +93,27 @@ MAX_COUNTED_ROW_BLOCKS = 4
 
 @lru_cache(maxsize=4096)
 def matvec_plan(out_features: int, in_features: int, weight_bytes: int) -> StreamPlan:
-    """The plan for one row of bfloat16 or float16 and a weight [O, I] of `weight_bytes` an element."""
-    block_out = MATVEC_BLOCK_OUT
+    """The plan for one row of bfloat16 or float16 and a weight [O, I] of `weight_bytes` an element.
+
+    Programs that walk over the features prepare the row (its norm, say) once for all of them; a row too long to be held
+    is walked over, with a program for each block of features.
+    """
+    whole_row = _power_of_two_from(in_features)
+    is_long = whole_row > MAX_WALKED_FEATURES
+    is_full = 3 * whole_row <= 4 * in_features
+    walks_features = is_full and not is_long and out_features <= MAX_WALKED_OUTPUT and weight_bytes <= 2
+    block_out = WALKING_BLOCK_OUT[weight_bytes] if walks_features else MATVEC_BLOCK_OUT
     while block_out > 1 and out_features // block_out < MIN_MATVEC_PROGRAMS:
         block_out //= 2
-    wide, narrow = (2048, 1024) if weight_bytes > 1 else (1024, 2048)
-    block_in = narrow if _occupancy(out_features, narrow) > 1.1 * _occupancy(out_features, wide) else wide
-    block_in = min(block_in, _power_of_two_from(in_features))
+    if walks_features:
+        num_warps = max(1, whole_row // ELEMENTS_PER_WALKING_WARP)
+        programs = max(1, WALKING_WARPS_PER_MULTIPROCESSOR[weight_bytes] // num_warps)
+        return StreamPlan("matvec", block_out, whole_row, num_warps, programs_per_multiprocessor=programs)
+    block_in = min(MATVEC_BLOCK_IN, whole_row)
     while in_features % block_in and block_in > 512 and in_features % 512 == 0:
         block_in //= 2
-    num_warps = max(1, block_out * block_in // MATVEC_ELEMENTS_PER_WARP)
-    return StreamPlan("matvec", block_out, block_in, num_warps)
-
-
-def _occupancy(out_features: int, block_in: int) -> float:
-    """How full the device is on average while programs of `block_in` columns come and go in waves."""
-    features_in_flight = NUM_MULTIPROCESSORS * MATVEC_WARPS_IN_FLIGHT * MATVEC_ELEMENTS_PER_WARP // block_in
-    waves = out_features / features_in_flight
-    return waves / -(-out_features // features_in_flight)
+    per_warp = MATVEC_ELEMENTS_PER_WARP_OF_LONG_ROWS if is_long else MATVEC_ELEMENTS_PER_WARP
+    return StreamPlan("matvec", block_out, block_in, max(1, block_out * block_in // per_warp))
 
 
 @lru_cache(maxsize=4096)

@@ -84,7 +84,7 @@ def row_product_triton(
     x: OneRow, weight: torch.Tensor, weight_scale: torch.Tensor | None, bias: torch.Tensor | None, activation: str
 ) -> torch.Tensor:
     """One launch."""
-    from tokenmill.ops.triton import matvec as kernels
+    from tokenmill.ops.triton import row_product as kernels
 
     row, eps = kernels.Row(x), 0.0
     if isinstance(x, PendingNorm):
@@ -108,6 +108,6 @@ def can_fuse(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether `row_product` is there for, and worth it for, x [T, I] and a weight [O, I]."""
     if x.shape[0] != 1 or choose(x.device) != "triton" or x.stride(1) != 1:
         return False
-    from tokenmill.ops.triton.matvec import comes_in_words
+    from tokenmill.ops.triton.row_product import comes_in_words
 
     return comes_in_words(x, weight)

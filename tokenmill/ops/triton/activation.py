@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tokenmill.ops.triton.fp8 import quantized
+from tokenmill.ops.triton.fp8 import new_quantized, store_quantized
 from tokenmill.ops.triton.launch import as_rows, can_overlap, warps_for
 
 BLOCK_SIZE = 1024
@@ -70,9 +70,7 @@ def _gated_fp8_kernel(
     up = tl.load(gate_up + row * row_stride + size + columns, mask=inside, other=0.0).to(tl.float32)
     # Rounded to the input's type first, so that the fused and the separate quantization agree.
     rounded = (activated(gate, is_silu) * up).to(gate_up.dtype.element_ty).to(tl.float32)
-    quantized_values, row_scales = quantized(rounded[None, :])
-    tl.store(values + row * size + columns[None, :], quantized_values, mask=inside[None, :])
-    tl.store(scales + row + tl.zeros([1], tl.int32), row_scales)
+    store_quantized(rounded, values, scales, row, size, block_size)
 
 
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
@@ -119,8 +117,7 @@ def _gated(gate_up: torch.Tensor, *, is_silu: bool) -> torch.Tensor:
 def _gated_fp8(gate_up: torch.Tensor, *, is_silu: bool) -> tuple[torch.Tensor, torch.Tensor]:
     rows = as_rows(gate_up)
     num_rows, size = rows.shape[0], rows.shape[1] // 2
-    values = torch.empty(num_rows, size, dtype=torch.float8_e4m3fn, device=gate_up.device)
-    scales = torch.empty(num_rows, dtype=torch.float32, device=gate_up.device)
+    values, scales = new_quantized(num_rows, size, gate_up.device)
     if num_rows:
         block_size = triton.next_power_of_2(size)
         _gated_fp8_kernel[(num_rows,)](

@@ -27,6 +27,22 @@ def quantized(values: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
 
 
 @triton.jit
+def store_quantized(
+    row_values: tl.tensor,  # [columns] float32
+    values: tl.tensor,
+    scales: tl.tensor,
+    row: tl.tensor,
+    size: tl.tensor,
+    block_size: tl.constexpr,
+) -> None:
+    """Quantize a whole row and store it with its scale."""
+    columns = tl.arange(0, block_size)
+    quantized_values, row_scales = quantized(row_values[None, :])
+    tl.store(values + row * size + columns[None, :], quantized_values, mask=(columns < size)[None, :])
+    tl.store(scales + row + tl.zeros([1], tl.int32), row_scales)
+
+
+@triton.jit
 def _quantize_kernel(
     x: tl.tensor,
     values: tl.tensor,
@@ -42,11 +58,8 @@ def _quantize_kernel(
         gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, block_size)
-    inside = columns < size
-    loaded = tl.load(x + row * row_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    quantized_values, row_scales = quantized(loaded[None, :])
-    tl.store(values + row * size + columns[None, :], quantized_values, mask=inside[None, :])
-    tl.store(scales + row + tl.zeros([1], tl.int32), row_scales)
+    loaded = tl.load(x + row * row_stride + columns, mask=columns < size, other=0.0).to(tl.float32)
+    store_quantized(loaded, values, scales, row, size, block_size)
 
 
 @triton.jit
@@ -74,12 +87,17 @@ def _static_kernel(
     tl.store(scales + row, factor)
 
 
+def new_quantized(num_rows: int, size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for values [T, D] float8_e4m3fn and scales [T] float32."""
+    values = torch.empty(num_rows, size, dtype=torch.float8_e4m3fn, device=device)
+    return values, torch.empty(num_rows, dtype=torch.float32, device=device)
+
+
 def static_quantize_fp8(x: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Values [T, D] float8_e4m3fn of x [T, D] over `scale` [1], and that scale for each row [T]."""
     rows = as_rows(x)
     num_rows, size = rows.shape
-    values = torch.empty(num_rows, size, dtype=torch.float8_e4m3fn, device=x.device)
-    scales = torch.empty(num_rows, dtype=torch.float32, device=x.device)
+    values, scales = new_quantized(num_rows, size, x.device)
     if num_rows:
         block_size = triton.next_power_of_2(size)
         overlaps = can_overlap(x.device)
@@ -102,8 +120,7 @@ def per_token_quantize_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     """Values [T, D] float8_e4m3fn and scales [T] float32 of x [T, D]."""
     rows = as_rows(x)
     num_rows, size = rows.shape
-    values = torch.empty(num_rows, size, dtype=torch.float8_e4m3fn, device=x.device)
-    scales = torch.empty(num_rows, dtype=torch.float32, device=x.device)
+    values, scales = new_quantized(num_rows, size, x.device)
     if num_rows:
         block_size = triton.next_power_of_2(size)
         _quantize_kernel[(num_rows,)](

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tokenmill.ops.triton.launch import can_overlap, warps_for
+from tokenmill.ops.triton.rope import head_launch, store_turned
 
 ELEMENTS_PER_PROGRAM = 1024
 
@@ -54,11 +54,7 @@ def _norm_and_rope_kernel(
     # Rounded as between two ops, so that the fused and the separate way agree.
     x1 = (x1 * factor * weight1).to(out.dtype.element_ty).to(tl.float32)
     x2 = (x2 * factor * weight2).to(out.dtype.element_ty).to(tl.float32)
-    cosines = tl.load(cos + token * angle_stride + pairs, mask=is_pair, other=0.0)[None, :]
-    sines = tl.load(signed_sin + token * angle_stride + half + pairs, mask=is_pair, other=0.0)[None, :]
-    out_first = out + (token * num_heads + heads[:, None]) * (2 * half) + pairs[None, :]
-    tl.store(out_first, (x1 * cosines - x2 * sines).to(out.dtype.element_ty), mask=mask)
-    tl.store(out_first + half, (x2 * cosines + x1 * sines).to(out.dtype.element_ty), mask=mask)
+    store_turned(x1, x2, cos, signed_sin, angle_stride, out, token, heads, num_heads, half, block_half)
 
 
 def norm_and_rope(
@@ -71,34 +67,23 @@ def norm_and_rope(
     signed_sin: torch.Tensor,
 ) -> torch.Tensor:
     """x [T, heads, D] normalized and turned, contiguous; the first heads are those of the query."""
-    num_tokens, num_heads, head_dim = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return out
-    assert x.stride(-1) == 1 and cos.stride(-1) == 1, "heads and angles must be contiguous along the head dimension"
-    assert cos.stride(0) == signed_sin.stride(0), "cosines and sines must be laid out alike"
-    half = head_dim // 2
-    block_half = triton.next_power_of_2(half)
-    block_heads = min(triton.next_power_of_2(num_heads), max(1, ELEMENTS_PER_PROGRAM // (2 * block_half)))
-    overlaps = can_overlap(x.device)
-    _norm_and_rope_kernel[(num_tokens, triton.cdiv(num_heads, block_heads))](
+    grid, options = head_launch(x, cos, signed_sin, ELEMENTS_PER_PROGRAM)
+    _norm_and_rope_kernel[grid](
         x,
         query_weight,
         key_weight,
         cos,
         signed_sin,
         out,
-        num_heads,
+        x.shape[1],
         num_query_heads,
         x.stride(0),
         x.stride(1),
         cos.stride(0),
         eps,
-        half=half,
-        block_heads=block_heads,
-        block_half=block_half,
-        overlaps=overlaps,
-        num_warps=warps_for(2 * block_heads * block_half),
-        launch_pdl=overlaps,
+        **options,
     )
     return out

@@ -3,7 +3,7 @@
 `small_batch` gives the weight to the tensor cores as the left operand, whose side is never shorter than 64, and pads
 the rows to the narrow right side. Where the output is too narrow to occupy the device, the input features are split
 over several programs; the last of them to arrive adds up all parts in a fixed order, so results do not change from run
-to run. One row is `matvec.py`'s. Called by `ops.linear` and `ops.fp8`.
+to run. One row is the matter of `matvec.py` and `row_product.py`. Called by `ops.linear` and `ops.fp8`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,29 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tokenmill.ops.linear_plan import StreamPlan
 from tokenmill.ops.triton.launch import can_overlap, is_interpreted
-from tokenmill.ops.triton.matvec import load_weights, scaled
 
 PREFETCHED_LINES = tl.constexpr(4)
 """Cache lines of each output feature that `small_batch` asks for while the kernel before it still runs."""
+
+
+@triton.jit
+def load_weights(addresses: tl.tensor, columns: tl.tensor, size: tl.tensor, is_inside: tl.constexpr) -> tl.tensor:
+    """A block of weights, zeros from column `size` on. Nothing else will read them: they need not stay in the cache."""
+    if is_inside:
+        return tl.load(addresses, eviction_policy="evict_first")
+    return tl.load(addresses, mask=(columns < size)[None, :], other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def scaled(
+    total: tl.tensor, features: tl.tensor, is_feature: tl.tensor, weight_scale: tl.tensor, bias: tl.tensor
+) -> tl.tensor:
+    """Sums [features, rows] times the features' scales, plus their bias; either may be None."""
+    if weight_scale is not None:
+        total *= tl.load(weight_scale + features, mask=is_feature, other=0.0)[:, None]
+    if bias is not None:
+        total += tl.load(bias + features, mask=is_feature, other=0.0).to(tl.float32)[:, None]
+    return total
 
 
 @triton.jit

@@ -36,6 +36,31 @@ def _rotation_kernel(
 
 
 @triton.jit
+def store_turned(
+    x1: tl.tensor,  # [heads, pairs] float32, first halves
+    x2: tl.tensor,  # second halves
+    cos: tl.tensor,
+    signed_sin: tl.tensor,
+    angle_stride: tl.tensor,
+    out: tl.tensor,
+    token: tl.tensor,
+    heads: tl.tensor,  # [heads]
+    num_heads: tl.tensor,
+    half: tl.constexpr,
+    block_half: tl.constexpr,
+) -> None:
+    """Turn heads of a token by its angles and store them."""
+    pairs = tl.arange(0, block_half)
+    is_pair = pairs < half
+    mask = (heads < num_heads)[:, None] & is_pair[None, :]
+    cosines = tl.load(cos + token * angle_stride + pairs, mask=is_pair, other=0.0)[None, :]
+    sines = tl.load(signed_sin + token * angle_stride + half + pairs, mask=is_pair, other=0.0)[None, :]
+    first = out + (token * num_heads + heads[:, None]) * (2 * half) + pairs[None, :]
+    tl.store(first, (x1 * cosines - x2 * sines).to(out.dtype.element_ty), mask=mask)
+    tl.store(first + half, (x2 * cosines + x1 * sines).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _rope_kernel(
     x: tl.tensor,
     cos: tl.tensor,
@@ -57,16 +82,11 @@ def _rope_kernel(
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * block_heads + tl.arange(0, block_heads)
     pairs = tl.arange(0, block_half)
-    is_pair = pairs < half
-    mask = (heads < num_heads)[:, None] & is_pair[None, :]
-    cosines = tl.load(cos + token * angle_stride + pairs, mask=is_pair, other=0.0)[None, :]
-    sines = tl.load(signed_sin + token * angle_stride + half + pairs, mask=is_pair, other=0.0)[None, :]
+    mask = (heads < num_heads)[:, None] & (pairs < half)[None, :]
     first = x + token * token_stride + heads[:, None] * head_stride + pairs[None, :]
     x1 = tl.load(first, mask=mask, other=0.0).to(tl.float32)
     x2 = tl.load(first + half, mask=mask, other=0.0).to(tl.float32)
-    out_first = out + (token * num_heads + heads[:, None]) * (2 * half) + pairs[None, :]
-    tl.store(out_first, (x1 * cosines - x2 * sines).to(out.dtype.element_ty), mask=mask)
-    tl.store(out_first + half, (x2 * cosines + x1 * sines).to(out.dtype.element_ty), mask=mask)
+    store_turned(x1, x2, cos, signed_sin, angle_stride, out, token, heads, num_heads, half, block_half)
 
 
 def rotation(positions: torch.Tensor, frequencies: torch.Tensor, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,30 +106,39 @@ def rotation(positions: torch.Tensor, frequencies: torch.Tensor, factor: float) 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
     """x [T, heads, D] turned, contiguous."""
-    num_tokens, num_heads, head_dim = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return out
-    assert x.stride(-1) == 1 and cos.stride(-1) == 1, "heads and angles must be contiguous along the head dimension"
-    assert cos.stride(0) == signed_sin.stride(0), "cosines and sines must be laid out alike"
-    half = head_dim // 2
-    block_half = triton.next_power_of_2(half)
-    block_heads = min(triton.next_power_of_2(num_heads), max(1, ELEMENTS_PER_PROGRAM // (2 * block_half)))
-    overlaps = can_overlap(x.device)
-    _rope_kernel[(num_tokens, triton.cdiv(num_heads, block_heads))](
+    grid, options = head_launch(x, cos, signed_sin, ELEMENTS_PER_PROGRAM)
+    _rope_kernel[grid](
         x,
         cos,
         signed_sin,
         out,
-        num_heads,
+        x.shape[1],
         x.stride(0),
         x.stride(1),
         cos.stride(0),
-        half=half,
-        block_heads=block_heads,
-        block_half=block_half,
-        overlaps=overlaps,
-        num_warps=warps_for(2 * block_heads * block_half),
-        launch_pdl=overlaps,
+        **options,
     )
     return out
+
+
+def head_launch(
+    x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor, elements: int
+) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid and constants of a kernel whose programs take a token's heads of x [T, heads, D], some `elements` each."""
+    assert x.stride(-1) == 1 and cos.stride(-1) == 1, "heads and angles must be contiguous along the head dimension"
+    assert cos.stride(0) == signed_sin.stride(0), "cosines and sines must be laid out alike"
+    num_tokens, num_heads, head_dim = x.shape
+    block_half = triton.next_power_of_2(head_dim // 2)
+    block_heads = min(triton.next_power_of_2(num_heads), max(1, elements // (2 * block_half)))
+    overlaps = can_overlap(x.device)
+    return (num_tokens, triton.cdiv(num_heads, block_heads)), {
+        "half": head_dim // 2,
+        "block_heads": block_heads,
+        "block_half": block_half,
+        "overlaps": overlaps,
+        "num_warps": warps_for(2 * block_heads * block_half),
+        "launch_pdl": overlaps,
+    }
