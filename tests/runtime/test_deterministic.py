@@ -70,6 +70,18 @@ def test_logits_of_a_program(model_dir: Path, quantization: str, cache_dtype: to
     check_logits(package, cache_dtype)
 
 
+def test_without_it_bits_depend_on_how_a_prompt_is_computed(model_dir: Path) -> None:
+    """What the tests above would see if the mode did nothing."""
+    package = build(model_dir, device="cpu", quantization="none", capture="dispatch", max_seq_len=320)
+    results = []
+    for way in ("alone and whole", "decoded"):
+        executor = CpuExecutor(package, LIMITS.arrays(), LIMITS.num_blocks, torch.float32, 1)
+        results.append(logits_of(executor, WAYS[way]))
+        executor.close()
+    assert not torch.equal(results[0], results[1])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("model_type", ["gemma3", "qwen3_moe"])
 def test_logits_of_programs_with_windows_or_experts(model_type: str, tmp_path: Path) -> None:
     changes = {"sliding_window": 37} if model_type == "gemma3" else {}
