@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
+from torch.autograd import profiler
 from torch.profiler import record_function
 
 PREFIX = "tokenmill: "
@@ -18,6 +18,6 @@ PREFIX = "tokenmill: "
 
 def phase(name: str) -> AbstractContextManager[Any]:
     """A context manager; what runs in it is `name` on the profiler's timeline."""
-    if not torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
+    if not profiler._is_profiler_enabled:  # of any thread; the function of that name asks about this one
         return nullcontext()
     return record_function(PREFIX + name)
