@@ -33,8 +33,9 @@ def test_metrics_move_by_what_was_done(server: LiveServer, client: openai.OpenAI
         client.completions.create(model="tiny", prompt=prompt, max_tokens=10, extra_body={"ignore_eos": True}).usage
         for _ in range(2)
     ]
+    drawn: dict[str, Any] = {"temperature": 1.0, "seed": 0}  # a token a step: greedy ones may come in groups
     stream: Any = client.completions.create(
-        model="tiny", prompt=prompt, max_tokens=10, stream=True, extra_body={"ignore_eos": True}
+        model="tiny", prompt=prompt, max_tokens=10, stream=True, extra_body={"ignore_eos": True}, **drawn
     )
     list(stream)
     server.wait_until_idle()
