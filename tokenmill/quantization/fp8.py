@@ -95,8 +95,8 @@ class Fp8Linear:
         return self._weight
 
 
-class Fp8Experts:
-    """Experts in 8-bit floats: `gate_up_proj` [E, 2 I, H] and `down_proj` [E, H, I] with `..._scale` [E, features].
+class FilledExperts:
+    """Experts whose weights are there once they are loaded, and what is computed with them then.
 
     Args:
         batch_invariant: see `ops.moe.ExpertWeights`.
@@ -105,6 +105,34 @@ class Fp8Experts:
     def __init__(self, *, batch_invariant: bool = False) -> None:
         self._batch_invariant = batch_invariant
         self._weights: ExpertWeights | None = None
+
+    def apply(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """[T, H] to [T, H]."""
+        return run_experts(x, routing, self._filled)
+
+    def takes_quantized(self, num_rows: int) -> bool:
+        """Whether so many rows are quantized, each with a scale of its own."""
+        return self._filled.takes_quantized(num_rows)
+
+    def apply_quantized(self, x: torch.Tensor, quantized: QuantizedRows, routing: Routing) -> torch.Tensor:
+        """[T, H] to [T, H], with x quantized already."""
+        return run_experts(x, routing, self._filled, quantized)
+
+    @property
+    def _filled(self) -> ExpertWeights:
+        assert self._weights is not None, "process_after_loading was not called"
+        return self._weights
+
+
+class Fp8Experts(FilledExperts):
+    """Experts in 8-bit floats: `gate_up_proj` [E, 2 I, H] and `down_proj` [E, H, I] with `..._scale` [E, features].
+
+    Args:
+        batch_invariant: see `ops.moe.ExpertWeights`.
+    """
+
+    def __init__(self, *, batch_invariant: bool = False) -> None:
+        super().__init__(batch_invariant=batch_invariant)
         self._stacks: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def create_weights(
@@ -138,20 +166,3 @@ class Fp8Experts:
             first_expert,
             batch_invariant=self._batch_invariant,
         )
-
-    def apply(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """[T, H] to [T, H]."""
-        return run_experts(x, routing, self._filled)
-
-    def takes_quantized(self, num_rows: int) -> bool:
-        """Whether so many rows are quantized, each with a scale of its own."""
-        return self._filled.takes_quantized(num_rows)
-
-    def apply_quantized(self, x: torch.Tensor, quantized: QuantizedRows, routing: Routing) -> torch.Tensor:
-        """[T, H] to [T, H], with x quantized already."""
-        return run_experts(x, routing, self._filled, quantized)
-
-    @property
-    def _filled(self) -> ExpertWeights:
-        assert self._weights is not None, "process_after_loading was not called"
-        return self._weights

@@ -23,10 +23,11 @@ from tokenmill.ops.fp8 import (
     static_quantize_fp8,
     weight_only_linear,
 )
-from tokenmill.ops.moe import ExpertMatrix, ExpertWeights, Routing, run_experts
+from tokenmill.ops.moe import ExpertMatrix, ExpertWeights
 from tokenmill.ops.moe_plan import SCALE_GROUP
 from tokenmill.quantization.base import ExpertParameter, ExpertSizes, ParameterAxes
 from tokenmill.quantization.checkpoint_format import Fp8Format
+from tokenmill.quantization.fp8 import FilledExperts
 from tokenmill.quantization.unquantized import register_experts
 
 _BOTH_AXES = ParameterAxes(output=0, input=1)
@@ -147,7 +148,7 @@ class BlockFp8Linear:
         return block_scaled_linear(x, self._weight, bias)
 
 
-class CheckpointFp8Experts:
+class CheckpointFp8Experts(FilledExperts):
     """Experts in float8 with the checkpoint's scales.
 
     Static scales of inputs: one for what all experts' gate and up projections take, since a token goes to several of
@@ -160,11 +161,10 @@ class CheckpointFp8Experts:
     """
 
     def __init__(self, stored: Fp8Format, *, batch_invariant: bool = False) -> None:
-        self._batch_invariant = batch_invariant
+        super().__init__(batch_invariant=batch_invariant)
         self._format = stored
         self._scales: tuple[torch.Tensor, torch.Tensor] | None = None
         self._input_scales: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._weights: ExpertWeights | None = None
 
     def create_weights(
         self, layer: nn.Module, sizes: ExpertSizes, dtype: torch.dtype, device: torch.device
@@ -229,23 +229,6 @@ class CheckpointFp8Experts:
             batch_invariant=self._batch_invariant,
         )
         self._scales = self._input_scales = None
-
-    def apply(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """[T, H] to [T, H]."""
-        return run_experts(x, routing, self._filled)
-
-    def takes_quantized(self, num_rows: int) -> bool:
-        """Whether so many rows are quantized, each with a scale of its own."""
-        return self._filled.takes_quantized(num_rows)
-
-    def apply_quantized(self, x: torch.Tensor, quantized: QuantizedRows, routing: Routing) -> torch.Tensor:
-        """[T, H] to [T, H], with x quantized already."""
-        return run_experts(x, routing, self._filled, quantized)
-
-    @property
-    def _filled(self) -> ExpertWeights:
-        assert self._weights is not None, "process_after_loading was not called"
-        return self._weights
 
 
 def _register_scale(layer: nn.Module, name: str, shape: tuple[int, ...], device: torch.device) -> None:
