@@ -193,11 +193,11 @@ def test_truncated_gguf(tmp_path: Path) -> None:
 
 def test_full_queue_refuses_and_generate_waits(model_dir: Path) -> None:
     with make_llm(model_dir, max_queue_size=2) as llm:
-        params = SamplingParams(max_tokens=60, ignore_eos=True)
+        params = SamplingParams(max_tokens=200, ignore_eos=True, temperature=1.0, seed=0)  # a token a step
         results = [llm.generate_async("the rain", params) for _ in range(6)]
         with pytest.raises(QueueFullError):
             llm.generate_async("one more", params)
-        assert [result.result(60).outputs[0].length for result in results] == [60] * 6
+        assert [result.result(60).outputs[0].length for result in results] == [200] * 6
         assert len(llm.generate(["the rain"] * 20, SamplingParams(max_tokens=2, ignore_eos=True))) == 20
 
 
