@@ -67,6 +67,7 @@ def test_other_decoders(metaspace: tokenizers.Tokenizer, ids: list[int], cuts: l
 
 @shared
 @given(st.text(alphabet="ab 日é\U0001f642\u0301", max_size=40), st.integers(0, 60), cut_points)
+@example("baaaaa b b\u0301\U0001f642\U0001f642", 21, [])  # nine bytes of a run of ten are the prompt's
 def test_answer_continues_the_prompt(
     byte_level: tokenizers.Tokenizer,
     sentencepiece: tokenizers.Tokenizer,

@@ -96,14 +96,10 @@ class _ByteFallbackStream:
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
-        self._run = bytearray()
         self._num_leading_spaces = tokenizer.decoder_style.num_leading_spaces
-        tail = _visible_tail(tokenizer, prompt_token_ids, skip_special_tokens)
-        if tail:  # spaces are stripped from the start of a text only
-            self._num_leading_spaces = 0
-        for token_id in tail:
-            byte = byte_of_token(tokenizer.id_to_token(token_id) or "")
-            self._run = self._run + bytes([byte]) if byte is not None else bytearray()
+        if _visible_tail(tokenizer, prompt_token_ids, skip_special_tokens):
+            self._num_leading_spaces = 0  # spaces are stripped from the start of a text only
+        self._run = self._last_run(prompt_token_ids)
         self._prompt_run_text = _text_of_run(bytes(self._run))
 
     def append(self, token_ids: Sequence[int]) -> str:
@@ -124,6 +120,19 @@ class _ByteFallbackStream:
 
     def flush(self) -> str:
         return self._strip(self._end_run())
+
+    def _last_run(self, token_ids: Sequence[int]) -> bytearray:
+        """The byte tokens that a prompt ends with, all of them: a run is text as a whole or not at all."""
+        run = bytearray()
+        for token_id in reversed(token_ids):
+            if self._skip_special_tokens and self._tokenizer.is_special(token_id):
+                continue
+            byte = byte_of_token(self._tokenizer.id_to_token(token_id) or "")
+            if byte is None:
+                break
+            run.append(byte)
+        run.reverse()
+        return run
 
     def _end_run(self) -> str:
         text = _text_of_run(bytes(self._run))
