@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -26,7 +27,6 @@ def write_tiny_model(
 
     With weights of 0.02 a greedy answer repeats one token for ever; with 0.3 it varies and may end.
     """
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -45,15 +45,11 @@ def write_tiny_model(
         bos_token_id=None,
         eos_token_id=2,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return _save(LlamaForCausalLM, config, folder)
 
 
 def write_tiny_moe_model(folder: Path) -> Path:
     """Like `write_tiny_model`, a Qwen 3 mixture of 8 experts, 2 for each token."""
-    import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,9 +71,16 @@ def write_tiny_moe_model(folder: Path) -> Path:
         bos_token_id=None,
         eos_token_id=2,
     )
+    return _save(Qwen3MoeForCausalLM, config, folder)
+
+
+def _save(model_class: Any, config: Any, folder: Path) -> Path:
+    """A model with random weights, always the same ones."""
+    import torch
+
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        Qwen3MoeForCausalLM(config).save_pretrained(folder)
+        model_class(config).save_pretrained(folder)
     return folder
 
 
