@@ -1,8 +1,8 @@
 """`triton`: attention over the paged cache on NVIDIA GPUs. `select.py` makes it; layers call it.
 
 Rows of one token go to the decode kernel, which also writes their keys and values; the rest are written by one launch
-and attended to by another. A step of decode rows alone depends on the host only through shapes and `max_kv_len`: it can
-be captured in a CUDA graph and replayed with other lengths, blocks and slots.
+and attended to by one or two others. A step of decode rows alone, or one with `RowParts`, depends on the host only
+through shapes and `max_kv_len`: it can be captured in a CUDA graph and replayed with other lengths, blocks and slots.
 """
 
 from __future__ import annotations
@@ -61,17 +61,19 @@ class TritonAttention:
         if self.batch_invariant:
             invariant_attention(spec, query, key, value, cache, metadata, Result(output, None, sinks))
             return output
-        num_decode = metadata.num_decode_rows
-        if num_decode:
-            rows = slice(num_decode)
-            angles = None if turning is None else Turning(*turning)
-            result = Result(output[rows], None, sinks)
-            self._decode(spec, query[rows], key[rows], value[rows], angles, cache, metadata, result)
-        if len(metadata.query_lens) > num_decode:
+        angles = None if turning is None else Turning(*turning)
+        result = Result(output, None, sinks)
+        has_prompts = len(metadata.query_lens) > metadata.num_decode_rows
+        if has_prompts:
             assert turning is None, "prompts are turned before"
-            rest = slice(num_decode, None)
-            keys, values = write_kv_triton(spec, key[rest], value[rest], cache, metadata.slot_mapping[rest])
-            self._prefill(spec, query[rest], keys, values, cache, metadata, Result(output[rest], None, sinks))
+            keys, values = write_kv_triton(spec, key, value, cache, metadata.slot_mapping)
+        decode = metadata if metadata.parts is None else metadata.parts.decode
+        if decode.num_decode_rows:
+            rows = slice(decode.num_decode_rows)
+            of_rows = Result(output[rows], None, sinks)
+            self._decode(spec, query[rows], key[rows], value[rows], angles, cache, decode, of_rows)
+        if has_prompts:  # behind the decode rows: some that pad them have written to prompts' results
+            self._prefill(spec, query, keys, values, cache, metadata, result)
         return output
 
     def turns_heads(self, metadata: AttentionMetadata) -> bool:
@@ -93,24 +95,26 @@ class TritonAttention:
     ) -> None:
         """Rows with history and rows without it in a launch each, as far as those without stand at the end."""
         first, num_rows = metadata.num_decode_rows, len(metadata.query_lens)
-        first_new = first_row_without_history(metadata)
-        num_tokens = sum(metadata.query_lens[first:first_new]) if first_new < num_rows else query.shape[0]
-        for rows, tokens, has_history in (
-            (slice(first, first_new), slice(0, num_tokens), True),
-            (slice(first_new, num_rows), slice(num_tokens, None), False),
-        ):
-            if rows.start < rows.stop:
+        if metadata.parts is None:
+            first_new = first_row_without_history(metadata)
+            groups = ((metadata, slice(first, first_new)), (metadata, slice(first_new, num_rows)))
+        else:
+            groups = ((metadata.parts.with_history, slice(None)), (metadata.parts.without_history, slice(None)))
+        for (group, rows), has_history in zip(groups, (True, False), strict=True):
+            query_lens = group.query_lens[rows]
+            if query_lens:
                 prefill_attention(
                     spec,
-                    query[tokens],
-                    key[tokens],
-                    value[tokens],
+                    query,
+                    key,
+                    value,
                     cache,
-                    metadata,
-                    result._replace(output=result.output[tokens]),
+                    group,
+                    result,
                     rows=rows,
                     has_history=has_history,
-                    max_query_len=max(metadata.query_lens[rows]),
+                    max_query_len=max(query_lens),
+                    num_tokens=min(sum(query_lens), query.shape[0]),
                 )
 
     def _decode(
