@@ -66,7 +66,8 @@ def test_large_steps_from_graphs_give_the_tokens_of_eager_steps(model_dir: Path,
         assert tokens_of(llm) == expected
         assert tokens_of(llm, PROMPTS[::-1]) == expected_again
         assert tokens_of(llm) == expected
-        assert len(large_sizes(llm)) > 1
+        if way != "prefix cache":  # which leaves large steps to the first round
+            assert len(large_sizes(llm)) > 1
         llm.check_integrity()
 
 

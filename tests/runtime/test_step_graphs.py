@@ -44,7 +44,7 @@ def test_which_steps_are_captured() -> None:
     )  # the last but one chunk of a prompt, one token long
     decode = [Row(slot, 9, 1, True) for slot in range(1, 40)]
     assert size(*decode, Row(0, 0, 100, True)) == StepSize(64, 192, 4096, True, 16)
-    assert size(Row(0, 0, 513, True)) == StepSize(64, 768, 4096, True, 16)
+    assert size(Row(0, 0, 513, True)) == StepSize(4, 768, 4096, True, 16)
     assert size(*decode, Row(0, 0, 2009, False)) == StepSize(64, 2048, 4096, True, 32)
     assert size(*(Row(slot, 0, 60, True) for slot in range(17))) is None  # many short prompts
     assert size(*(Row(slot, 0, 60, True) for slot in range(32))) == StepSize(64, 2048, 4096, True, 32)

@@ -32,6 +32,9 @@ that more than a tenth of padding would cost more than it gains."""
 MAX_CAPTURED_TOKENS = 8192
 """Larger steps keep the device busy without graphs."""
 
+FEWEST_ROWS = 4
+"""Rows of large steps: so many, or 4 times as many, and so on. With few the contexts of decode rows are split more."""
+
 FEWEST_PROMPTS = 16
 TOKENS_PER_PROMPT = 64
 """A large step has room for so many rows of several tokens, or for one for each so many tokens."""
@@ -90,7 +93,7 @@ def step_size(
 
 def large_size(num_rows: int, num_tokens: int, max_batch_size: int, max_seq_len: int, *, greedy: bool) -> StepSize:
     """The size of a large step with prompts, padded to `num_tokens`."""
-    bound = MANY_ROWS
+    bound = FEWEST_ROWS
     while bound < num_rows:
         bound *= 4
     num_prompts = max(FEWEST_PROMPTS, num_tokens // TOKENS_PER_PROMPT)
