@@ -1,9 +1,9 @@
-"""The shortest time that a work of `llama8b` or `qwen3_moe` can take on a device, step by step as the scheduler plans it.
+"""The shortest time that a work of `llama8b` or `qwen3_moe` can take on a device, in the steps that the scheduler plans.
 
     python -m benchmarks.gpu.work_limits --work 128/128/2048 1000/1000/512 --cache-tokens 438000
     python -m benchmarks.gpu.work_limits --model qwen3_moe --quantization fp8 --work 1000/1000/256 --cache-tokens 927648
 
-Needs no GPU: the engine's own scheduler and cache manager plan all steps for a runner that computes nothing. Each step's
+Needs no GPU: the engine's own scheduler and cache manager plan all steps for a runner that computes nothing. A step's
 weights and cache are read once and its products computed once, at the rates that are given; everything else (norms,
 activations, sampling, launches, reading a prompt's keys more than once) counts as nothing. Two limits come out: one for
 operations that run one after the other, each bound by memory or by arithmetic, and one as if memory and arithmetic of a

@@ -1,4 +1,4 @@
-"""`benchmarks.gpu.work_limits`: steps as the scheduler plans them, and the seconds that their bytes and products take."""
+"""`benchmarks.gpu.work_limits`: the scheduler's steps, and the seconds of their bytes and products."""
 
 from __future__ import annotations
 
