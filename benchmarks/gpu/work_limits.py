@@ -1,4 +1,4 @@
-"""The shortest time that a work of `llama8b` or `qwen3_moe` can take on a device, in the steps that the scheduler plans.
+"""The shortest time of a work of `llama8b` or `qwen3_moe` on a device, in the steps that the scheduler plans.
 
     python -m benchmarks.gpu.work_limits --work 128/128/2048 1000/1000/512 --cache-tokens 438000
     python -m benchmarks.gpu.work_limits --model qwen3_moe --quantization fp8 --work 1000/1000/256 --cache-tokens 927648
