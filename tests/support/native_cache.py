@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tokenmill.attention.base import AttentionMetadata, LayerCache
-from tokenmill.ops.cpu.cache_layout import CacheLocation, pack_cache, unpack_cache
+from tokenmill.ops.cpu.cache_layout import CacheLocation, pack_cache
 
 
 class NativeCache:
@@ -33,6 +33,17 @@ class NativeCache:
     def unpacked(self) -> LayerCache:
         """Keys and values, [N, B, G, D] each."""
         return unpack_cache(self.keys, self.values, self.tokens_per_block, self.head_dim)
+
+
+def unpack_cache(
+    keys: torch.Tensor, values: torch.Tensor, tokens_per_block: int, head_dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `pack_cache` was given."""
+    if keys.dtype == torch.bfloat16:
+        keys = keys.permute(0, 1, 2, 4, 3).flatten(2, 3)
+        values = values.permute(0, 1, 2, 4, 3).flatten(2, 3)
+    keys, values = keys.permute(0, 3, 1, 2), values.transpose(1, 2)
+    return tuple(part[:, :tokens_per_block, :, :head_dim].contiguous() for part in (keys, values))
 
 
 def clear_partners(cache: LayerCache, metadata: AttentionMetadata) -> None:

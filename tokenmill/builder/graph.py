@@ -23,8 +23,6 @@ GRAPH_KINDS: Final[Mapping[str, OperationKind]] = {
 }
 """Kinds of nodes that no program holds: lowering turns them into views, copies and weights."""
 
-VIEW_KINDS: Final = ("slice", "concat")
-
 
 @dataclass(frozen=True, slots=True)
 class Value:

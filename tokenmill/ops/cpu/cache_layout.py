@@ -106,17 +106,6 @@ def pack_cache(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, 
     return paired_keys.contiguous(), paired_values.contiguous()
 
 
-def unpack_cache(
-    keys: torch.Tensor, values: torch.Tensor, tokens_per_block: int, head_dim: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `pack_cache` was given."""
-    if keys.dtype == torch.bfloat16:
-        keys = keys.permute(0, 1, 2, 4, 3).flatten(2, 3)
-        values = values.permute(0, 1, 2, 4, 3).flatten(2, 3)
-    keys, values = keys.permute(0, 3, 1, 2), values.transpose(1, 2)
-    return tuple(part[:, :tokens_per_block, :, :head_dim].contiguous() for part in (keys, values))  # type: ignore[return-value]
-
-
 @device
 def query_start(step: int, row: int) -> int:
     """First token of a row in the step."""
