@@ -17,8 +17,8 @@ from rich.table import Table
 
 from tokenmill.bench.limits import DeviceLimits
 from tokenmill.models.config import ModelConfig
+from tokenmill.models.step_costs import linear_order, step_costs
 from tokenmill.program.costs import Cost, StepSize
-from tokenmill.step_costs import linear_order, step_costs
 
 COMPANIONS: Final = ("_combine_kernel", "_splits_kernel", "splitKreduce")
 """Kernels that end what the kernel before them began."""
