@@ -15,10 +15,12 @@ import numpy as np
 import torch
 
 from tokenmill.attention.base import LayerCache
+from tokenmill.engine.interruption import Interruption
 from tokenmill.ops.cpu.argmax import advance_arguments, argmax, argmax_arguments, argmax_scratch_bytes
 from tokenmill.ops.cpu.cache_layout import STEP_SIZE, cache_shapes
 from tokenmill.ops.cpu.compile_processes import compile_all
 from tokenmill.ops.cpu.layout import COLUMN_NUM_TOKENS
+from tokenmill.ops.cpu.repetition import Repetition
 from tokenmill.ops.cpu.threads import STEP_FUNCTIONS, OpList, ThreadPool
 from tokenmill.ops.platform import num_usable_cores
 from tokenmill.program.package import EnginePackage
@@ -30,7 +32,7 @@ from tokenmill.runtime.huge_pages import HugePages
 from tokenmill.runtime.kernel_choices import KernelChoices
 from tokenmill.runtime.program_executor import ProgressCallback, Values
 from tokenmill.runtime.program_parts import ProgramParts, layer_caches, split_program
-from tokenmill.runtime.step_arrays import Integers, StepArrays
+from tokenmill.runtime.step_arrays import MAX_STEPS, Integers, StepArrays
 
 NUM_SPINS: Final = 200_000
 """Looks for a step before a worker thread sleeps: some milliseconds. To wake it takes up to one, and the host needs 0.3
@@ -103,6 +105,7 @@ class CpuExecutor:
         self._step[_TABLE_STRIDE] = arrays.block_tables.strides[0]
         self._logits = memory.floats(package.program.output.name, arrays.max_num_rows)
         self._most_likely: Integers = memory.pages.take(4 * arrays.max_num_rows).view(np.int32)
+        self._repetition = Repetition(self._most_likely, arrays.end_ids, MAX_STEPS)
         writer = OpWriter(
             memory,
             CpuWeights(package.program, package.weights, memory),
@@ -120,15 +123,11 @@ class CpuExecutor:
         self._pool.run(self._ready(self._lists[self._kind()]).ops)
         return self._logits[: self.arrays.num_rows]
 
-    def repeat(self) -> None:
-        """See `ProgramExecutor.repeat`."""
-        ops = self._lists[self._kind()].ops
-        ops.rows[0, COLUMN_NUM_TOKENS] = self.arrays.num_sequences
-        self._pool.run(ops)
-
-    def most_likely(self) -> Integers:
-        """See `ProgramExecutor.most_likely`."""
-        return self._most_likely[: self.arrays.num_rows]
+    def run_steps(self, max_steps: int, seconds: float, interruption: Interruption) -> Integers:
+        """See `ProgramExecutor.run_steps`."""
+        ops = self._ready(self._lists[self._kind()]).ops
+        self._repetition.set(self.arrays.num_rows, max_steps, seconds, interruption.address)
+        return self._repetition.found(self._pool.run_steps(ops, self._repetition))
 
     def logits_at(self, row_index: Sequence[int]) -> Values:
         """See `ProgramExecutor.logits_at`."""
