@@ -19,10 +19,21 @@ def _triton(*, batch_invariant: bool = False) -> AttentionBackend:
     return TritonAttention(batch_invariant=batch_invariant)
 
 
+def _flashinfer() -> AttentionBackend:
+    from tokenmill.attention.flashinfer import FlashInferAttention
+
+    return FlashInferAttention()
+
+
 BACKENDS: Mapping[str, Callable[[], AttentionBackend]] = MappingProxyType(
-    {"cpu": CpuAttention, "reference": ReferenceAttention, "triton": _triton}
+    {"cpu": CpuAttention, "flashinfer": _flashinfer, "reference": ReferenceAttention, "triton": _triton}
 )
 """Backends by name."""
+
+GPU_BACKENDS = ("flashinfer", "triton")
+"""They run on GPUs alone."""
+
+FLASHINFER_HEAD_DIMS = (64, 128, 256)
 
 
 def select_backend(name: str, device: torch.device, *, batch_invariant: bool = False) -> AttentionBackend:
@@ -35,7 +46,7 @@ def select_backend(name: str, device: torch.device, *, batch_invariant: bool = F
 
     Raises:
         InvalidParameterError: no such backend, or not on this device (`field` is `attn_backend`).
-        UnsupportedFeatureError: the backend cannot be invariant.
+        UnsupportedFeatureError: the backend cannot be invariant, or its package is not installed.
     """
     if name == "auto":
         name = "triton" if device.type == "cuda" else "cpu"
@@ -45,9 +56,9 @@ def select_backend(name: str, device: torch.device, *, batch_invariant: bool = F
             field="attn_backend",
             remedy=did_you_mean(name, ("auto", *BACKENDS)),
         )
-    if name == "triton" and device.type != "cuda":
+    if name in GPU_BACKENDS and device.type != "cuda":
         raise InvalidParameterError(
-            f"The attention backend 'triton' does not run on the device '{device.type}'.",
+            f"The attention backend '{name}' does not run on the device '{device.type}'.",
             field="attn_backend",
             remedy="Use 'auto' or 'cpu', or run the model on an NVIDIA GPU.",
         )
@@ -60,3 +71,54 @@ def select_backend(name: str, device: torch.device, *, batch_invariant: bool = F
             )
         return _triton(batch_invariant=True)
     return BACKENDS[name]()
+
+
+def check_backend(name: str, *, head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
+    """Refuse a model that the backend `name` cannot attend in; nothing is left to another backend silently.
+
+    Args:
+        name: of a backend, not `auto`.
+        head_dim: columns of a head.
+        dtype: of queries.
+        cache_dtype: of the cache.
+
+    Raises:
+        UnsupportedFeatureError: `field` is what has to change.
+    """
+    if name != "flashinfer":
+        return
+    kind = str(dtype).removeprefix("torch.")
+    for is_wrong, problem, field, remedy in (
+        (
+            dtype not in (torch.float16, torch.bfloat16),
+            f"does not compute in {kind}",
+            "dtype",
+            "Use dtype='bfloat16' or 'float16'",
+        ),
+        (
+            cache_dtype not in (dtype, torch.float8_e4m3fn),
+            f"reads no cache of {str(cache_dtype).removeprefix('torch.')} for a model in {kind}",
+            "kv_cache_config.dtype",
+            "Use 'auto' or 'fp8' for it",
+        ),
+        (
+            head_dim not in FLASHINFER_HEAD_DIMS,
+            f"has kernels for heads of {', '.join(map(str, FLASHINFER_HEAD_DIMS))} columns, not of {head_dim}",
+            "attn_backend",
+            "Use 'triton'",
+        ),
+    ):
+        if is_wrong:
+            raise UnsupportedFeatureError(
+                f"The attention backend 'flashinfer' {problem}.",
+                field=field,
+                remedy=f"{remedy}, or leave attn_backend at 'auto'.",
+            )
+
+
+def runs_in_graphs(name: str) -> bool:
+    """Whether decode steps of the backend `name` can be captured in CUDA graphs.
+
+    `flashinfer` plans every step on the host, and `reference` and `cpu` read its lengths there.
+    """
+    return name == "triton"
