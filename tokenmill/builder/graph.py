@@ -8,7 +8,7 @@ on a weight alone. `capture.py` makes a graph, `passes/` rewrite it, `lowering.p
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -164,6 +164,15 @@ def assign_formats(graph: Graph, formats: Mapping[str, str]) -> Graph:
         for name, weight in graph.weights.items()
     }
     return replace(graph, weights=weights)
+
+
+def free_name(wanted: str, taken: Container[str]) -> str:
+    """`wanted`, or with the first number that makes it another name than those that are taken."""
+    name, number = wanted, 0
+    while name in taken:
+        number += 1
+        name = f"{wanted}_{number}"
+    return name
 
 
 def diff(before: Graph, after: Graph, *, context: int = 1) -> str:
