@@ -183,8 +183,8 @@ class LlmArgs(StrictModel):
     """`dummy`: random weights of the right shape, made on the device."""
     attn_backend: str = "auto"
     """Attention backend by name (`tokenmill inspect` lists them). auto: `triton` on a GPU. `flashinfer` runs where that
-    package is installed (`pip install 'tokenmill[flashinfer]'`, which compiles its kernels on first use): in 16 bits, with
-    heads of 64, 128 or 256, without CUDA graphs."""
+    package is installed (`pip install 'tokenmill[flashinfer]'`; its kernels are compiled on first use): in 16 bits,
+    with heads of 64, 128 or 256, without CUDA graphs."""
     max_batch_size: int = Field(default=64, ge=1)
     """Most sequences that run at the same time."""
     max_num_tokens: int | None = Field(default=None, ge=1)
