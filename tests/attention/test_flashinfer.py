@@ -28,7 +28,7 @@ from tests.support import fake_flashinfer
 from tokenmill.attention.base import AttentionMetadata, AttentionSpec
 from tokenmill.attention.flashinfer import FlashInferAttention, paged_rows
 from tokenmill.attention.reference import ReferenceAttention
-from tokenmill.attention.select import check_backend, runs_in_graphs, select_backend
+from tokenmill.attention.select import captures_graphs, check_backend, select_backend
 from tokenmill.errors import InvalidParameterError, UnsupportedFeatureError
 
 CASES = [
@@ -201,5 +201,10 @@ def test_unfit_models(changes: dict[str, Any], field: str, words: str) -> None:
     assert caught.value.field == field
 
 
-def test_only_triton_runs_in_graphs() -> None:
-    assert [runs_in_graphs(name) for name in ("triton", "flashinfer", "reference", "cpu")] == [True, *[False] * 3]
+def test_only_triton_runs_in_graphs(caplog: pytest.LogCaptureFixture) -> None:
+    names = ("triton", "reference", "cpu", "flashinfer")
+    assert [captures_graphs(name, wanted=False) for name in names] == [False] * 4
+    assert [captures_graphs(name, wanted=True) for name in names[:3]] == [True, False, False]
+    assert not caplog.records
+    assert not captures_graphs("flashinfer", wanted=True)
+    assert "without CUDA graphs" in caplog.text

@@ -7,7 +7,6 @@ values are written by our kernel; rows of one token and prompts go to a wrapper 
 
 from __future__ import annotations
 
-import logging
 import threading
 from dataclasses import dataclass
 from importlib import import_module
@@ -21,8 +20,6 @@ from tokenmill.attention.base import AttentionMetadata, AttentionSpec, LayerCach
 from tokenmill.attention.triton_kv_write import write_kv_triton
 from tokenmill.errors import UnsupportedFeatureError
 from tokenmill.ops.upload import upload
-
-logger = logging.getLogger(__name__)
 
 WORKSPACE_BYTES = 256 << 20
 """For partial results of split contexts; the library's documents advise half of it for heads of 128."""
@@ -97,7 +94,6 @@ class FlashInferAttention:
                 field="attn_backend",
                 remedy="Install it with `pip install 'tokenmill[flashinfer]'`, or leave attn_backend at 'auto'.",
             ) from error
-        logger.warning("Steps run without CUDA graphs: FlashInfer plans every step on the host.")
         self._workspace: torch.Tensor | None = None
         self._wrappers: dict[LayerKind, Wrappers] = {}
         self._rows: StepRows | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
@@ -11,6 +12,8 @@ from tokenmill.attention.base import AttentionBackend
 from tokenmill.attention.cpu import CpuAttention
 from tokenmill.attention.reference import ReferenceAttention
 from tokenmill.errors import InvalidParameterError, UnsupportedFeatureError, did_you_mean
+
+logger = logging.getLogger(__name__)
 
 
 def _triton(*, batch_invariant: bool = False) -> AttentionBackend:
@@ -116,9 +119,11 @@ def check_backend(name: str, *, head_dim: int, dtype: torch.dtype, cache_dtype: 
             )
 
 
-def runs_in_graphs(name: str) -> bool:
-    """Whether decode steps of the backend `name` can be captured in CUDA graphs.
+def captures_graphs(name: str, *, wanted: bool) -> bool:
+    """Whether decode steps on a GPU shall be captured in CUDA graphs: if `wanted` and the backend `name` allows it.
 
-    `flashinfer` plans every step on the host, and `reference` and `cpu` read its lengths there.
+    `flashinfer` plans every step on the host, which is said in the log; `reference` and `cpu` read its lengths there.
     """
-    return name == "triton"
+    if wanted and name == "flashinfer":
+        logger.warning("Steps run without CUDA graphs: FlashInfer plans each of them on the host.")
+    return wanted and name == "triton"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from tokenmill.attention.select import check_backend, runs_in_graphs, select_backend
+from tokenmill.attention.select import captures_graphs, check_backend, select_backend
 from tokenmill.checkpoints.base import Checkpoint, open_checkpoint
 from tokenmill.config import LlmArgs
 from tokenmill.engine.core import EngineCore
@@ -160,7 +160,7 @@ def _make_runner(
     caches = make_caches(num_blocks=1 if is_gpu else memory.num_blocks)
     # One more for the scratch slot.
     sampling = SlotSamplingParams(args.max_batch_size + 1, config.vocab_size, device)
-    use_graphs = args.enable_cuda_graphs and runs_in_graphs(description.attn_backend)
+    use_graphs = captures_graphs(description.attn_backend, wanted=args.enable_cuda_graphs)
     runner = ModelRunner(model, caches, slots, sampling, use_graphs=use_graphs)
     if is_gpu:
         largest = largest_step(model, caches, slots, description.max_num_tokens, args.max_batch_size)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tokenmill.attention.select import check_backend, runs_in_graphs, select_backend
+from tokenmill.attention.select import captures_graphs, check_backend, select_backend
 from tokenmill.config import LlmArgs
 from tokenmill.engine.core import EngineCore
 from tokenmill.errors import InvalidParameterError
@@ -137,7 +137,7 @@ def _make_runner(
         caches = allocate_program_caches(
             package.program, memory.num_blocks, memory.tokens_per_block, cache_dtype, device
         )
-        use_graphs = args.enable_cuda_graphs and runs_in_graphs(description.attn_backend)
+        use_graphs = captures_graphs(description.attn_backend, wanted=args.enable_cuda_graphs)
         return ModelRunner(program, caches, slots, sampling, use_graphs=use_graphs)
     # What is left to torch (sampling, log-probabilities) is small; its threads would only get in the kernels' way.
     torch.set_num_threads(1)
