@@ -1,8 +1,8 @@
 """Llama (https://arxiv.org/abs/2302.13971, https://arxiv.org/abs/2407.21783) and models of its shape, such as SmolLM2.
 
 Biases and sliding windows come from the configuration, so that `mistral` and `qwen2` are this model with other numbers;
-`qwen3` has attention of its own.
-Module names are those of Hugging Face; query, key and value, and gate and up projections are merged.
+`qwen3` brings attention of its own. Module names are those of Hugging Face; query, key and value, and gate and up
+projections are merged.
 """
 
 from __future__ import annotations
