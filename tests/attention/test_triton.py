@@ -262,8 +262,40 @@ def test_decode_rows_are_turned_on_the_way(case: Case, num_splits: int, device: 
             torch.testing.assert_close(part.float(), expected_part.float(), rtol=2**-7, atol=1e-5, equal_nan=True)
 
 
-def test_steps_with_prompts_are_turned_before(device: str) -> None:
-    assert not TritonAttention().turns_heads(make_step(Case(((1, 3), (2, 0))), device).metadata)
+TURNED_PROMPTS = [
+    Case(MIXED),
+    Case(MIXED, num_heads=3, num_kv_heads=1, head_dim=48, window=20),
+    Case(((2, 0), (19, 0), (7, 21)), dtype=torch.bfloat16, num_heads=8, num_kv_heads=1, head_dim=128),
+    Case(MIXED, dtype=torch.bfloat16, cache_dtype=FP8, key_scale=0.5),
+    pytest.param(REAL, marks=pytest.mark.gpu),
+    pytest.param(replace(REAL, cache_dtype=FP8), marks=pytest.mark.gpu),
+]
+
+
+@pytest.mark.parametrize("case", TURNED_PROMPTS, ids=str)
+def test_prompts_are_turned_on_the_way(case: Case, device: str) -> None:
+    step = make_step(case, device)
+    num_tokens = step.query.shape[0]
+    turns = torch.randn(num_tokens, 1, case.head_dim // 2, generator=torch.Generator().manual_seed(5)).to(device)
+    cos, sin = turns.cos(), turns.sin()
+    angles = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    query, key = (apply_rope_reference(heads, *angles) for heads in (step.query, step.key))
+    cache, expected_cache = step.cloned_cache(), step.cloned_cache()
+    expected = ReferenceAttention().forward(step.spec, query, key, step.value, expected_cache, step.metadata)
+    backend = TritonAttention()
+    assert backend.turns_heads(step.metadata)
+    actual = backend.forward(step.spec, step.query, step.key, step.value, cache, step.metadata, turning=angles)
+    tolerance = max(TOLERANCES[case.dtype], TOLERANCES[torch.float16] if case.cache_dtype == FP8 else 0.0)
+    tolerance = tolerance if device == "cuda" or case.dtype == torch.float32 else 2 * tolerance  # cuts bfloat16 off
+    if case.cache_dtype == FP8:  # a last digit of the key decides between two of its 8-bit numbers
+        tolerance *= 3
+    assert_close(actual, expected, tolerance)
+    if case.cache_dtype is None and (device == "cuda" or case.dtype == torch.float32):
+        for part, expected_part in zip(cache, expected_cache, strict=True):
+            torch.testing.assert_close(part.float(), expected_part.float(), rtol=2**-7, atol=1e-5, equal_nan=True)
+
+
+def test_invariant_rows_are_turned_before(device: str) -> None:
     assert not TritonAttention(batch_invariant=True).turns_heads(make_step(Case(((1, 3),)), device).metadata)
 
 

@@ -27,6 +27,11 @@ def first_row_without_history(metadata: AttentionMetadata) -> int:
     return row
 
 
+def _angles_of(turning: tuple[torch.Tensor, torch.Tensor] | None, tokens: slice) -> Turning | None:
+    """The angles of some of a step's tokens."""
+    return None if turning is None else Turning(turning[0][tokens], turning[1][tokens])
+
+
 class TritonAttention:
     """Attention by Triton kernels.
 
@@ -64,27 +69,28 @@ class TritonAttention:
         num_decode = metadata.num_decode_rows
         if num_decode:
             rows = slice(num_decode)
-            angles = None if turning is None else Turning(*turning)
             result = Result(output[rows], None, sinks)
+            angles = _angles_of(turning, rows)
             self._decode(spec, query[rows], key[rows], value[rows], angles, cache, metadata, result)
         if len(metadata.query_lens) > num_decode:
-            assert turning is None, "prompts are turned before"
             rest = slice(num_decode, None)
-            keys, values = write_kv_triton(spec, key[rest], value[rest], cache, metadata.slot_mapping[rest])
-            self._prefill(spec, query[rest], keys, values, cache, metadata, Result(output[rest], None, sinks))
+            angles = _angles_of(turning, rest)
+            keys, values = write_kv_triton(spec, key[rest], value[rest], cache, metadata.slot_mapping[rest], angles)
+            self._prefill(spec, query[rest], angles, keys, values, cache, metadata, Result(output[rest], None, sinks))
         return output
 
     def turns_heads(self, metadata: AttentionMetadata) -> bool:
-        """Steps of decode rows alone: turning costs their kernel less than a launch of its own.
+        """All but invariant rows: each query and each key is loaded once, so turning it there saves a pass of its own.
 
-        A last bit may differ from `ops.rope`, which turns the rows of other steps; invariant rows are left to that.
+        A last bit may differ from `ops.rope`.
         """
-        return not self.batch_invariant and metadata.num_decode_rows == len(metadata.query_lens)
+        return not self.batch_invariant
 
     def _prefill(
         self,
         spec: AttentionSpec,
         query: torch.Tensor,
+        turning: Turning | None,
         key: torch.Tensor,
         value: torch.Tensor,
         cache: LayerCache,
@@ -111,6 +117,7 @@ class TritonAttention:
                     rows=rows,
                     has_history=has_history,
                     max_query_len=max(metadata.query_lens[rows]),
+                    turning=_angles_of(turning, tokens),
                 )
 
     def _decode(

@@ -21,6 +21,7 @@ from tokenmill.attention.triton_common import (
     Result,
     Scoring,
     StridedHeads,
+    Turning,
     cache_slots,
     load_blocks,
     load_tile,
@@ -218,12 +219,38 @@ def _attend_step(
     return values, maximum, total
 
 
+@triton.jit
+def _load_queries(
+    heads: StridedHeads,
+    turning: Turning | None,
+    tokens: tl.tensor,  # [block_m]
+    heads_of_lanes: tl.tensor,  # [block_m]
+    is_query: tl.tensor,  # [block_m]
+    head_dim: tl.constexpr,
+    block_d: tl.constexpr,
+) -> tl.tensor:
+    """[block_m, block_d] queries, turned and rounded as between two ops; zero where not `is_query`."""
+    rows = tokens * heads.token_stride + heads_of_lanes * heads.head_stride
+    tile = load_tile(heads.data, rows, is_query, head_dim, block_d, True)
+    if turning is not None:
+        dims = tl.arange(0, block_d)
+        partners = rows[:, None] + ((dims + head_dim // 2) % head_dim)[None, :]
+        angles = tokens[:, None] * head_dim + dims[None, :]
+        is_element = is_query[:, None] & (dims < head_dim)[None, :]
+        turned = tile.to(tl.float32) * tl.load(turning.cos + angles, mask=is_element, other=0.0)
+        swapped = tl.load(heads.data + partners, mask=is_element, other=0.0).to(tl.float32)
+        turned += swapped * tl.load(turning.signed_sin + angles, mask=is_element, other=0.0)
+        tile = turned.to(tile.dtype)
+    return tile
+
+
 @triton.jit(
     do_not_specialize=["table_stride", "num_rows", "num_tiles"],
     do_not_specialize_on_alignment=["query_start", "kv_lens", "block_tables"],
 )
 def _prefill_kernel(
     query: StridedHeads,
+    turning: Turning | None,
     key: StridedHeads,
     value: StridedHeads,
     key_descriptor: tl.tensor_descriptor | None,
@@ -263,8 +290,7 @@ def _prefill_kernel(
         indices, heads = first + lanes // group, kv_head * group + lanes % group
         is_query = (lanes < queries_per_tile * group) & (indices < query_len)
         token = (row_start - step_start).to(tl.int64)
-        rows = (token + indices) * query.token_stride + heads * query.head_stride
-        q = load_tile(query.data, rows, is_query, head_dim, block_d, True).to(operands)
+        q = _load_queries(query, turning, token + indices, heads, is_query, head_dim, block_d).to(operands)
         history = tl.load(kv_lens + row) - query_len
         table = block_tables + row.to(tl.int64) * table_stride
         values, maximum, total = _attend(
@@ -364,6 +390,7 @@ def prefill_attention(
     has_history: bool,
     max_query_len: int,
     tiles: PrefillTiles | None = None,
+    turning: Turning | None = None,
 ) -> None:
     """Attend causally over history and this step's tokens of some neighbouring rows. Writes no cache.
 
@@ -376,6 +403,7 @@ def prefill_attention(
         has_history: whether any of them may have cached tokens from before.
         max_query_len: of these rows; chooses the tiles, so an upper bound will do.
         tiles: for tuning.
+        turning: queries are turned by these angles first; None: they are as they should be. Keys always are.
     """
     num_tokens, num_heads, head_dim = query.shape
     block_tables, num_rows = metadata.block_tables[rows], len(metadata.query_lens[rows])
@@ -385,7 +413,10 @@ def prefill_attention(
     block_m = max(tiles.block_m, triton.next_power_of_2(group))
     num_tiles = num_tokens // (block_m // group) + num_rows
     _prefill_kernel[(num_tiles * spec.num_kv_heads,)](
-        *map(strided, (query, key, value)),
+        strided(query),
+        turning,
+        strided(key),
+        strided(value),
         *(_describe(heads, tiles.block_n) for heads in (key, value)),
         paged(cache),
         metadata.query_start[rows],
