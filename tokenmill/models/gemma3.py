@@ -15,7 +15,7 @@ from tokenmill.attention.base import AttentionMetadata, AttentionSpec, LayerCach
 from tokenmill.layers.attention import Attention
 from tokenmill.layers.context import LayerContext
 from tokenmill.layers.embedding import LMHead, VocabParallelEmbedding
-from tokenmill.layers.forward_batch import ForwardBatch
+from tokenmill.layers.forward_batch import ForwardBatch, wanted_rows
 from tokenmill.layers.linear import QKVLinear, RowParallelLinear
 from tokenmill.layers.mlp import GatedMLP
 from tokenmill.layers.norm import GemmaRMSNorm
@@ -57,14 +57,22 @@ class Gemma3Attention(nn.Module):
         self.attention = Attention(spec, context)
         self.num_rotated_heads = spec.num_heads + spec.num_kv_heads
 
-    def forward(self, x: Rows, rotation: Rotation, metadata: AttentionMetadata, cache: LayerCache) -> torch.Tensor:
-        """[T, hidden_size] to [T, hidden_size]."""
+    def forward(
+        self,
+        x: Rows,
+        rotation: Rotation,
+        metadata: AttentionMetadata,
+        cache: LayerCache,
+        wanted: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """[T, hidden_size] to the rows at `wanted` [n, hidden_size]."""
         heads = self.qkv_proj(x)  # [T, H + 2 G, D]
         value = heads[:, self.num_rotated_heads :]
         query, key = rotation.normalize_and_apply(
             heads[:, : self.num_rotated_heads], self.qkv_proj.num_heads, self.q_norm, self.k_norm
         )
-        return self.o_proj(self.attention(query, key, value, metadata, cache))  # type: ignore[no-any-return]
+        attended = self.attention(query, key, value, metadata, cache)
+        return self.o_proj(wanted_rows(attended, wanted))  # type: ignore[no-any-return]
 
 
 class Gemma3DecoderLayer(nn.Module):
@@ -93,11 +101,12 @@ class Gemma3DecoderLayer(nn.Module):
         rotation: Rotation,
         metadata: AttentionMetadata,
         cache: LayerCache,
+        wanted: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(what the MLP adds, residual stream), [T, hidden_size] each; the next norm adds them up."""
+        """(what the MLP adds, residual stream) of the rows at `wanted` [n, hidden_size]; the next norm adds them."""
         rows, residual = self.input_layernorm.add_and_norm_for(self.self_attn.qkv_proj, x, residual)
-        x = self.post_attention_layernorm(self.self_attn(rows, rotation, metadata, cache))
-        rows, residual = self.pre_feedforward_layernorm.add_and_norm_for(self.mlp, x, residual)
+        x = self.post_attention_layernorm(self.self_attn(rows, rotation, metadata, cache, wanted))
+        rows, residual = self.pre_feedforward_layernorm.add_and_norm_for(self.mlp, x, wanted_rows(residual, wanted))
         return self.post_feedforward_layernorm(self.mlp(rows)), residual
 
 
@@ -119,12 +128,13 @@ class Gemma3Model(nn.Module):
         self.is_local = [layer_type == "sliding_attention" for layer_type in config.layer_types]
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Normalized hidden states [T, hidden_size]."""
+        """Normalized hidden states of the wanted tokens [n, hidden_size]."""
         x = self.embed_tokens(batch.input_ids) * self.embedding_scale
         residual: torch.Tensor | None = None
         full, local = self.rotary(batch.positions), self.local_rotary(batch.positions)
         for layer, cache, is_local in zip(self.layers, batch.caches, self.is_local, strict=True):
-            x, residual = layer(x, residual, local if is_local else full, batch.attention, cache)
+            wanted = batch.wanted if layer is self.layers[-1] else None
+            x, residual = layer(x, residual, local if is_local else full, batch.attention, cache, wanted)
         return self.norm.add_and_norm(x, residual)[0]
 
 
@@ -155,7 +165,7 @@ class Gemma3ForCausalLM(CausalLM):
         return name.removeprefix("language_model.")
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Hidden states after the final norm [T, hidden_size]; writes the step's keys and values to the caches."""
+        """Hidden states of the wanted tokens after the final norm [n, hidden_size]; fills the caches."""
         return self.model(batch)  # type: ignore[no-any-return]
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:

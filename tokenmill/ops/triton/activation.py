@@ -140,14 +140,13 @@ def _gated_fp8_kernel(
 
 def row_blocks(size: int) -> tuple[int, int, int]:
     """Powers of two that cover a row of `size` numbers, none larger than the one before; 0: no more needed."""
-    blocks: list[int] = []
-    while size > 0 and len(blocks) < 3:
-        block = triton.next_power_of_2(size)
-        if len(blocks) < 2 and block > size and block > BLOCK_SIZE:
-            block //= 2
-        blocks.append(block)
-        size -= block
-    first, second, third = (blocks + [0, 0])[:3]
+    blocks = [0, 0, 0]
+    for index in range(3):
+        if size > 0:
+            block = int(triton.next_power_of_2(size))
+            blocks[index] = block // 2 if index < 2 and size < block > BLOCK_SIZE else block
+            size -= blocks[index]
+    first, second, third = blocks
     return first, second, third
 
 
