@@ -244,6 +244,30 @@ def _load_queries(
     return tile
 
 
+@triton.jit
+def _reloaded(
+    tile: tl.tensor,  # [block_m, block_d]
+    output: tl.tensor,  # pointer
+    rows: tl.tensor,  # [block_m] offset of each row in the output
+    is_query: tl.tensor,  # [block_m]
+    head_dim: tl.constexpr,
+    block_d: tl.constexpr,
+) -> tl.tensor:
+    """The tile, by way of the place of this program's results, which nobody reads before they are there.
+
+    What has just been loaded the compiler gives to the products in shared memory. What comes from arithmetic it holds
+    in registers, and two programs on a multiprocessor have none to spare.
+    """
+    is_same_size: tl.constexpr = output.dtype.element_ty.primitive_bitwidth == tile.dtype.primitive_bitwidth
+    if is_same_size:
+        dims = tl.arange(0, block_d)
+        place = output.to(tl.pointer_type(tile.dtype), bitcast=True)
+        tl.store(place + rows[:, None] + dims[None, :], tile, mask=is_query[:, None] & (dims < head_dim)[None, :])
+        tl.debug_barrier()
+        tile = load_tile(place, rows, is_query, head_dim, block_d, True)
+    return tile
+
+
 @triton.jit(
     do_not_specialize=["table_stride", "num_rows", "num_tiles"],
     do_not_specialize_on_alignment=["query_start", "kv_lens", "block_tables"],
@@ -290,7 +314,10 @@ def _prefill_kernel(
         indices, heads = first + lanes // group, kv_head * group + lanes % group
         is_query = (lanes < queries_per_tile * group) & (indices < query_len)
         token = (row_start - step_start).to(tl.int64)
-        q = _load_queries(query, turning, token + indices, heads, is_query, head_dim, block_d).to(operands)
+        places = (token + indices) * (num_kv_heads * group) + heads
+        q = _load_queries(query, turning, token + indices, heads, is_query, head_dim, block_d)
+        if turning is not None or q.dtype != operands:
+            q = _reloaded(q.to(operands), result.output, places * head_dim, is_query, head_dim, block_d)
         history = tl.load(kv_lens + row) - query_len
         table = block_tables + row.to(tl.int64) * table_stride
         values, maximum, total = _attend(
@@ -298,7 +325,6 @@ def _prefill_kernel(
             value, key_descriptor, value_descriptor, token, score.factor, num_kv_heads, head_dim, tokens_per_block,
             window, cap, has_history, block_m, block_n, block_d,
         )  # fmt: skip
-        places = (token + indices) * (num_kv_heads * group) + heads
         store_result(values, maximum, total, places, heads, is_query, result, score.value_scale, head_dim, block_d)
 
 
