@@ -58,12 +58,14 @@ class DecodeTiles(NamedTuple):
         num_warps: of a program.
         num_stages: steps whose loads are under way at a time.
         programs_per_multiprocessor: what the number of splits aims at.
+        max_registers: of a thread; None: what the compiler takes.
     """
 
     block_n: int
     num_warps: int
     num_stages: int
     programs_per_multiprocessor: int
+    max_registers: int | None = None
 
 
 def decode_tiles(head_dim: int, cache_itemsize: int) -> DecodeTiles:
@@ -391,6 +393,7 @@ def _launch_decode(
         block_m=max(16, triton.next_power_of_2(group)),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
+        maxnreg=tiles.max_registers,
         starts_early=starts_early,
         launch_pdl=starts_early,
         **cut,

@@ -20,30 +20,10 @@ MIN_SCALE = tl.constexpr(1.1754943508222875e-38)  # the smallest normal float32:
 @triton.jit
 def quantized(values: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """float8_e4m3fn [rows, columns] and scales [rows] of float32 values [rows, columns]."""
-    scales = row_scale(tl.max(tl.abs(values), axis=1))
+    largest = tl.max(tl.abs(values), axis=1)
+    scales = tl.maximum(largest * INVERSE_FP8_MAX, MIN_SCALE)
     scaled = values * tl.div_rn(1.0, scales)[:, None]
     return tl.clamp(scaled, -FP8_MAX, FP8_MAX).to(tl.float8e4nv), scales
-
-
-@triton.jit
-def row_scale(largest: tl.tensor) -> tl.tensor:
-    """Scales of rows whose largest magnitudes are given."""
-    return tl.maximum(largest * INVERSE_FP8_MAX, MIN_SCALE)
-
-
-@triton.jit
-def store_scaled(
-    row_values: tl.tensor,  # [columns] float32
-    scale: tl.tensor,
-    values: tl.tensor,  # pointer to the row
-    first: tl.constexpr,
-    size: tl.tensor,
-    block_size: tl.constexpr,
-) -> None:
-    """Store a part of a row, from column `first` on, divided by the row's scale."""
-    columns = first + tl.arange(0, block_size)
-    scaled = tl.clamp(row_values * tl.div_rn(1.0, scale), -FP8_MAX, FP8_MAX)
-    tl.store(values + columns, scaled.to(tl.float8e4nv), mask=columns < size)
 
 
 @triton.jit
