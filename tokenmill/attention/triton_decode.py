@@ -50,6 +50,10 @@ MAX_SPLITS = 64
 """Parts of a row's context at most, where the number is free: more cost more to combine than they gain."""
 
 
+MAX_EARLY_PROGRAMS = 512
+"""Programs of a launch that begins while the kernel before it still runs."""
+
+
 class DecodeTiles(NamedTuple):
     """How the decode kernel is cut.
 
@@ -369,8 +373,9 @@ def _launch_decode(
     cut: dict[str, int],
 ) -> None:
     group = spec.num_heads // spec.num_kv_heads
-    # Programs that wait take the place of others that work: for few rows alone, which are those that are split.
-    starts_early = bool(cut["overlaps"]) and num_splits > 1
+    # Programs that wait take the place of others that work: for few rows alone.
+    is_small = spec.num_kv_heads * num_splits * query.shape[0] <= MAX_EARLY_PROGRAMS
+    starts_early = bool(cut["overlaps"]) and num_splits > 1 and is_small
     _decode_kernel[(spec.num_kv_heads, num_splits, query.shape[0])](
         strided(query),
         strided(key),
