@@ -18,7 +18,7 @@ from tokenmill.ops.rope import apply_rope_reference
 pytest.importorskip("triton")
 from tokenmill.attention.triton import TritonAttention, first_row_without_history
 from tokenmill.attention.triton_common import Result, Turning
-from tokenmill.attention.triton_decode import DecodeTiles, choose_num_splits, decode_attention
+from tokenmill.attention.triton_decode import DecodeTiles, choose_num_splits, decode_attention, decode_tiles
 from tokenmill.attention.triton_kv_write import write_kv_triton
 from tokenmill.attention.triton_prefill import PrefillTiles, prefill_attention
 
@@ -244,7 +244,7 @@ def test_decode_rows_are_turned_on_the_way(case: Case, num_splits: int, device: 
     output = torch.full_like(expected, torch.nan)
     decode_attention(
         step.spec, step.query, step.key, step.value, cache, step.metadata, Result(output), num_splits=num_splits,
-        turning=Turning(*angles),
+        tiles=DecodeTiles(32, 2, 3, 2), turning=Turning(*angles),
     )  # fmt: skip
     tolerance = max(TOLERANCES[case.dtype], TOLERANCES[torch.float16] if case.cache_dtype == FP8 else 0.0)
     tolerance = tolerance if device == "cuda" or case.dtype == torch.float32 else 2 * tolerance  # cuts bfloat16 off
@@ -422,10 +422,44 @@ def test_float8_saturates_and_keeps_nan(device: str) -> None:
 
 @pytest.mark.parametrize(
     ("programs", "max_kv_len", "expected"),
-    [(8, 2048, 32), (8, 100, 2), (8, 1, 1), (64, 8192, 8), (512, 8192, 1), (10**6, 8192, 1), (1, 10**6, 64)],
+    [
+        (8, 2048, 32),
+        (136, 2048, 4),
+        (352, 2048, 2),
+        (8, 100, 2),
+        (8, 1, 1),
+        (64, 8192, 8),
+        (512, 8192, 1),
+        (10**6, 8192, 1),
+        (1, 10**6, 64),
+    ],
 )
 def test_number_of_splits(programs: int, max_kv_len: int, expected: int) -> None:
     assert choose_num_splits(programs, max_kv_len, 132, DecodeTiles(64, 4, 3, 4)) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "max_kv_len", "max_registers", "num_splits"),
+    [
+        (1, 2048, None, 33),
+        (17, 1024, None, 2),  # too short to be worth more parts
+        (17, 4096, None, 4),
+        (64, 4096, None, 1),
+        (99, 4096, None, 1),  # 6 on each of 132 multiprocessors
+        (100, 4096, 128, 1),  # 8 would be waited for as long as 792
+        (132, 4096, 128, 1),
+        (149, 4096, None, 1),
+        (512, 4096, 128, 1),
+    ],
+)
+def test_registers_of_float8_decode_leave_the_fewest_multiprocessors_idle(
+    num_rows: int, max_kv_len: int, max_registers: int | None, num_splits: int
+) -> None:
+    tiles = decode_tiles(128, 1, num_rows * 8, max_kv_len, 132)
+    assert tiles.max_registers == max_registers
+    assert choose_num_splits(num_rows * 8, max_kv_len, 132, tiles) == num_splits
+    assert decode_tiles(128, 2, num_rows * 8, max_kv_len, 132).num_warps == (4 if num_rows > 65 else 2)
+    assert decode_tiles(256, 1, num_rows * 8, max_kv_len, 132).max_registers is None
 
 
 @pytest.mark.gpu

@@ -134,9 +134,9 @@ class TritonAttention:
         max_kv_len = metadata.kv_len_bound
         if spec.sliding_window is not None:
             max_kv_len = min(max_kv_len, spec.sliding_window)
-        tiles = decode_tiles(spec.head_dim, cache[0].element_size())
-        num_programs = query.shape[0] * spec.num_kv_heads
-        num_splits = choose_num_splits(num_programs, max_kv_len, num_multiprocessors(query.device), tiles)
+        size = query.shape[0] * spec.num_kv_heads, max_kv_len, num_multiprocessors(query.device)
+        tiles = decode_tiles(spec.head_dim, cache[0].element_size(), *size)
+        num_splits = choose_num_splits(*size, tiles)
         decode_attention(
             spec, query, key, value, cache, metadata, result, num_splits=num_splits, tiles=tiles, turning=turning
         )
