@@ -48,8 +48,6 @@ from tokenmill.ops.triton.launch import can_overlap
 
 MAX_SPLITS = 64
 """Parts of a row's context at most, where the number is free: more cost more to combine than they gain."""
-
-
 MAX_SHORT_CONTEXT = 1024
 """Bound of contexts that are not worth the launch that combines parts, where there is a program for half the device."""
 

@@ -236,7 +236,7 @@ def _store_turned(
     angles = tokens[:, None] * head_dim + pairs
     cosines = tl.load(turning.cos + angles, mask=is_pair, other=0.0)
     sines = tl.load(turning.signed_sin + half + angles, mask=is_pair, other=0.0)
-    rounded: tl.constexpr = heads.data.dtype.element_ty
+    rounded: tl.constexpr = heads.data.dtype.element_ty  # type: ignore[attr-defined]
     tl.store(places[:, None] + pairs, (x1 * cosines - x2 * sines).to(rounded), mask=is_pair)
     tl.store(places[:, None] + half + pairs, (x2 * cosines + x1 * sines).to(rounded), mask=is_pair)
 
