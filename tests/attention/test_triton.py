@@ -13,7 +13,12 @@ import torch
 from tests.support.paged_cache import attention_metadata
 from tokenmill.attention.base import AttentionMetadata, AttentionSpec, LayerCache
 from tokenmill.attention.reference import ReferenceAttention
+from tokenmill.engine.plan import Row
 from tokenmill.ops.rope import apply_rope_reference
+from tokenmill.runtime.slot_state import SlotState
+from tokenmill.runtime.step_graphs import host_rows
+from tokenmill.runtime.step_inputs import inputs_of_prompts
+from tokenmill.runtime.step_sizes import StepSize
 
 pytest.importorskip("triton")
 from tokenmill.attention.triton import TritonAttention, first_row_without_history
@@ -335,7 +340,7 @@ def test_sinks_and_log_sum_exp(num_splits: int, device: str) -> None:
         num_splits=num_splits, tiles=DecodeTiles(16, 4, 2, 4),
     )  # fmt: skip
     prefill_attention(
-        step.spec, step.query[2:], step.key[2:], step.value[2:], cache, metadata, Result(output[2:], sums[2:], sinks),
+        step.spec, step.query, step.key, step.value, cache, metadata, Result(output, sums, sinks),
         rows=slice(2, None), has_history=True, max_query_len=18, tiles=PrefillTiles(16, 16, 4, 2),
     )  # fmt: skip
     assert_close(output, expected, TOLERANCES[torch.float32])
@@ -404,6 +409,48 @@ def test_padding_rows_are_harmless(device: str) -> None:
     padded = TritonAttention().forward(step.spec, *again, step.cloned_cache(), metadata)
     assert_close(padded[:2], expected, TOLERANCES[torch.float32])
     assert padded[2].isfinite().all()
+
+
+PARTS = [
+    Case(((1, 20), (1, 5), (7, 40), (18, 0), (33, 0))),
+    Case(((1, 20), (7, 40), (3, 17)), cache_dtype=FP8, key_scale=0.5, value_scale=0.25),
+    Case(((37, 0), (18, 0)), dtype=torch.bfloat16, num_heads=8),
+    Case(((1, 9), (1, 300), (20, 250)), window=24, soft_cap=5.0, head_dim=80),
+    Case(((40, 11),), tokens_per_block=32, cache_dtype=FP8, num_heads=8, head_dim=128),
+]
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("case", PARTS, ids=str)
+def test_rows_told_apart_on_the_device(case: Case, batch_invariant: bool, device: str) -> None:
+    """Each part has room for more rows than it has, the step for more tokens; what pads them changes nothing."""
+    step = make_step(case, device)
+    cache, expected_cache = step.cloned_cache(), step.cloned_cache()
+    expected = ReferenceAttention().forward(step.spec, step.query, step.key, step.value, expected_cache, step.metadata)
+    num_tokens, count = step.query.shape[0], len(case.rows)
+    inputs = inputs_of_prompts(*device_rows(case, step, 3), max_kv_len=512, num_prompts=4)
+    assert inputs.attention.slot_mapping[:num_tokens].equal(step.metadata.slot_mapping)
+    padding = inputs.attention.slot_mapping.shape[0] - num_tokens
+    assert padding and inputs.slots.shape[0] > count
+    padded = [torch.cat([part, part[:1].expand(padding, -1, -1)]) for part in (step.query, step.key, step.value)]
+    backend = TritonAttention(batch_invariant=batch_invariant)
+    output = backend.forward(step.spec, *padded, cache, inputs.attention)
+    tolerance = max(TOLERANCES[case.dtype], TOLERANCES[torch.float16] if case.cache_dtype == FP8 else 0.0)
+    assert_close(output[:num_tokens], expected, tolerance)
+    for part, expected_part in zip(cache, expected_cache, strict=True):  # padding is written to scratch block 0
+        torch.testing.assert_close(part[1:].float(), expected_part[1:].float(), rtol=0, atol=0, equal_nan=True)
+
+
+def device_rows(case: Case, step: Step, num_more: int) -> tuple[torch.Tensor, int, SlotState]:
+    """The rows of a step as a graph gets them, with as many more that pad it, its padded tokens, and their slots."""
+    device, num_rows = step.query.device, len(case.rows)
+    state = SlotState(num_rows, 512, case.tokens_per_block, device)
+    tables = step.metadata.block_tables
+    state.block_tables[:num_rows, : tables.shape[1]] = tables
+    rows = [Row(slot, before, tokens, True) for slot, (tokens, before) in enumerate(case.rows)]
+    num_tokens = step.query.shape[0] + 5
+    size = StepSize(num_rows + num_more, num_tokens, 512, greedy=True, num_prompts=4)
+    return torch.from_numpy(host_rows(rows, size, state.scratch_slot)).to(device), num_tokens, state
 
 
 def test_float8_saturates_and_keeps_nan(device: str) -> None:

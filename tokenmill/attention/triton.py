@@ -1,8 +1,8 @@
 """`triton`: attention over the paged cache on NVIDIA GPUs. `select.py` makes it; layers call it.
 
 Rows of one token go to the decode kernel, which also writes their keys and values; the rest are written by one launch
-and attended to by another. A step of decode rows alone depends on the host only through shapes and `max_kv_len`: it can
-be captured in a CUDA graph and replayed with other lengths, blocks and slots.
+and attended to by one or two others. A step of decode rows alone, or one with `RowParts`, depends on the host only
+through shapes and `max_kv_len`: it can be captured in a CUDA graph and replayed with other lengths, blocks and slots.
 """
 
 from __future__ import annotations
@@ -25,11 +25,6 @@ def first_row_without_history(metadata: AttentionMetadata) -> int:
         while row > metadata.num_decode_rows and metadata.kv_lens_host[row - 1] == metadata.query_lens[row - 1]:
             row -= 1
     return row
-
-
-def _angles_of(turning: tuple[torch.Tensor, torch.Tensor] | None, tokens: slice) -> Turning | None:
-    """The angles of some of a step's tokens."""
-    return None if turning is None else Turning(turning[0][tokens], turning[1][tokens])
 
 
 class TritonAttention:
@@ -66,17 +61,18 @@ class TritonAttention:
         if self.batch_invariant:
             invariant_attention(spec, query, key, value, cache, metadata, Result(output, None, sinks))
             return output
-        num_decode = metadata.num_decode_rows
-        if num_decode:
-            rows = slice(num_decode)
-            result = Result(output[rows], None, sinks)
-            angles = _angles_of(turning, rows)
-            self._decode(spec, query[rows], key[rows], value[rows], angles, cache, metadata, result)
-        if len(metadata.query_lens) > num_decode:
-            rest = slice(num_decode, None)
-            angles = _angles_of(turning, rest)
-            keys, values = write_kv_triton(spec, key[rest], value[rest], cache, metadata.slot_mapping[rest], angles)
-            self._prefill(spec, query[rest], angles, keys, values, cache, metadata, Result(output[rest], None, sinks))
+        angles = None if turning is None else Turning(*turning)
+        result = Result(output, None, sinks)
+        has_prompts = len(metadata.query_lens) > metadata.num_decode_rows
+        if has_prompts:
+            keys, values = write_kv_triton(spec, key, value, cache, metadata.slot_mapping, angles)
+        decode = metadata if metadata.parts is None else metadata.parts.decode
+        if decode.num_decode_rows:
+            rows = slice(decode.num_decode_rows)
+            of_rows = Result(output[rows], None, sinks)
+            self._decode(spec, query[rows], key[rows], value[rows], angles, cache, decode, of_rows)
+        if has_prompts:  # behind the decode rows: some that pad them have written to prompts' results
+            self._prefill(spec, query, angles, keys, values, cache, metadata, result)
         return output
 
     def turns_heads(self, metadata: AttentionMetadata) -> bool:
@@ -99,25 +95,27 @@ class TritonAttention:
     ) -> None:
         """Rows with history and rows without it in a launch each, as far as those without stand at the end."""
         first, num_rows = metadata.num_decode_rows, len(metadata.query_lens)
-        first_new = first_row_without_history(metadata)
-        num_tokens = sum(metadata.query_lens[first:first_new]) if first_new < num_rows else query.shape[0]
-        for rows, tokens, has_history in (
-            (slice(first, first_new), slice(0, num_tokens), True),
-            (slice(first_new, num_rows), slice(num_tokens, None), False),
-        ):
-            if rows.start < rows.stop:
+        if metadata.parts is None:
+            first_new = first_row_without_history(metadata)
+            groups = ((metadata, slice(first, first_new)), (metadata, slice(first_new, num_rows)))
+        else:
+            groups = ((metadata.parts.with_history, slice(None)), (metadata.parts.without_history, slice(None)))
+        for (group, rows), has_history in zip(groups, (True, False), strict=True):
+            query_lens = group.query_lens[rows]
+            if query_lens:
                 prefill_attention(
                     spec,
-                    query[tokens],
-                    key[tokens],
-                    value[tokens],
+                    query,
+                    key,
+                    value,
                     cache,
-                    metadata,
-                    result._replace(output=result.output[tokens]),
+                    group,
+                    result,
                     rows=rows,
                     has_history=has_history,
-                    max_query_len=max(metadata.query_lens[rows]),
-                    turning=_angles_of(turning, tokens),
+                    max_query_len=max(query_lens),
+                    num_tokens=min(sum(query_lens), query.shape[0]),
+                    turning=turning,
                 )
 
     def _decode(

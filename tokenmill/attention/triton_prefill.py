@@ -323,7 +323,7 @@ def _prefill_kernel(
         lanes = tl.arange(0, block_m)
         indices, heads = first + lanes // group, kv_head * group + lanes % group
         is_query = (lanes < queries_per_tile * group) & (indices < query_len)
-        token = (row_start - step_start).to(tl.int64)
+        token = row_start.to(tl.int64)
         places = (token + indices) * (num_kv_heads * group) + heads
         rows = (token + indices) * query.token_stride + heads * query.head_stride
         q = _load_queries(
@@ -427,23 +427,26 @@ def prefill_attention(
     rows: slice,
     has_history: bool,
     max_query_len: int,
+    num_tokens: int | None = None,
     tiles: PrefillTiles | None = None,
     turning: Turning | None = None,
 ) -> None:
     """Attend causally over history and this step's tokens of some neighbouring rows. Writes no cache.
 
     Args:
-        query: [T, H, D], tokens of these rows only, any strides but 1 along D.
+        query: [T, H, D], all tokens of the step, any strides but 1 along D.
         key, value: [T, G, D], likewise; as a later step will read them but for the scales (see `write_kv_triton`).
         cache: two tensors [N, B, G, D] with the rows' history.
         metadata: its `query_start`, `kv_lens`, `block_tables` are read.
         rows: which rows of the step.
         has_history: whether any of them may have cached tokens from before.
         max_query_len: of these rows; chooses the tiles, so an upper bound will do.
+        num_tokens: of these rows, or more; None: those of the step.
         tiles: for tuning.
         turning: queries are turned by these angles first; None: they are as they should be. Keys always are.
     """
-    num_tokens, num_heads, head_dim = query.shape
+    _, num_heads, head_dim = query.shape
+    num_tokens = query.shape[0] if num_tokens is None else num_tokens
     block_tables, num_rows = metadata.block_tables[rows], len(metadata.query_lens[rows])
     group = num_heads // spec.num_kv_heads
     operands = operand_type(query.dtype, cache[0].dtype)

@@ -18,7 +18,7 @@ from tokenmill.sampling.exact import MAX_ELEMENTS
 
 SAMPLING_BYTES = 32
 """Of temporary tensors for each logit that is sampled from at the same time."""
-GRAPHS_ROOM = 64 << 20
+GRAPHS_ROOM = 256 << 20
 """For the results of all graphs, and the drivers' part of each."""
 
 

@@ -24,8 +24,9 @@ from tokenmill.runtime.device_errors import device_errors
 from tokenmill.runtime.phases import phase
 from tokenmill.runtime.slot_runner import LaunchedStep, SlotRunner
 from tokenmill.runtime.slot_state import SlotState
-from tokenmill.runtime.step_graphs import StepGraphs, StepResult, StepSize, batch_bucket
+from tokenmill.runtime.step_graphs import StepGraphs, StepResult
 from tokenmill.runtime.step_inputs import StepInputs, inputs_of_rows
+from tokenmill.runtime.step_sizes import SHORT_TOKENS, StepSize, batch_bucket
 from tokenmill.sampling.sampled_tokens import TokenReadback
 from tokenmill.sampling.slot_params import SlotSamplingParams
 
@@ -50,7 +51,8 @@ class ModelRunner(SlotRunner):
         caches: keys and values of each layer.
         slots: tokens and block tables by slot.
         sampling: sampling parameters by slot.
-        use_graphs: replay decode steps from CUDA graphs, on a GPU.
+        use_graphs: replay steps from CUDA graphs, on a GPU.
+        max_graph_tokens: of the largest step with prompts that is captured; see `step_sizes`.
     """
 
     def __init__(
@@ -61,21 +63,22 @@ class ModelRunner(SlotRunner):
         sampling: SlotSamplingParams,
         *,
         use_graphs: bool = True,
+        max_graph_tokens: int = SHORT_TOKENS[-1],
     ) -> None:
         super().__init__(slots, sampling)
         self._model = model
         self._caches = caches
         self._graphs: StepGraphs | None = None
         if slots.device.type == "cuda" and use_graphs:
-            self._graphs = StepGraphs(self._step, slots, max_batch_size=slots.scratch_slot)
+            self._graphs = StepGraphs(self._step, slots, slots.scratch_slot, max_graph_tokens)
 
     def first_runs(self) -> list[Callable[[], object]]:
         """Steps between which kernels differ, each to be run once, beside each other, by `run_together`.
 
         They are those of the scratch slot, whose tokens and cache block 0 are nobody's.
         """
-        decode_steps = [] if self._graphs is None else self._graphs.first_runs()
-        return [*(partial(self._run_prompts, rows) for rows in self._prompts()), *decode_steps]
+        captured_steps = [] if self._graphs is None else self._graphs.first_runs()
+        return [*(partial(self._run_prompts, rows) for rows in self._prompts()), *captured_steps]
 
     def use_caches(self, caches: tuple[LayerCache, ...]) -> None:
         """Take these caches in the place of those that first runs have seen; before the first plan and `warm_up`."""
@@ -83,9 +86,9 @@ class ModelRunner(SlotRunner):
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Capture decode steps, so that no request waits for it; once, after the first runs, before the first plan."""
+        """Capture steps, so that no request waits for it; once, after the first runs, before the first plan."""
         if self._graphs is not None:
-            self._graphs.capture_decode_steps()
+            self._graphs.capture_at_start()
 
     def _prompts(self) -> list[list[Row]]:
         """Prompts between which kernels differ: long and short, with and without history."""
@@ -184,7 +187,7 @@ class ModelRunner(SlotRunner):
             return LaunchedStep(plan, sampled_rows, TokenReadback(result.sampled.first(len(rows))), {}, reads_all=True)
         assert result.hidden is not None
         index = upload(np.array(sampled_rows, np.int64), self._slots.device)
-        slots, positions = result.inputs.slots[index], result.inputs.next_positions[index]
+        slots, positions = result.slots[index], result.next_positions[index]
         logits = self._logits(result.hidden[index])
         readback = self._choose(logits, slots, positions, [rows[row] for row in sampled_rows])
         return LaunchedStep(plan, sampled_rows, readback, {})
@@ -196,6 +199,7 @@ class ModelRunner(SlotRunner):
         """
         hidden = self._last_hidden(inputs)
         if not greedy:
-            return StepResult(inputs, hidden, None)
+            return StepResult(inputs.slots, inputs.next_positions, hidden, None)
         places = TokenPlaces(self._slots.token_ids, inputs.target_slots, inputs.next_positions)
-        return StepResult(inputs, None, self._sampler.most_likely(self._model.compute_logits(hidden), places))
+        sampled = self._sampler.most_likely(self._model.compute_logits(hidden), places)
+        return StepResult(inputs.slots, inputs.next_positions, None, sampled)
