@@ -341,7 +341,7 @@ def test_sinks_and_log_sum_exp(num_splits: int, device: str) -> None:
     )  # fmt: skip
     prefill_attention(
         step.spec, step.query, step.key, step.value, cache, metadata, Result(output, sums, sinks),
-        rows=slice(2, None), has_history=True, max_query_len=18, tiles=PrefillTiles(16, 16, 4, 2),
+        rows=slice(2, None), has_history=True, tiles=PrefillTiles(16, 16, 4, 2),
     )  # fmt: skip
     assert_close(output, expected, TOLERANCES[torch.float32])
     torch.testing.assert_close(sums, expected_sums, rtol=1e-5, atol=1e-5)

@@ -101,21 +101,9 @@ class TritonAttention:
         else:
             groups = ((metadata.parts.with_history, slice(None)), (metadata.parts.without_history, slice(None)))
         for (group, rows), has_history in zip(groups, (True, False), strict=True):
-            query_lens = group.query_lens[rows]
-            if query_lens:
+            if group.query_lens[rows]:
                 prefill_attention(
-                    spec,
-                    query,
-                    key,
-                    value,
-                    cache,
-                    group,
-                    result,
-                    rows=rows,
-                    has_history=has_history,
-                    max_query_len=max(query_lens),
-                    num_tokens=min(sum(query_lens), query.shape[0]),
-                    turning=turning,
+                    spec, query, key, value, cache, group, result, rows=rows, has_history=has_history, turning=turning
                 )
 
     def _decode(

@@ -426,8 +426,6 @@ def prefill_attention(
     *,
     rows: slice,
     has_history: bool,
-    max_query_len: int,
-    num_tokens: int | None = None,
     tiles: PrefillTiles | None = None,
     turning: Turning | None = None,
 ) -> None:
@@ -437,20 +435,18 @@ def prefill_attention(
         query: [T, H, D], all tokens of the step, any strides but 1 along D.
         key, value: [T, G, D], likewise; as a later step will read them but for the scales (see `write_kv_triton`).
         cache: two tensors [N, B, G, D] with the rows' history.
-        metadata: its `query_start`, `kv_lens`, `block_tables` are read.
+        metadata: its `query_start`, `kv_lens`, `block_tables` are read; of `query_lens` upper bounds will do.
         rows: which rows of the step.
         has_history: whether any of them may have cached tokens from before.
-        max_query_len: of these rows; chooses the tiles, so an upper bound will do.
-        num_tokens: of these rows, or more; None: those of the step.
         tiles: for tuning.
         turning: queries are turned by these angles first; None: they are as they should be. Keys always are.
     """
     _, num_heads, head_dim = query.shape
-    num_tokens = query.shape[0] if num_tokens is None else num_tokens
-    block_tables, num_rows = metadata.block_tables[rows], len(metadata.query_lens[rows])
+    query_lens, block_tables = metadata.query_lens[rows], metadata.block_tables[rows]
+    num_rows, num_tokens = len(query_lens), min(sum(query_lens), query.shape[0])
     group = num_heads // spec.num_kv_heads
     operands = operand_type(query.dtype, cache[0].dtype)
-    tiles = tiles or prefill_tiles(head_dim, max_query_len * group, operands.itemsize, has_history)
+    tiles = tiles or prefill_tiles(head_dim, max(query_lens) * group, operands.itemsize, has_history)
     block_m = max(tiles.block_m, triton.next_power_of_2(group))
     num_tiles = num_tokens // (block_m // group) + num_rows
     _prefill_kernel[(num_tiles * spec.num_kv_heads,)](
