@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from tokenmill.attention.select import select_backend
+from tokenmill.attention.select import captures_graphs, check_backend, select_backend
 from tokenmill.checkpoints.base import Checkpoint, open_checkpoint
 from tokenmill.config import LlmArgs
 from tokenmill.engine.core import EngineCore
@@ -106,6 +106,7 @@ def _build_torch_engine(
     max_seq_len = resolve_max_seq_len(args, config)
     check_deterministic(args, "torch", device, dtype)
     backend = select_backend(args.attn_backend, device, batch_invariant=args.deterministic)
+    check_backend(backend.name, head_dim=config.head_dim, dtype=dtype, cache_dtype=cache_dtype)
     request = MemoryRequest(
         weight_bytes=dtype.itemsize,
         cache_bytes=cache_dtype.itemsize,
@@ -162,13 +163,12 @@ def _make_runner(
     sampling = SlotSamplingParams(args.max_batch_size + 1, config.vocab_size, device)
     max_num_tokens, max_batch_size = description.max_num_tokens, args.max_batch_size
     max_graph_tokens = min(max_num_tokens, MAX_CAPTURED_TOKENS)
-    runner = ModelRunner(
-        model, caches, slots, sampling, use_graphs=args.enable_cuda_graphs, max_graph_tokens=max_graph_tokens
-    )
+    use_graphs = captures_graphs(description.attn_backend, wanted=args.enable_cuda_graphs)
+    runner = ModelRunner(model, caches, slots, sampling, use_graphs=use_graphs, max_graph_tokens=max_graph_tokens)
     if is_gpu:
         largest = largest_step(model, caches, slots, max_num_tokens, max_batch_size)
         captured = []
-        if args.enable_cuda_graphs:
+        if use_graphs:
             of_prompts = largest
             if max_graph_tokens < max_num_tokens:
                 of_prompts = largest_step(model, caches, slots, max_graph_tokens, max_batch_size)
