@@ -15,6 +15,8 @@ from tokenmill.runtime.step_graphs import StepGraphs
 from tokenmill.runtime.step_inputs import StepInputs
 from tokenmill.runtime.step_sizes import StepSize, batch_bucket, kv_bucket, step_size, token_bucket
 
+pytestmark = pytest.mark.spec("C1")
+
 
 def test_batches_are_padded_by_little_and_there_are_few_sizes() -> None:
     buckets = [batch_bucket(rows, 2048) for rows in range(1, 2049)]
