@@ -45,6 +45,8 @@ class CacheLocation:
 
     Args:
         keys, values: addresses.
+        block_stride: bytes from a block to the next one, of keys and of values. Executors let a block of all layers lie
+            together, so that the first tokens of a new cache touch few pages.
         is_bfloat16: the type of both; else float32.
         tokens_per_block: B.
         step: address of the step's rows.
@@ -52,13 +54,21 @@ class CacheLocation:
 
     keys: int
     values: int
+    block_stride: int
     is_bfloat16: bool
     tokens_per_block: int
     step: int
 
     def arguments(self) -> tuple[int, ...]:
         """Columns of an op row."""
-        return (self.keys, self.values, int(self.is_bfloat16), self.tokens_per_block, self.step)
+        return (
+            self.keys,
+            self.values,
+            self.block_stride,
+            int(self.is_bfloat16),
+            self.tokens_per_block,
+            self.step,
+        )
 
 
 def round_up(size: int, multiple: int = LANES) -> int:
