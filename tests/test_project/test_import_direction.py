@@ -48,6 +48,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "executor": (
         "checkpoints",
         "engine",
+        "engine.interruption",
         "engine.request",
         "executor.description",
         "executor.engine_factory",
