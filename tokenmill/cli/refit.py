@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from tokenmill.cli.build_summary import print_summary
-from tokenmill.cli.command import command, examples
+from tokenmill.cli.command import command, ended_by_signals, examples
 from tokenmill.cli.console import progress
+from tokenmill.program.engine_writing import check_output
 
 _EPILOG = examples(
     ("The weights of a fine-tuned model", "tokenmill refit engines/smollm2 --weights my-smollm2"),
@@ -47,7 +48,8 @@ def refit(
     with progress("Starting"):
         from tokenmill.builder.engine import Engine
     opened = Engine.load(engine)
-    with progress("Packing weights"):
+    check_output(engine if output is None else output)
+    with ended_by_signals(), progress("Packing weights"):
         refitted = opened.refit(weights)
         folder = refitted.save(engine if output is None else output)
     print_summary(refitted, folder)
