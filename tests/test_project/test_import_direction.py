@@ -38,7 +38,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "inspection": (
         "attention",
         "attention.base",
+        "builder",  # the program of the engine that a start would build
         "checkpoints",
+        "executor.backend_choice",
+        "executor.engine_source",
+        "executor.program_factory",
         "linear_kernels",
         "models",
         "ops.platform",

@@ -61,8 +61,9 @@ def inspect(
 ) -> None:
     """Say what a model is and how much memory it takes. No weight is loaded.
 
-    The memory plan is the one that the engine makes at start, for the free memory of this machine. Of an engine that
-    tokenmill build wrote, the operations are listed, with the bytes that each moves and what it computes in a step.
+    The memory plan is the one that is made at start, for the backend that would run the model and the free memory of
+    this machine. Of an engine that tokenmill build wrote, the operations are listed, with the bytes that each moves and
+    what it computes in a step.
     """
     if is_engine(Path(model)):
         print_engine(Path(model), num_tokens=step_tokens, context_len=context, every_layer=every_layer, as_json=as_json)
@@ -111,10 +112,18 @@ def _model_table(report: ModelReport) -> Table:
         row("Chat template", "yes" if report.tokenizer.has_chat_template else "no")
         ends = ", ".join(f"{text!r} ({token_id})" for token_id, text in report.tokenizer.end_tokens)
         row("End tokens", ends or "none")
-    others = [name for name in report.attn_backends if name != report.attn_backend]
-    row("Attention backend", report.attn_backend + (f" (there are also: {', '.join(others)})" if others else ""))
+    row("Backend", _backend(report))
+    if report.backend == "torch":
+        others = [name for name in report.attn_backends if name != report.attn_backend]
+        row("Attention backend", report.attn_backend + (f" (there are also: {', '.join(others)})" if others else ""))
     row("Files", checkpoint.path)
     return table
+
+
+def _backend(report: ModelReport) -> str:
+    if report.backend == "engine":
+        return "engine: the model is compiled to a program"
+    return "torch" if report.backend_reason is None else f"torch, not engine: {report.backend_reason}"
 
 
 def _windows(report: ModelReport) -> str:
@@ -124,7 +133,7 @@ def _windows(report: ModelReport) -> str:
 
 def _memory_table(report: ModelReport) -> Table:
     memory = report.memory
-    title = f"Memory on {report.device} in {report.dtype}"
+    title = f"Memory on {report.device} in {report.weight_formats}"
     table = Table(title=title, title_justify="left", title_style="bold", show_header=False)
     table.add_column()
     table.add_column(justify="right")
@@ -133,7 +142,10 @@ def _memory_table(report: ModelReport) -> Table:
     def row(name: str, num_bytes: int, note: str = "", style: str = "") -> None:
         table.add_row(name, readable_size(num_bytes), note, style=style)
 
-    row("Weights", memory.weights, f"{report.num_parameters:,} parameters")
+    note = f"{report.num_parameters:,} parameters"
+    if report.backend == "engine" and report.weight_formats != report.dtype:
+        note += f", as the program reads them; what is not quantized is {report.dtype}"
+    row("Weights", memory.weights, note)
     row(
         "KV cache",
         memory.kv_cache,

@@ -200,8 +200,8 @@ class EnginePackage:
 
     @property
     def weight_nbytes(self) -> int:
-        """Bytes of all weights."""
-        return sum(content.nbytes for content in self.weights.values())
+        """Bytes of all weights in memory, each with what fills it up."""
+        return sum(-(-content.nbytes // ALIGNMENT) * ALIGNMENT for content in self.weights.values())
 
     def check_runnable(self) -> None:
         """Raise if the engine cannot be run as it is.
