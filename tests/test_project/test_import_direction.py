@@ -17,7 +17,7 @@ PUBLIC = ("builder", "executor", "inspection", "llm", "llmapi", "telemetry", "to
 # both sides of an arrow: `kv_cache` as a target does not allow `kv_cache.tensors`.
 ALLOWED: dict[str, tuple[str, ...]] = {
     # the public API and what uses it
-    "": ("builder", "executor", "inspection", "llm", "llmapi"),
+    "": ("builder", "executor", "inspection", "llm", "llmapi", "runtime"),  # runtime: Session
     "linear_kernels": ("models", "ops.linear_plan", "step_costs"),  # which kernel multiplies, before there is a GPU
     "step_costs": ("models", "program"),  # what a model's parts move and compute; no torch
     "cli": (*PUBLIC, "bench", "program", "server", ""),

@@ -12,14 +12,27 @@ from rich.text import Text
 
 from tokenmill.cli.command import command, examples
 from tokenmill.cli.console import print_warning, progress, readable_size, stdout_console
-from tokenmill.cli.inspect_engine import print_engine
+from tokenmill.cli.inspect_engine import EngineView, print_engine
 from tokenmill.cli.options import ModelOptions
+from tokenmill.errors import InvalidParameterError
 from tokenmill.program.engine_config import is_engine
 
 if TYPE_CHECKING:
     from tokenmill.inspection import ModelReport
 
 _ENGINE_PANEL = "Built engines"
+
+_Profile = Annotated[
+    bool, typer.Option("--profile", help="Measure the operations on this machine.", rich_help_panel=_ENGINE_PANEL)
+]
+_Picture = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Draw the network to an HTML page; with --profile, its times.",
+        rich_help_panel=_ENGINE_PANEL,
+    ),
+]
 
 _EPILOG = examples(
     ("The demo model on this machine", "tokenmill inspect smollm2:135m"),
@@ -29,6 +42,7 @@ _EPILOG = examples(
     ),
     ("What multiplies its matrices on a GPU", "tokenmill inspect Qwen/Qwen3-0.6B --kernels --quantization fp8"),
     ("The operations of a built engine", "tokenmill inspect engines/smollm2 --step-tokens 16"),
+    ("Where its time goes, as a table and a page", "tokenmill inspect engines/smollm2 --profile --picture times.html"),
     ("For a program", "tokenmill inspect path/to/model.gguf --json"),
 )
 
@@ -50,24 +64,38 @@ def inspect(
         typer.Option(metavar="N", min=1, help="Tokens of the step that costs are for.", rich_help_panel=_ENGINE_PANEL),
     ] = 1,
     context: Annotated[
-        int,
-        typer.Option(metavar="N", min=1, help="Cached tokens at the end of it.", rich_help_panel=_ENGINE_PANEL),
-    ] = 512,
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Cached tokens at the end of it.",
+            show_default="512",
+            rich_help_panel=_ENGINE_PANEL,
+        ),
+    ] = None,
     every_layer: Annotated[
         bool,
         typer.Option("--every-layer", help="A line for each operation of each layer.", rich_help_panel=_ENGINE_PANEL),
     ] = False,
+    profile: _Profile = False,
+    picture: _Picture = None,
     model_options: ModelOptions,
 ) -> None:
     """Say what a model is and how much memory it takes. No weight is loaded.
 
     The memory plan is the one that is made at start, for the backend that would run the model and the free memory of
-    this machine. Of an engine that tokenmill build wrote, the operations are listed, with the bytes that each moves and
-    what it computes in a step.
+    this machine. Of an engine that tokenmill build wrote, the operations are listed, with the bytes that each moves,
+    what it computes in a step, and with --profile what it takes.
     """
     if is_engine(Path(model)):
-        print_engine(Path(model), num_tokens=step_tokens, context_len=context, every_layer=every_layer, as_json=as_json)
+        print_engine(Path(model), EngineView(step_tokens, context, every_layer, as_json, profile, picture))
         return
+    if profile or picture is not None:
+        raise InvalidParameterError(
+            f"{model} is no built engine.",
+            field="profile" if profile else "picture",
+            remedy="Build one first: tokenmill build MODEL -o DIRECTORY.",
+        )
     arguments = model_options.llm_arguments(model)
     with progress("Starting"):
         from tokenmill.inspection import inspect_model
@@ -75,11 +103,10 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2))
         return
+    tables = [_model_table(report), _memory_table(report), *([_kernel_table(report)] if kernels else [])]
     console = stdout_console()
-    console.print(_model_table(report))
-    console.print(_memory_table(report))
-    if kernels:
-        console.print(_kernel_table(report))
+    for table in tables:
+        console.print(table)
     if report.shortage is not None:
         print_warning(f"It does not fit this machine: {report.shortage}")
 

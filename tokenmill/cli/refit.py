@@ -10,7 +10,6 @@ import typer
 from tokenmill.cli.build_summary import print_summary
 from tokenmill.cli.command import command, ended_by_signals, examples
 from tokenmill.cli.console import progress
-from tokenmill.program.engine_writing import check_output
 
 _EPILOG = examples(
     ("The weights of a fine-tuned model", "tokenmill refit engines/smollm2 --weights my-smollm2"),
@@ -47,6 +46,7 @@ def refit(
     """
     with progress("Starting"):
         from tokenmill.builder.engine import Engine
+        from tokenmill.program.engine_writing import check_output
     opened = Engine.load(engine)
     check_output(engine if output is None else output)
     with ended_by_signals(), progress("Packing weights"):
