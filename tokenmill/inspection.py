@@ -22,8 +22,8 @@ from tokenmill.errors import OutOfMemoryError, UserError
 from tokenmill.executor.backend_choice import choose_backend
 from tokenmill.executor.engine_source import EngineTarget, build_config
 from tokenmill.executor.program_factory import describe_program_engine
-from tokenmill.linear_kernels import KernelChoice, linear_kernels
 from tokenmill.models.config import ModelConfig
+from tokenmill.models.linear_kernels import KernelChoice, linear_kernels
 from tokenmill.ops.platform import free_memory
 from tokenmill.runtime.memory_planner import MemoryPlan, MemoryRequest, plan_memory
 from tokenmill.runtime.model_loader import (

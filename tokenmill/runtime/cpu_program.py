@@ -15,10 +15,12 @@ import numpy as np
 import torch
 
 from tokenmill.attention.base import LayerCache
+from tokenmill.engine.interruption import Interruption
 from tokenmill.ops.cpu.argmax import advance_arguments, argmax, argmax_arguments, argmax_scratch_bytes
 from tokenmill.ops.cpu.cache_layout import STEP_SIZE, cache_shapes
 from tokenmill.ops.cpu.compile_processes import compile_all
 from tokenmill.ops.cpu.layout import COLUMN_NUM_TOKENS
+from tokenmill.ops.cpu.repetition import Repetition
 from tokenmill.ops.cpu.threads import STEP_FUNCTIONS, OpList, ThreadPool
 from tokenmill.ops.platform import num_usable_cores
 from tokenmill.program.package import EnginePackage
@@ -30,7 +32,7 @@ from tokenmill.runtime.huge_pages import HugePages
 from tokenmill.runtime.kernel_choices import KernelChoices
 from tokenmill.runtime.program_executor import ProgressCallback, Values
 from tokenmill.runtime.program_parts import ProgramParts, layer_caches, split_program
-from tokenmill.runtime.step_arrays import Integers, StepArrays
+from tokenmill.runtime.step_arrays import MAX_STEPS, Integers, StepArrays
 
 NUM_SPINS: Final = 200_000
 """Looks for a step before a worker thread sleeps: some milliseconds. To wake it takes up to one, and the host needs 0.3
@@ -95,7 +97,8 @@ class CpuExecutor:
         self._memory = memory
         if package.region is not None:
             memory.pages.adopt(package.region)
-        self._caches = _allocate_caches(package.program, num_blocks, arrays.tokens_per_block, cache_dtype, memory.pages)
+        sizes = (num_blocks, arrays.tokens_per_block)
+        self._blocks, self._caches = _allocate_caches(package.program, *sizes, cache_dtype, memory.pages)
         self._step = np.zeros(STEP_SIZE, np.int64)
         self._step[_QUERY_STARTS] = arrays.query_start.ctypes.data
         self._step[_KV_LENS] = arrays.kv_lens.ctypes.data
@@ -103,6 +106,7 @@ class CpuExecutor:
         self._step[_TABLE_STRIDE] = arrays.block_tables.strides[0]
         self._logits = memory.floats(package.program.output.name, arrays.max_num_rows)
         self._most_likely: Integers = memory.pages.take(4 * arrays.max_num_rows).view(np.int32)
+        self._repetition = Repetition(self._most_likely, arrays.end_ids, MAX_STEPS)
         writer = OpWriter(
             memory,
             CpuWeights(package.program, package.weights, memory),
@@ -120,15 +124,11 @@ class CpuExecutor:
         self._pool.run(self._ready(self._lists[self._kind()]).ops)
         return self._logits[: self.arrays.num_rows]
 
-    def repeat(self) -> None:
-        """See `ProgramExecutor.repeat`."""
-        ops = self._lists[self._kind()].ops
-        ops.rows[0, COLUMN_NUM_TOKENS] = self.arrays.num_sequences
-        self._pool.run(ops)
-
-    def most_likely(self) -> Integers:
-        """See `ProgramExecutor.most_likely`."""
-        return self._most_likely[: self.arrays.num_rows]
+    def run_steps(self, max_steps: int, seconds: float, interruption: Interruption) -> Integers:
+        """See `ProgramExecutor.run_steps`."""
+        ops = self._ready(self._lists[self._kind()]).ops
+        self._repetition.set(self.arrays.num_rows, max_steps, seconds, interruption.address)
+        return self._repetition.found(self._pool.run_steps(ops, self._repetition))
 
     def logits_at(self, row_index: Sequence[int]) -> Values:
         """See `ProgramExecutor.logits_at`."""
@@ -146,9 +146,8 @@ class CpuExecutor:
     def copy_blocks(self, sources: Sequence[int], destinations: Sequence[int]) -> None:
         """See `ProgramExecutor.copy_blocks`."""
         with torch.inference_mode():
-            for tensor in (tensor for cache in self._caches for tensor in cache):
-                for source, destination in zip(sources, destinations, strict=True):
-                    tensor[destination].copy_(tensor[source])
+            for source, destination in zip(sources, destinations, strict=True):
+                self._blocks[destination].copy_(self._blocks[source])
 
     def kept(self) -> Mapping[str, Values]:
         """See `ProgramExecutor.kept`."""
@@ -241,14 +240,18 @@ def _write_lists(
 
 def _allocate_caches(
     program: Program, num_blocks: int, tokens_per_block: int, dtype: torch.dtype, pages: HugePages
-) -> tuple[LayerCache, ...]:
-    """Keys and values of each layer in the kernels' layout; pages that nobody writes take no memory."""
+) -> tuple[torch.Tensor, tuple[LayerCache, ...]]:
+    """Blocks [N, bytes], and in them keys and values of each layer in the kernels' layout.
 
-    def tensor(shape: tuple[int, ...]) -> torch.Tensor:
-        return torch.from_numpy(pages.take(math.prod(shape) * dtype.itemsize)).view(dtype).view(shape)
-
-    caches = []
-    for shape in layer_caches(program):
-        keys, values = cache_shapes(num_blocks, tokens_per_block, shape.num_kv_heads, shape.head_dim, dtype)
-        caches.append((tensor(keys), tensor(values)))
-    return tuple(caches)
+    A block of all layers lies together: a new page, which the system fills with zeros when it is first written, costs
+    up to 4 ms on a virtual machine, and the first token writes to every layer. Pages that nobody writes take no memory.
+    """
+    shapes = [
+        shape
+        for layer in layer_caches(program)
+        for shape in cache_shapes(num_blocks, tokens_per_block, layer.num_kv_heads, layer.head_dim, dtype)
+    ]
+    sizes = [math.prod(shape[1:]) * dtype.itemsize for shape in shapes]
+    blocks = torch.from_numpy(pages.take(num_blocks * sum(sizes))).view(num_blocks, sum(sizes))
+    parts = [part.view(dtype).view(shape) for part, shape in zip(blocks.split(sizes, 1), shapes, strict=True)]
+    return blocks, tuple(zip(parts[::2], parts[1::2], strict=True))
