@@ -16,7 +16,16 @@ from benchmarks.result_file import FOLDER, RESULTS
 
 PAGE: Final = FOLDER / "README.md"
 KERNELS: Final = frozenset(
-    {"cpu_kernels", "cpu_ops", "cpu_steps", "gpu_attention", "gpu_moe", "gpu_ops", "gpu_sampling"}
+    {
+        "cpu_kernels",
+        "cpu_ops",
+        "cpu_steps",
+        "gpu_attention",
+        "gpu_attention_flashinfer",
+        "gpu_moe",
+        "gpu_ops",
+        "gpu_sampling",
+    }
 )
 LONG: Final = KERNELS | {"fuzz_http", "ipc_overhead", "soak"}
 """Files of which the page shows only rows with a goal."""

@@ -183,7 +183,9 @@ class LlmArgs(StrictModel):
     load_format: Literal["auto", "dummy"] = "auto"
     """`dummy`: random weights of the right shape, made on the device."""
     attn_backend: str = "auto"
-    """Attention backend by name (`tokenmill inspect` lists them)."""
+    """Attention backend by name (`tokenmill inspect` lists them). auto: `triton` on a GPU. `flashinfer` runs where that
+    package is installed (`pip install 'tokenmill[flashinfer]'`; its kernels are compiled on first use): in 16 bits,
+    with heads of 64, 128 or 256, without CUDA graphs."""
     max_batch_size: int = Field(default=64, ge=1)
     """Most sequences that run at the same time."""
     max_num_tokens: int | None = Field(default=None, ge=1)

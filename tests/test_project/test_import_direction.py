@@ -52,6 +52,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "executor": (
         "checkpoints",
         "engine",
+        "engine.interruption",
         "engine.request",
         "executor.description",
         "executor.engine_factory",
@@ -97,13 +98,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "executor.engine_reading": ("ops", "program"),  # before torch is there
     "executor.scheduling": ("engine", "engine.plan", "executor.description", "kv_cache"),
     "tokenization": ("checkpoints",),
-    "engine": ("engine.plan", "engine.request", "kv_cache"),
+    "engine": ("engine.interruption", "engine.plan", "engine.request", "kv_cache"),
     "kv_cache": (),
     # tensors
     "runtime": (
         "attention",
         "attention.base",
         "checkpoints",
+        "engine.interruption",
         "engine.plan",
         "kv_cache",
         "kv_cache.tensors",
@@ -116,7 +118,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "quantization",
         "sampling",
     ),
-    "engine.plan": (),  # what crosses the Runner seam
+    "engine.plan": ("engine.interruption",),  # what crosses the Runner seam
+    "engine.interruption": (),
     "builder": ("attention.base", "checkpoints", "layers", "models", "ops", "ops.platform", "program", "quantization"),
     "program": (),  # what crosses from the builder to the executors of programs
     "program.reference": ("attention", "attention.base", "ops", "program"),  # what each operation means

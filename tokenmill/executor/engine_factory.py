@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from tokenmill.attention.select import select_backend
+from tokenmill.attention.select import captures_graphs, check_backend, select_backend
 from tokenmill.checkpoints.base import Checkpoint, open_checkpoint
 from tokenmill.config import LlmArgs
 from tokenmill.engine.core import EngineCore
@@ -107,6 +107,7 @@ def _build_torch_engine(
     max_seq_len = resolve_max_seq_len(args, config)
     check_deterministic(args, "torch", device, dtype)
     backend = select_backend(args.attn_backend, device, batch_invariant=args.deterministic)
+    check_backend(backend.name, head_dim=config.head_dim, dtype=dtype, cache_dtype=cache_dtype)
     request = MemoryRequest(
         weight_bytes=dtype.itemsize,
         cache_bytes=cache_dtype.itemsize,
@@ -161,11 +162,12 @@ def _make_runner(
     caches = make_caches(num_blocks=1 if is_gpu else memory.num_blocks)
     # One more for the scratch slot.
     sampling = SlotSamplingParams(args.max_batch_size + 1, config.vocab_size, device)
-    runner = ModelRunner(model, caches, slots, sampling, use_graphs=args.enable_cuda_graphs)
+    use_graphs = captures_graphs(description.attn_backend, wanted=args.enable_cuda_graphs)
+    runner = ModelRunner(model, caches, slots, sampling, use_graphs=use_graphs)
     if is_gpu:
         largest = largest_step(model, caches, slots, description.max_num_tokens, args.max_batch_size)
         decode = None
-        if args.enable_cuda_graphs:
+        if use_graphs:
             decode = largest_decode_step(model, caches, slots, args.max_batch_size)
         measured = _run_and_measure(runner, largest, decode, args.max_batch_size * config.vocab_size, device)
         free = free_memory(device) // num_sharing + measured.weights

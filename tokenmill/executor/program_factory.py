@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tokenmill.attention.select import select_backend
+from tokenmill.attention.select import captures_graphs, check_backend, select_backend
 from tokenmill.config import LlmArgs
 from tokenmill.engine.core import EngineCore
 from tokenmill.errors import InvalidParameterError
@@ -112,6 +112,7 @@ def describe_program_engine(
     is_16_bit = all(buffer.dtype != "float32" for buffer in package.program.buffers)  # what products read
     check_deterministic(args, "engine", device, dtype if is_16_bit else torch.float32)
     attn_backend = select_backend(args.attn_backend, device).name
+    check_backend(attn_backend, head_dim=config.head_dim, dtype=dtype, cache_dtype=cache_dtype)
     return EngineDescription(
         model=config,
         device=str(device),
@@ -162,7 +163,8 @@ def _make_runner(
         caches = allocate_program_caches(
             package.program, memory.num_blocks, memory.tokens_per_block, cache_dtype, device
         )
-        return ModelRunner(program, caches, slots, sampling, use_graphs=args.enable_cuda_graphs)
+        use_graphs = captures_graphs(description.attn_backend, wanted=args.enable_cuda_graphs)
+        return ModelRunner(program, caches, slots, sampling, use_graphs=use_graphs)
     # What is left to torch (sampling, log-probabilities) is small; its threads would only get in the kernels' way.
     torch.set_num_threads(1)
     limits = StepLimits(
