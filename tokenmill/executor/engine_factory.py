@@ -16,7 +16,7 @@ from tokenmill.checkpoints.base import Checkpoint, open_checkpoint
 from tokenmill.config import LlmArgs
 from tokenmill.engine.core import EngineCore
 from tokenmill.errors import UnsupportedFeatureError
-from tokenmill.executor.backend_choice import choose_backend
+from tokenmill.executor.backend_choice import check_built_engine, choose_backend
 from tokenmill.executor.description import EngineDescription
 from tokenmill.executor.engine_source import EngineTarget, open_engine
 from tokenmill.executor.program_factory import build_program_engine
@@ -73,6 +73,8 @@ def build_engine(
         torch.set_num_threads(args.num_threads)
     if is_engine(Path(args.model)):
         package = EnginePackage.load(args.model) if read is None else read()
+        built = package.config
+        check_built_engine(args, device=built.target.device, dtype=built.dtype, quantization=built.quantization)
         return build_program_engine(args, package, on_progress, num_sharing=num_sharing)
     device = resolve_device(args.device)
     if device.type == "cuda":  # what an engine before this one left unused is free, too
