@@ -64,7 +64,8 @@ def _invalid_parameter(owner: str, error: ValidationError) -> UserError:
     location = [str(part) for part in first["loc"]]
     field = location[0] if location else None
     value = f", got {_shown(first['input'])}" if field and not isinstance(first["input"], dict) else ""
-    return InvalidParameterError(f"{owner}.{'.'.join(location)}: {first['msg']}{value}.", field=field)
+    message = first["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")  # as callers see it
+    return InvalidParameterError(f"{owner}.{'.'.join(location)}: {message}{value}.", field=field)
 
 
 def _shown(value: Any) -> str:

@@ -17,7 +17,7 @@ PUBLIC = ("builder", "executor", "inspection", "llm", "llmapi", "telemetry", "to
 # both sides of an arrow: `kv_cache` as a target does not allow `kv_cache.tensors`.
 ALLOWED: dict[str, tuple[str, ...]] = {
     # the public API and what uses it
-    "": ("builder", "executor", "inspection", "llm", "llmapi"),
+    "": ("builder", "executor", "inspection", "llm", "llmapi", "runtime"),  # runtime: Session
     "cli": (*PUBLIC, "bench", "program", "server", ""),
     "server": (*PUBLIC, ""),
     "bench": (*PUBLIC, "models", "models.step_costs", "program", ""),
@@ -36,7 +36,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "inspection": (
         "attention",
         "attention.base",
+        "builder",  # the program of the engine that a start would build
         "checkpoints",
+        "executor.backend_choice",
+        "executor.engine_source",
+        "executor.program_factory",
         "models",
         "models.linear_kernels",
         "ops.platform",
@@ -115,7 +119,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "sampling",
     ),
     "engine.plan": ("engine.interruption",),  # what crosses the Runner seam
-    "engine.interruption": (),
+    "engine.interruption": (),  # a word that native code reads
     "builder": ("attention.base", "checkpoints", "layers", "models", "ops", "ops.platform", "program", "quantization"),
     "program": (),  # what crosses from the builder to the executors of programs
     "program.reference": ("attention", "attention.base", "ops", "program"),  # what each operation means

@@ -65,28 +65,28 @@ class TritonAttention:
         result = Result(output, None, sinks)
         has_prompts = len(metadata.query_lens) > metadata.num_decode_rows
         if has_prompts:
-            assert turning is None, "prompts are turned before"
-            keys, values = write_kv_triton(spec, key, value, cache, metadata.slot_mapping)
+            keys, values = write_kv_triton(spec, key, value, cache, metadata.slot_mapping, angles)
         decode = metadata if metadata.parts is None else metadata.parts.decode
         if decode.num_decode_rows:
             rows = slice(decode.num_decode_rows)
             of_rows = Result(output[rows], None, sinks)
             self._decode(spec, query[rows], key[rows], value[rows], angles, cache, decode, of_rows)
         if has_prompts:  # behind the decode rows: some that pad them have written to prompts' results
-            self._prefill(spec, query, keys, values, cache, metadata, result)
+            self._prefill(spec, query, angles, keys, values, cache, metadata, result)
         return output
 
     def turns_heads(self, metadata: AttentionMetadata) -> bool:
-        """Steps of decode rows alone: turning costs their kernel less than a launch of its own.
+        """All but invariant rows: each query and each key is loaded once, so turning it there saves a pass of its own.
 
-        A last bit may differ from `ops.rope`, which turns the rows of other steps; invariant rows are left to that.
+        A last bit may differ from `ops.rope`.
         """
-        return not self.batch_invariant and metadata.num_decode_rows == len(metadata.query_lens)
+        return not self.batch_invariant
 
     def _prefill(
         self,
         spec: AttentionSpec,
         query: torch.Tensor,
+        turning: Turning | None,
         key: torch.Tensor,
         value: torch.Tensor,
         cache: LayerCache,
@@ -102,7 +102,9 @@ class TritonAttention:
             groups = ((metadata.parts.with_history, slice(None)), (metadata.parts.without_history, slice(None)))
         for (group, rows), has_history in zip(groups, (True, False), strict=True):
             if group.query_lens[rows]:
-                prefill_attention(spec, query, key, value, cache, group, result, rows=rows, has_history=has_history)
+                prefill_attention(
+                    spec, query, key, value, cache, group, result, rows=rows, has_history=has_history, turning=turning
+                )
 
     def _decode(
         self,
@@ -118,9 +120,9 @@ class TritonAttention:
         max_kv_len = metadata.kv_len_bound
         if spec.sliding_window is not None:
             max_kv_len = min(max_kv_len, spec.sliding_window)
-        tiles = decode_tiles(spec.head_dim, cache[0].element_size())
-        num_programs = query.shape[0] * spec.num_kv_heads
-        num_splits = choose_num_splits(num_programs, max_kv_len, num_multiprocessors(query.device), tiles)
+        size = query.shape[0] * spec.num_kv_heads, max_kv_len, num_multiprocessors(query.device)
+        tiles = decode_tiles(spec.head_dim, cache[0].element_size(), *size)
+        num_splits = choose_num_splits(*size, tiles)
         decode_attention(
             spec, query, key, value, cache, metadata, result, num_splits=num_splits, tiles=tiles, turning=turning
         )

@@ -16,7 +16,7 @@ from tokenmill.checkpoints.base import Checkpoint, open_checkpoint
 from tokenmill.config import LlmArgs
 from tokenmill.engine.core import EngineCore
 from tokenmill.errors import UnsupportedFeatureError
-from tokenmill.executor.backend_choice import choose_backend
+from tokenmill.executor.backend_choice import check_built_engine, choose_backend
 from tokenmill.executor.description import EngineDescription
 from tokenmill.executor.engine_source import EngineTarget, open_engine
 from tokenmill.executor.program_factory import build_program_engine
@@ -73,6 +73,8 @@ def build_engine(
         torch.set_num_threads(args.num_threads)
     if is_engine(Path(args.model)):
         package = EnginePackage.load(args.model) if read is None else read()
+        built = package.config
+        check_built_engine(args, device=built.target.device, dtype=built.dtype, quantization=built.quantization)
         return build_program_engine(args, package, on_progress, num_sharing=num_sharing)
     device = resolve_device(args.device)
     if device.type == "cuda":  # what an engine before this one left unused is free, too
@@ -161,9 +163,9 @@ def _make_runner(
     caches = make_caches(num_blocks=1 if is_gpu else memory.num_blocks)
     # One more for the scratch slot.
     sampling = SlotSamplingParams(args.max_batch_size + 1, config.vocab_size, device)
-    use_graphs = captures_graphs(description.attn_backend, wanted=args.enable_cuda_graphs)
     max_num_tokens, max_batch_size = description.max_num_tokens, args.max_batch_size
     max_graph_tokens = min(max_num_tokens, MAX_CAPTURED_TOKENS)
+    use_graphs = captures_graphs(description.attn_backend, wanted=args.enable_cuda_graphs)
     runner = ModelRunner(model, caches, slots, sampling, use_graphs=use_graphs, max_graph_tokens=max_graph_tokens)
     if is_gpu:
         largest = largest_step(model, caches, slots, max_num_tokens, max_batch_size)

@@ -35,7 +35,7 @@ class StepModel(Protocol):
     """What computes a step: `models.base.CausalLM`, or `TorchProgram`."""
 
     def __call__(self, batch: ForwardBatch) -> torch.Tensor:
-        """What `compute_logits` needs of each token, [T, columns]; writes keys and values to the caches."""
+        """What `compute_logits` needs of each wanted token, [n, columns]; writes keys and values to the caches."""
         ...
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -98,7 +98,7 @@ class ModelRunner(SlotRunner):
 
     def _run_prompts(self, rows: list[Row]) -> None:
         inputs = inputs_of_rows(rows, self._slots)
-        self._sampler.most_likely(self._model.compute_logits(inputs.last_of_rows(self._forward(inputs))))
+        self._sampler.most_likely(self._model.compute_logits(self._last_hidden(inputs)))
 
     @torch.inference_mode()
     def launch(self, plan: BatchPlan) -> LaunchedStep:
@@ -114,13 +114,19 @@ class ModelRunner(SlotRunner):
             if size is not None:
                 return self._launch_graph(plan, self._graphs, size)
         inputs = inputs_of_rows(plan.rows, self._slots)
-        hidden = self._forward(inputs)
         sampled_rows = tuple(index for index, row in enumerate(plan.rows) if row.sample)
+        prompt_logprobs = {}
+        if any(row.prompt_logprobs for row in plan.rows):
+            hidden = self._forward(inputs)
+            prompt_logprobs = self._prompt_logprobs(plan.rows, hidden, self._model.compute_logits)
+            hidden = inputs.last_of_rows(hidden)
+        else:
+            hidden = self._last_hidden(inputs)
         return LaunchedStep(
             plan=plan,
             sampled_rows=sampled_rows,
             readback=self._sample(plan.rows, sampled_rows, inputs, hidden) if sampled_rows else None,
-            prompt_logprobs=self._prompt_logprobs(plan.rows, hidden, self._model.compute_logits),
+            prompt_logprobs=prompt_logprobs,
         )
 
     # ---- parts of a launch -----------------------------------------------------------------------------------
@@ -130,30 +136,40 @@ class ModelRunner(SlotRunner):
         source, destination = upload(pairs, self._slots.device).unbind(1)
         copy_blocks(self._caches, source, destination)
 
-    def _forward(self, inputs: StepInputs) -> torch.Tensor:  # [T, hidden]
+    def _forward(self, inputs: StepInputs, wanted: torch.Tensor | None = None) -> torch.Tensor:  # [n, hidden]
         with phase("model"):
-            return self._model(ForwardBatch(inputs.input_ids, inputs.positions, inputs.attention, self._caches))
+            return self._model(ForwardBatch(inputs.input_ids, inputs.positions, inputs.attention, self._caches, wanted))
+
+    def _last_hidden(self, inputs: StepInputs) -> torch.Tensor:  # [R, hidden]
+        """Of each row's last token; of the others the last layer computes keys and values alone."""
+        num_rows = inputs.last_token_index.shape[0]
+        if inputs.attention.num_decode_rows == num_rows:
+            return self._forward(inputs)
+        wanted = functional.pad(inputs.last_token_index, (0, self._num_more(num_rows)))
+        return self._forward(inputs, wanted)[:num_rows]
+
+    def _num_more(self, num_rows: int) -> int:
+        """Rows to add on a GPU, so that products have as many as a captured step has.
+
+        A library that meets a new number of rows may load another kernel, which holds up a step by a tenth of a second.
+        """
+        return 0 if self._graphs is None else batch_bucket(num_rows, self._slots.scratch_slot) - num_rows
 
     def _sample(
         self, rows: Sequence[Row], sampled_rows: tuple[int, ...], inputs: StepInputs, hidden: torch.Tensor
     ) -> TokenReadback:
-        """Tokens of the sampled rows, written to their slots as the next step's input."""
-        last, slots, positions = inputs.last_token_index, inputs.slots, inputs.next_positions
+        """Tokens of the sampled rows, written to their slots as the next step's input; hidden: [R, hidden_size]."""
+        slots, positions = inputs.slots, inputs.next_positions
         if len(sampled_rows) < len(rows):
             index = upload(np.array(sampled_rows, np.int64), slots.device)
-            last, slots, positions = last[index], slots[index], positions[index]
-        logits = self._logits(hidden[last])
+            hidden, slots, positions = hidden[index], slots[index], positions[index]
+        logits = self._logits(hidden)
         return self._choose(logits, slots, positions, [rows[row] for row in sampled_rows])
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:  # [n, V]
-        """Logits of n rows, on a GPU computed with as many rows as a captured step has.
-
-        A library that meets a new number of rows may load another kernel, which holds up a step by a tenth of a second.
-        """
+        """Logits of n rows, computed with `_num_more` rows more."""
         num_rows = hidden.shape[0]
-        num_more = 0 if self._graphs is None else batch_bucket(num_rows, self._slots.scratch_slot) - num_rows
-        if num_more:
-            hidden = functional.pad(hidden, (0, 0, 0, num_more))
+        hidden = functional.pad(hidden, (0, 0, 0, self._num_more(num_rows)))
         return self._model.compute_logits(hidden)[:num_rows]
 
     # ---- steps from graphs -----------------------------------------------------------------------------------
@@ -181,7 +197,7 @@ class ModelRunner(SlotRunner):
 
         Logits for a sampler are not: a graph holds on to what it returns, and they are half a gigabyte for 1,000 rows.
         """
-        hidden = inputs.last_of_rows(self._forward(inputs))
+        hidden = self._last_hidden(inputs)
         if not greedy:
             return StepResult(inputs.slots, inputs.next_positions, hidden, None)
         places = TokenPlaces(self._slots.token_ids, inputs.target_slots, inputs.next_positions)
