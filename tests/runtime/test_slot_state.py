@@ -98,7 +98,7 @@ def test_rows_of_a_large_step_are_told_apart_on_the_device() -> None:
     assert parts is not None
     assert parts.decode.num_decode_rows == 6
     assert parts.decode.kv_lens.tolist() == [7, 0, 0, 0, 0, 0]
-    assert parts.decode.slot_mapping.tolist() == inputs.attention.slot_mapping[:6].tolist()
+    assert parts.decode.slot_mapping.tolist() == [inputs.attention.slot_mapping[0].item(), 0, 0, 0, 0, 0]
     assert parts.decode.block_tables[0, :2].tolist() == blocks[0]
     history, new = parts.with_history, parts.without_history
     assert history.query_start.tolist() == [1, 5, 5, 5]

@@ -83,8 +83,8 @@ class RowParts:
     that pad a part have no tokens.
 
     Args:
-        decode: rows of one token, the step's first; row r is token r. A row that pads has length 0, and its token is
-            another row's: that must have written the same key and value to its slot, and its result later.
+        decode: rows of one token, the step's first; row r is token r. A row that pads has length 0 and writes to
+            scratch block 0; its token is another row's, whose result must be written later.
         with_history: rows of several tokens, of which any may have cached tokens from before.
         without_history: rows of several tokens that have none; the step's last.
     """

@@ -172,7 +172,7 @@ def _row_parts(step: AttentionMetadata, kinds: torch.Tensor, num_prompts: int) -
         step,
         kv_lens=step.kv_lens.masked_fill(kinds != DECODE, 0)[:num_decode],
         block_tables=step.block_tables[:num_decode],
-        slot_mapping=step.slot_mapping[:num_decode],
+        slot_mapping=step.slot_mapping[:num_decode].masked_fill(kinds[:num_decode] != DECODE, 0),
         num_decode_rows=num_decode,
         query_lens=(1,) * num_decode,
     )
