@@ -91,8 +91,8 @@ def number(value: float) -> str:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+    first, *others = (f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in (head, *rows))
+    return "\n".join([first, f"|{'---|' * len(head)}", *others])
 
 
 def page_with(page: str, tables: Mapping[str, str]) -> str:

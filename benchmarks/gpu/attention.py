@@ -196,7 +196,7 @@ def time_prefill(layers: Layers, tiles: PrefillTiles) -> float:
         prefill_attention(
             spec, layers.query, keys, values, layers.caches[layer], metadata, Result(output),
             rows=slice(0, None), has_history=layers.work.kv_len > layers.work.query_len,
-            max_query_len=layers.work.query_len, tiles=tiles,
+            tiles=tiles,
         )  # fmt: skip
 
     return seconds_per_layer(len(layers.caches), run_layer)

@@ -119,7 +119,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "sampling",
     ),
     "engine.plan": ("engine.interruption",),  # what crosses the Runner seam
-    "engine.interruption": (),
+    "engine.interruption": (),  # a word that native code reads
     "builder": ("attention.base", "checkpoints", "layers", "models", "ops", "ops.platform", "program", "quantization"),
     "program": (),  # what crosses from the builder to the executors of programs
     "program.reference": ("attention", "attention.base", "ops", "program"),  # what each operation means

@@ -192,17 +192,18 @@ def _memory_table(report: ModelReport) -> Table:
 def _kernel_table(report: ModelReport) -> Table:
     """What multiplies on an NVIDIA GPU; known without having one."""
     table = Table(title="Linear layers on an NVIDIA GPU", title_justify="left", title_style="bold")
-    for heading in ("Layer", "Weight", "Rows", "Kernel"):
+    for heading in ("Layers, weight", "Rows", "Kernel"):
         table.add_column(heading, justify="right" if heading == "Rows" else "left", no_wrap=True)
     table.add_column("Tile", overflow="fold")
     before = None
     for one in report.linear_kernels:
         is_new = one.layer != before
+        if is_new and before is not None:
+            table.add_section()
         before = one.layer
         rows = str(one.first_rows) if one.first_rows == one.last_rows else f"{one.first_rows} to {one.last_rows:,}"
         table.add_row(
-            f"{one.layer} ({one.count})" if is_new else "",
-            f"{one.out_features:,} x {one.in_features:,}, {one.weights}" if is_new else "",
+            f"{one.count} {one.layer}\n{one.out_features:,} x {one.in_features:,}, {one.weights}" if is_new else "",
             rows,
             one.kernel,
             one.plan,

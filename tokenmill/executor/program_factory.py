@@ -35,6 +35,7 @@ from tokenmill.runtime.program_loading import (
 from tokenmill.runtime.program_runner import ProgramRunner
 from tokenmill.runtime.slot_runner import SlotRunner
 from tokenmill.runtime.slot_state import SlotState
+from tokenmill.runtime.step_sizes import SHORT_TOKENS
 from tokenmill.sampling.slot_params import SlotSamplingParams
 
 
@@ -163,8 +164,9 @@ def _make_runner(
         caches = allocate_program_caches(
             package.program, memory.num_blocks, memory.tokens_per_block, cache_dtype, device
         )
+        max_graph_tokens = min(description.max_num_tokens, SHORT_TOKENS[-1])
         use_graphs = captures_graphs(description.attn_backend, wanted=args.enable_cuda_graphs)
-        return ModelRunner(program, caches, slots, sampling, use_graphs=use_graphs)
+        return ModelRunner(program, caches, slots, sampling, use_graphs=use_graphs, max_graph_tokens=max_graph_tokens)
     # What is left to torch (sampling, log-probabilities) is small; its threads would only get in the kernels' way.
     torch.set_num_threads(1)
     limits = StepLimits(
