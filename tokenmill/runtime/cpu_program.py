@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from tokenmill.attention.base import LayerCache
-from tokenmill.engine.interruption import Interruption
+from tokenmill.engine.plan import Interruption
 from tokenmill.ops.cpu.argmax import advance_arguments, argmax, argmax_arguments, argmax_scratch_bytes
 from tokenmill.ops.cpu.cache_layout import STEP_SIZE, cache_shapes
 from tokenmill.ops.cpu.compile_processes import compile_all
@@ -253,5 +253,5 @@ def _allocate_caches(
     ]
     sizes = [math.prod(shape[1:]) * dtype.itemsize for shape in shapes]
     blocks = torch.from_numpy(pages.take(num_blocks * sum(sizes))).view(num_blocks, sum(sizes))
-    parts = [part.view(dtype).view(shape) for part, shape in zip(blocks.split(sizes, 1), shapes, strict=True)]
+    parts = [part.view(dtype).view(shape) for part, shape in zip(torch.split(blocks, sizes, 1), shapes, strict=True)]
     return blocks, tuple(zip(parts[::2], parts[1::2], strict=True))
