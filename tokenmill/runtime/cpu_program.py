@@ -1,7 +1,8 @@
 """`CpuExecutor`: runs a program's steps on the CPU, each as one native call that walks a list of kernels.
 
 The lists are written once: one for each combination of one or several tokens and one or several wanted rows, because
-kernels differ. A step fills in numbers of tokens and the address of what is fixed about it, and calls.
+kernels differ, and one for a token whose successor is wanted without logits. A step fills in numbers of tokens and the
+address of what is fixed about it, and calls.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from tokenmill.program.program import Operation, Program
 from tokenmill.runtime.cpu_memory import ProgramMemory
 from tokenmill.runtime.cpu_operations import Op, OpWriter, StepPlaces
 from tokenmill.runtime.cpu_weights import CpuWeights
+from tokenmill.runtime.head_screen import HeadScreen, ScreenedHead
 from tokenmill.runtime.huge_pages import HugePages
 from tokenmill.runtime.kernel_choices import KernelChoices
 from tokenmill.runtime.program_executor import ProgressCallback, Values
@@ -42,6 +44,9 @@ _KV_LENS: Final = 2
 _BLOCK_TABLES: Final = 3
 _TABLE_STRIDE: Final = 4
 """Places in the step's rows, see `ops.cpu.cache_layout`."""
+
+_SCREENED: Final = (1, -1)
+"""The list of steps of one token that use the head's screen; others go by their numbers of tokens and rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +116,13 @@ class CpuExecutor:
             ),
             KernelChoices.of(package, num_threads),
         )
+        head = ScreenedHead.of(package.program, self._parts.head[-1], writer)
+        # Debug outputs may be logits, or what is computed from them.
+        has_screen = head is not None and not self._debug_buffers
+        self._screen = HeadScreen(head, writer, self._most_likely.ctypes.data) if head and has_screen else None
         around = self._token_ops(package.program.output.name)
-        self._lists = _write_lists(self._parts, writer, around, on_progress or (lambda what, done, total: None))
+        progress = on_progress or (lambda what, done, total: None)
+        self._lists = _write_lists(self._parts, writer, around, self._screen, progress)
         self._pool = ThreadPool(num_threads, num_spins=NUM_SPINS)
 
     def run(self) -> Values:
@@ -120,11 +130,19 @@ class CpuExecutor:
         self._pool.run(self._ready(self._lists[self._kind()]).ops)
         return self._logits[: self.arrays.num_rows]
 
+    def run_tokens(self) -> None:
+        """See `ProgramExecutor.run_tokens`."""
+        kind = self._kind_without_logits()
+        self._pool.run(self._ready(self._lists[kind]).ops)
+        self._learn(kind)
+
     def repeat(self) -> None:
         """See `ProgramExecutor.repeat`."""
-        ops = self._lists[self._kind()].ops
+        kind = self._kind_without_logits()
+        ops = self._lists[kind].ops
         ops.rows[0, COLUMN_NUM_TOKENS] = self.arrays.num_sequences
         self._pool.run(ops)
+        self._learn(kind)
 
     def most_likely(self) -> Integers:
         """See `ProgramExecutor.most_likely`."""
@@ -159,9 +177,9 @@ class CpuExecutor:
             found[name] = self._memory.values(name, sizes[rows] if isinstance(rows, str) else rows)
         return found
 
-    def run_timed(self) -> Mapping[str, float]:
+    def run_timed(self, *, with_logits: bool = True) -> Mapping[str, float]:
         """See `ProgramExecutor.run_timed`."""
-        step = self._ready(self._lists[self._kind()])
+        step = self._ready(self._lists[self._kind() if with_logits else self._kind_without_logits()])
         times = dict.fromkeys((operation.name for operation in self._program.operations), 0.0)
         for name, nanoseconds in zip(step.names, self._pool.run_timed(step.ops).tolist(), strict=True):
             times[name] += nanoseconds * 1e-9
@@ -192,6 +210,15 @@ class CpuExecutor:
     def _kind(self) -> tuple[int, int]:
         return min(self.arrays.num_tokens, 2), min(self.arrays.num_rows, 2)
 
+    def _kind_without_logits(self) -> tuple[int, int]:
+        kind = self._kind()
+        return _SCREENED if kind == (1, 1) and self._screen is not None and self._screen.is_ready else kind
+
+    def _learn(self, kind: tuple[int, int]) -> None:
+        """Tell the screen of a step."""
+        if self._screen is not None and kind in (_SCREENED, (1, 1)):
+            self._screen.after_step(self._pool)
+
     def _want(self, row_index: Sequence[int] | np.ndarray[tuple[int], np.dtype[np.int32]]) -> None:
         self.arrays.num_rows = len(row_index)
         self.arrays.row_index[: len(row_index)] = row_index
@@ -207,12 +234,17 @@ class CpuExecutor:
 
 
 def _write_lists(
-    parts: ProgramParts, writer: OpWriter, around: tuple[Op, Sequence[Op]], on_progress: ProgressCallback
+    parts: ProgramParts,
+    writer: OpWriter,
+    around: tuple[Op, Sequence[Op]],
+    screen: HeadScreen | None,
+    on_progress: ProgressCallback,
 ) -> dict[tuple[int, int], _StepList]:
     """Lists by (tokens, rows), where 2 stands for several; 0 tokens: the head alone, 0 rows: the body alone.
 
     Args:
         around: what comes before each step, and after those with rows.
+        screen: of the head's last operation.
     """
     before, after = around
     written: dict[tuple[int, int], list[tuple[Operation, Op]]] = {}
@@ -225,8 +257,12 @@ def _write_lists(
             *((operation, op) for operation in head for op in writer.write(operation, one=num_rows == 1)),
             *((parts.head[-1], op) for op in after if num_rows),
         ]
-    of_ops = (function for entries in written.values() for _, op in entries for function in op.functions)
-    functions = [*STEP_FUNCTIONS, *of_ops]
+    functions = [*STEP_FUNCTIONS]
+    if screen is not None:
+        whole = [(operation, op) for operation, op in written[1, 1] if operation is not parts.head[-1]]
+        written[_SCREENED] = [*whole, *((parts.head[-1], op) for op in screen.ops)]
+        functions += screen.functions
+    functions += [function for entries in written.values() for _, op in entries for function in op.functions]
     compile_all(functions, num_usable_cores(), lambda done, total: on_progress("kernels", done, total))
     body_names = {operation.name for operation in parts.body}
     lists = {}
@@ -234,6 +270,7 @@ def _write_lists(
         ops = OpList(len(entries))
         for _, op in entries:
             op.append_to(ops)
+        ops.rows[:, COLUMN_NUM_TOKENS] = 1  # right for one token and row, if no step of this kind comes before others
         names = tuple(operation.name for operation, _ in entries)
         lists[sizes] = _StepList(ops, sum(name in body_names for name in names), names)
     return lists

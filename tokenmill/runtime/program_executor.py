@@ -31,9 +31,13 @@ class ProgramExecutor(Protocol):
         """Compute the step, write its keys and values to the cache; logits [R, V], good until the next call."""
         ...
 
+    def run_tokens(self) -> None:
+        """As `run`, where nobody wants the logits: only `most_likely` is good afterwards."""
+        ...
+
     def repeat(self) -> None:
-        """As `run`, after a step of one token for each sequence: the most likely tokens are the input now, one position
-        further on. `arrays` says so afterwards."""
+        """As `run_tokens`, after a step of one token for each sequence: the most likely tokens are the input now, one
+        position further on. `arrays` says so afterwards."""
         ...
 
     def most_likely(self) -> Integers:
@@ -53,8 +57,8 @@ class ProgramExecutor(Protocol):
         """Values of the buffers that are kept after a step, of the step that ran last: [T or R, columns], copies."""
         ...
 
-    def run_timed(self) -> Mapping[str, float]:
-        """As `run`; the seconds that each operation took, by its name."""
+    def run_timed(self, *, with_logits: bool = True) -> Mapping[str, float]:
+        """As `run`, or `run_tokens`; the seconds that each operation took, by its name."""
         ...
 
 
@@ -84,6 +88,10 @@ class TorchExecutor:
         self._logits = self.logits_at(self.arrays.row_index[: self.arrays.num_rows].tolist())
         return self._logits
 
+    def run_tokens(self) -> None:
+        """See `ProgramExecutor.run_tokens`."""
+        self.run()
+
     def repeat(self) -> None:
         """See `ProgramExecutor.repeat`."""
         self.arrays.advance(self.most_likely())
@@ -112,7 +120,7 @@ class TorchExecutor:
         values = self._program.run(self._batch(), self._row_index())
         return {name: _to_host(values[name].float()) for name in self._program.keep}
 
-    def run_timed(self) -> Mapping[str, float]:
+    def run_timed(self, *, with_logits: bool = True) -> Mapping[str, float]:
         """See `ProgramExecutor.run_timed`."""
         times: dict[str, float] = {}
         self._program.run(self._batch(), self._row_index(), times)

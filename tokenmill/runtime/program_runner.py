@@ -79,10 +79,12 @@ class ProgramRunner(SlotRunner):
         repeats = plan.max_repeats if is_greedy else 1
         self._executor.arrays.fill(rows, self._token_ids, self._block_tables, max_repeats=repeats)
         started = self._clock()
-        with phase("program"):
-            logits = self._executor.run()
         if not is_greedy or any(row.prompt_logprobs for row in rows):
+            with phase("program"):
+                logits = self._executor.run()
             return self._launch_sampled(plan, sampled_rows, chosen, logits)
+        with phase("program"):
+            self._executor.run_tokens()
         tokens = self._executor.most_likely().copy()[:, None]  # [sampled rows, 1]
         if repeats > 1 and tokens.min() >= 0:
             tokens = self._repeat(tokens, repeats, started)
