@@ -16,8 +16,8 @@ from tokenmill.checkpoints.base import Checkpoint, open_checkpoint
 from tokenmill.checkpoints.resolve import resolve_model
 from tokenmill.config import LlmArgs
 from tokenmill.errors import OutOfMemoryError, UserError
-from tokenmill.linear_kernels import KernelChoice, linear_kernels
 from tokenmill.models.config import ModelConfig
+from tokenmill.models.linear_kernels import KernelChoice, linear_kernels
 from tokenmill.ops.platform import free_memory
 from tokenmill.runtime.memory_planner import MemoryPlan, MemoryRequest, plan_memory
 from tokenmill.runtime.model_loader import (

@@ -197,7 +197,8 @@ class Step:
         keys, values = self.caches[layer]
         is_bfloat16 = self.cache_dtype == torch.bfloat16
         step = self.step.data_ptr()
-        return CacheLocation(keys.data_ptr(), values.data_ptr(), is_bfloat16, TOKENS_PER_BLOCK, step)
+        stride = keys.stride(0) * keys.itemsize
+        return CacheLocation(keys.data_ptr(), values.data_ptr(), stride, is_bfloat16, TOKENS_PER_BLOCK, step)
 
     def attention(self) -> Case:
         """Attention of all layers."""

@@ -28,6 +28,7 @@ from tokenmill import LLM, KvCacheConfig
 from tokenmill.builder.build import build
 from tokenmill.checkpoints.resolve import resolve_model
 from tokenmill.engine.plan import Row as PlanRow
+from tokenmill.ops.cpu.repetition import Repetition
 from tokenmill.ops.cpu.threads import OpList, ThreadPool
 from tokenmill.program.costs import OperationRow, StepSize, operation_rows, rows_by_layer_part
 from tokenmill.program.package import EnginePackage
@@ -122,23 +123,32 @@ def limit_of(row: OperationRow, machine: MachineLimits) -> float:
 
 def host_row(llm: LLM, num_streams: int) -> Row:
     """Time for each step outside native code: scheduling, tokens to callers, requests that come and go."""
-    native: list[float] = []
-    run = ThreadPool.run
+    seconds_of_calls: list[float] = []
+    steps_of_calls: list[int] = []
+    run, run_steps = ThreadPool.run, ThreadPool.run_steps
 
     def timed(self: ThreadPool, ops: OpList) -> None:
         begin = time.perf_counter()
         run(self, ops)
-        native.append(time.perf_counter() - begin)
+        seconds_of_calls.append(time.perf_counter() - begin)
+        steps_of_calls.append(1)
+
+    def timed_steps(self: ThreadPool, ops: OpList, repetition: Repetition) -> int:
+        begin = time.perf_counter()
+        steps_of_calls.append(run_steps(self, ops, repetition))
+        seconds_of_calls.append(time.perf_counter() - begin)
+        return steps_of_calls[-1]
 
     shares = []
-    ThreadPool.run = timed  # type: ignore[method-assign]
+    ThreadPool.run, ThreadPool.run_steps = timed, timed_steps  # type: ignore[method-assign]
     try:
         for seed in range(4):
-            native.clear()
+            seconds_of_calls.clear()
+            steps_of_calls.clear()
             seconds = generate(llm, seed, num_sequences=num_streams, input_len=INPUT, output_len=OUTPUT)
-            shares.append((seconds - sum(native)) / len(native))
+            shares.append((seconds - sum(seconds_of_calls)) / sum(steps_of_calls))
     finally:
-        ThreadPool.run = run  # type: ignore[method-assign]
+        ThreadPool.run, ThreadPool.run_steps = run, run_steps  # type: ignore[method-assign]
     work = f"step of {num_streams} stream{'s' if num_streams > 1 else ''}"
     return Row(work, "the host, for each step", round(statistics.median(shares[1:]) * 1e3, 3), "ms")
 

@@ -1,7 +1,5 @@
 """The step loop: failures of the runner end only the requests of their plan; overlap changes nothing in the answers."""
 
-from collections.abc import Callable
-
 import pytest
 
 from tests.support.engine_harness import MAX_UTILIZATION, Harness
@@ -9,6 +7,7 @@ from tests.support.mock_runner import MockRunner
 from tokenmill.config import CapacitySchedulerPolicy
 from tokenmill.engine.core import EngineCore
 from tokenmill.engine.events import Failed, TokenDelta
+from tokenmill.engine.interruption import Interruption
 from tokenmill.engine.plan import BatchPlan, Row
 from tokenmill.errors import DeviceFaultError, EngineError, InvalidLogitsError, OutOfMemoryError, TokenmillError
 
@@ -246,6 +245,28 @@ def test_steps_are_repeated_only_while_sequences_decode_and_nobody_waits() -> No
     harness.check_finished()
 
 
+@pytest.mark.parametrize(
+    ("inputs", "is_watched"),
+    [
+        ({}, False),
+        ({"streaming": True}, True),
+        ({"stop_words": ((3, 4),)}, True),
+        ({"stop": "the end"}, True),
+    ],
+)
+def test_steps_are_repeated_longer_where_nobody_waits_for_tokens(inputs: dict[str, object], is_watched: bool) -> None:
+    """One request that is watched is enough."""
+    harness = Harness(max_repeats=60, max_seq_len=200, num_blocks=200)
+    harness.add(range(5), max_tokens=80)
+    harness.add(range(9), max_tokens=80, **inputs)
+    harness.step()
+    harness.step()
+    plan = harness.runner.plans[-1]
+    assert (plan.is_watched, plan.max_repeats) == (is_watched, 16 if is_watched else 60)
+    harness.run()
+    harness.check_finished()
+
+
 def test_what_comes_after_the_end_of_a_repeated_step_is_nobodys() -> None:
     probe = Harness()
     probe.add(range(5), max_tokens=12)
@@ -264,13 +285,14 @@ class InterruptedRunner(MockRunner):
 
     max_repeats = 4
 
-    def interrupt_when(self, is_interrupted: Callable[[], bool]) -> None:
-        self.is_interrupted = is_interrupted
+    def interrupt_when(self, interruption: Interruption) -> None:
+        self.interruption = interruption
 
 
 def test_a_runner_that_repeats_hears_of_those_who_wait() -> None:
     harness = Harness(max_repeats=4)
     runner = InterruptedRunner(64, 4, 8, gives_logprobs=False)
-    EngineCore(harness.scheduler, runner).interrupt_when(lambda: True)
-    assert runner.is_interrupted()
-    EngineCore(harness.scheduler, harness.runner).interrupt_when(lambda: True)  # no concern of other runners
+    interruption = Interruption()
+    EngineCore(harness.scheduler, runner).interrupt_when(interruption)
+    assert runner.interruption is interruption
+    EngineCore(harness.scheduler, harness.runner).interrupt_when(interruption)  # no concern of other runners

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from tests.support.row_forms import give_no_quantized_rows
 from tests.support.ways import GREEDY, NO_REUSE, WAYS, prompts_of
 from tokenmill import LLM, KvCacheConfig, SamplingParams
-from tokenmill.layers.linear import LinearBase
 
 pytestmark = [pytest.mark.gpu, pytest.mark.spec("H3")]
 
@@ -85,7 +85,7 @@ def test_rows_quantized_in_passing_or_by_themselves_give_the_same(
     with make_llm(model_dir, **options) as llm:
         in_passing = tokens_of(llm)
         assert tokens_of(llm) == in_passing
-    monkeypatch.setattr(LinearBase, "takes_quantized", lambda self, num_rows: False)
+    give_no_quantized_rows(monkeypatch)
     with make_llm(model_dir, **options) as llm:
         assert tokens_of(llm) == in_passing
 

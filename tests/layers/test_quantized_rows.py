@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.support.row_forms import give_no_quantized_rows
 from tokenmill.attention.reference import ReferenceAttention
 from tokenmill.checkpoints.loading import fill_dummy
 from tokenmill.layers.context import LayerContext
-from tokenmill.layers.linear import LinearBase, MergedColumnLinear, QKVLinear
+from tokenmill.layers.linear import MergedColumnLinear, QKVLinear
 from tokenmill.layers.mlp import GatedMLP
 from tokenmill.layers.norm import GemmaRMSNorm, RMSNorm
 from tokenmill.layers.weights import finalize_weights, weight_targets
@@ -70,7 +71,7 @@ def test_an_mlp_gives_the_same_however_its_rows_are_quantized(
     mlp = filled(GatedMLP(HIDDEN, INTERMEDIATE, activation, bias=False, context=context("fp8")))
     x = rows(num_rows)
     in_passing = mlp(x)
-    monkeypatch.setattr(LinearBase, "takes_quantized", lambda self, num_rows: False)
+    give_no_quantized_rows(monkeypatch)
     assert torch.equal(in_passing, mlp(x))
 
 

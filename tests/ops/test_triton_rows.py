@@ -30,6 +30,21 @@ def check(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert relative_error(actual, expected) <= TOLERANCES[actual.dtype]
 
 
+def check_last_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """One norm by two compilations of the kernel, which may add up a row's squares in different orders.
+
+    The sums differ in their last bits then, and a few results lie on the other side of where bfloat16 rounds: these,
+    at most one in a hundred, are one step of bfloat16 apart.
+    """
+    assert actual.dtype == expected.dtype == torch.bfloat16
+    if not actual.is_cuda:
+        assert torch.equal(actual, expected)
+        return
+    steps = (actual.view(torch.int16).int() - expected.view(torch.int16).int()).abs()
+    assert int(steps.max()) <= 1
+    assert int((steps != 0).sum()) <= max(1, 0.01 * steps.numel())
+
+
 def check_quantized(actual: tuple[torch.Tensor, torch.Tensor], rows: torch.Tensor) -> None:
     """Scales and values are exact; but the interpreter rounds ties up, cuts denormal numbers off, and loses a carry
     from the mantissa into the exponent: a few of its values are up to eight steps of float8 too low or one too high.
@@ -114,7 +129,7 @@ def test_fused_quantization_is_the_separate_one(shape: tuple[int, int], device: 
     check_quantized((values, scales), normalized)
     plain, values, scales, total = rms_norm.add_rms_norm_both(x, residual, weight, 1e-5)
     assert torch.equal(total, expected_total)
-    check(plain, normalized)  # compiled for 8-bit stores, the kernel adds up in another order: last digits may differ
+    check_last_bits(plain, normalized)
     check_quantized((values, scales), plain)
     gate_up = torch.cat((x, residual), dim=1)
     check_quantized(activation.silu_and_mul_fp8(gate_up), activation.silu_and_mul(gate_up))

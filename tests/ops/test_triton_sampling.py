@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tokenmill.ops.sampling import SlotColumns
 from tokenmill.sampling import steps
 from tokenmill.sampling.exact import integer_weights
 from tokenmill.sampling.random import draw, stream_key, uniforms
@@ -48,10 +49,14 @@ class Batch:
         self.integers[self.slots, 3] = torch.tensor([row[1] for row in rows]).to(device)
 
     def sampled(self) -> torch.Tensor:
-        return sample_tokens(
-            self.logits, self.logits.float().argmax(-1), self.slots, self.positions, self.floats[:, 0],
-            self.integers[:, 3], self.floats[:, 1], self.floats[:, 2], self.integers[:, 0],
-        )  # fmt: skip
+        columns = SlotColumns(
+            temperature=self.floats[:, 0],
+            top_k=self.integers[:, 3],
+            top_p=self.floats[:, 1],
+            min_p=self.floats[:, 2],
+            stream_key=self.integers[:, 0],
+        )
+        return sample_tokens(self.logits, self.logits.float().argmax(-1), self.slots, self.positions, columns)
 
     def expected(self) -> torch.Tensor:
         """By the steps."""

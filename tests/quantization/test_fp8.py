@@ -15,6 +15,7 @@ from tokenmill.layers.weights import finalize_weights, weight_targets
 from tokenmill.ops.fp8 import per_token_quantize_fp8
 from tokenmill.parallel.group import ParallelGroup
 from tokenmill.quantization import fp8 as module
+from tokenmill.quantization.base import RowForm
 from tokenmill.quantization.fp8 import Fp8Linear
 from tokenmill.quantization.select import linear_method_for
 
@@ -157,9 +158,9 @@ def test_a_quantized_head_with_padding() -> None:
 def test_rows_that_come_quantized() -> None:
     layer, _ = loaded_merged_layer()
     method = layer.gate_up_proj.method
-    assert not method.takes_quantized(1)
-    assert method.takes_quantized(2)
     x = normal(4, 6)
+    assert method.row_form(x[:1]) is RowForm.PLAIN
+    assert method.row_form(x[:2]) is method.row_form(x[:0]) is RowForm.QUANTIZED
     expected = method.apply(x, layer.gate_up_proj.bias)
     assert torch.equal(method.apply_quantized(per_token_quantize_fp8(x), layer.gate_up_proj.bias, x.dtype), expected)
 

@@ -25,6 +25,7 @@ from tokenmill.models.config import ModelConfig
 from tokenmill.ops.block_fp8 import BlockScaledWeight, block_scaled_linear
 from tokenmill.ops.fp8 import static_quantize_fp8
 from tokenmill.ops.moe import run_experts_reference
+from tokenmill.quantization.base import RowForm
 from tokenmill.quantization.checkpoint_format import Fp8Format
 from tokenmill.quantization.fp8_checkpoint import BlockFp8Linear, CheckpointFp8Experts, ScaledFp8Linear
 from tokenmill.quantization.select import methods_for
@@ -91,7 +92,7 @@ def test_a_stack_of_merged_projections_keeps_each_ones_scale() -> None:
     rows = static_quantize_fp8(x, torch.tensor([0.02]))
     torch.testing.assert_close(layer.gate_up_proj(x), rows.values.float() * 0.02 @ exact.T, atol=1e-5, rtol=1e-5)
     assert isinstance(layer.gate_up_proj.method, ScaledFp8Linear)
-    assert not layer.gate_up_proj.takes_quantized(3)
+    assert layer.gate_up_proj.row_form(x) is RowForm.PLAIN
 
 
 def test_experts_take_the_largest_static_scale() -> None:

@@ -89,16 +89,16 @@ def test_what_the_step_held_is_freed() -> None:
     assert freed == [True]
 
 
-def failing(run: Callable[[], Any], error: Exception, when: Callable[[int], bool]) -> Callable[[], Any]:
+def failing(run: Callable[..., Any], error: Exception, when: Callable[[int], bool]) -> Callable[..., Any]:
     """`run`, which raises instead on some calls."""
     count = 0
 
-    def call() -> Any:
+    def call(*arguments: Any) -> Any:
         nonlocal count
         count += 1
         if when(count):
             raise error
-        return run()
+        return run(*arguments)
 
     return call
 
@@ -113,14 +113,14 @@ def test_an_engine_survives_steps_without_memory(model_dir: Path) -> None:
         expected = tokens_of(llm)
         executor = llm._executor._engine.runner._executor  # type: ignore[attr-defined]
         shortage = torch.OutOfMemoryError("CUDA out of memory.")
-        executor.run = failing(executor.run, shortage, lambda count: count in (1, 4, 9))
+        executor.run_steps = failing(executor.run_steps, shortage, lambda count: count in (1, 4, 9))
         assert tokens_of(llm) == expected
         assert llm.stats().num_preemptions > 0
         llm.check_integrity()
-        executor.run = failing(executor.run, shortage, lambda count: True)
+        executor.run_steps = failing(executor.run_steps, shortage, lambda count: True)
         with pytest.raises(OutOfMemoryError, match="no memory left"):
             llm.generate([PROMPTS[0]], PARAMS, use_tqdm=False)
-        del executor.run
+        del executor.run_steps
         assert tokens_of(llm) == expected
         llm.check_integrity()
 
@@ -128,7 +128,7 @@ def test_an_engine_survives_steps_without_memory(model_dir: Path) -> None:
 def test_a_fault_ends_the_engine_at_once(model_dir: Path) -> None:
     llm = LLM(model_dir, device="cpu", **OPTIONS)
     executor = llm._executor._engine.runner._executor  # type: ignore[attr-defined]
-    executor.run = failing(executor.run, torch.AcceleratorError(FAULT), lambda count: count == 3)
+    executor.run_steps = failing(executor.run_steps, torch.AcceleratorError(FAULT), lambda count: count == 3)
     with pytest.raises(DeviceFaultError, match="illegal memory access"):
         llm.generate(PROMPTS, PARAMS, use_tqdm=False)
     assert llm.health().state == "unhealthy"

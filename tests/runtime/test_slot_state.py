@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tokenmill.engine.plan import NewBlocks, NewSlot, Row
+from tokenmill.runtime import slot_state
 from tokenmill.runtime.slot_state import SlotState
 from tokenmill.runtime.step_inputs import inputs_of_decode, inputs_of_prompts, inputs_of_rows
 from tokenmill.sampling_params import SamplingParams
@@ -53,6 +54,14 @@ def test_inputs_of_random_steps(seed: int) -> None:
     for row, table in zip(rows, inputs.attention.block_tables.tolist(), strict=True):
         num_blocks = -(-(row.start + row.num_tokens) // BLOCK)
         assert table[:num_blocks] == tables[row.slot][:num_blocks]
+
+
+def test_pieces_are_written_alike_on_host_and_device() -> None:
+    pieces = [(2, 1, (5, 6, 7)), (0, 0, ()), (1, 3, (8,)), (0, 2, (9, 4))]
+    tables = torch.zeros(2, 3, 4, dtype=torch.int32)
+    slot_state._scatter_on_host(tables[0], pieces)
+    slot_state._scatter_on_device(tables[1], pieces)
+    assert tables[0].tolist() == tables[1].tolist() == [[0, 0, 9, 4], [0, 0, 0, 8], [0, 5, 6, 7]]
 
 
 def test_a_slot_forgets_what_it_held() -> None:

@@ -87,6 +87,7 @@ class Harness:
         stop_words: tuple[tuple[int, ...], ...] = (),
         priority: float = 0.5,
         n: int = 1,
+        streaming: bool = False,
         **sampling: object,
     ) -> int:
         """Add a request; returns its id. Its seed is its id."""
@@ -100,6 +101,7 @@ class Harness:
             stop_token_ids=stop_token_ids,
             priority=priority,
             stop_words=stop_words,
+            streaming=streaming,
         )
         self.core.add(inputs)
         self.requests[request_id] = inputs

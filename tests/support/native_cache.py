@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from tokenmill.attention.base import AttentionMetadata, LayerCache
-from tokenmill.ops.cpu.cache_layout import CacheLocation, pack_cache, unpack_cache
+from tokenmill.ops.cpu.cache_layout import CacheLocation, pack_cache
 
 
 class NativeCache:
-    """Packed copies of keys and values, and the step's rows."""
+    """Packed copies of keys and values, a block of both beside something else, and the step's rows."""
 
     def __init__(self, cache: LayerCache, metadata: AttentionMetadata) -> None:
         self.tokens_per_block, self.head_dim = cache[0].shape[1], cache[0].shape[3]
-        self.keys, self.values = pack_cache(*cache)
+        keys, values = pack_cache(*cache)
+        size = keys[0].numel()
+        blocks = torch.cat([keys.flatten(1), values.flatten(1), torch.full_like(values.flatten(1), math.nan)], 1)
+        self.keys, self.values = blocks[:, :size].view(keys.shape), blocks[:, size : 2 * size].view(values.shape)
         self.metadata = metadata
         tables = metadata.block_tables
         addresses = [metadata.query_start.data_ptr(), metadata.kv_lens.data_ptr(), tables.data_ptr()]
@@ -25,6 +30,7 @@ class NativeCache:
         return CacheLocation(
             self.keys.data_ptr(),
             self.values.data_ptr(),
+            self.keys.stride(0) * self.keys.itemsize,
             self.keys.dtype == torch.bfloat16,
             self.tokens_per_block,
             self.step.data_ptr(),
@@ -33,6 +39,17 @@ class NativeCache:
     def unpacked(self) -> LayerCache:
         """Keys and values, [N, B, G, D] each."""
         return unpack_cache(self.keys, self.values, self.tokens_per_block, self.head_dim)
+
+
+def unpack_cache(
+    keys: torch.Tensor, values: torch.Tensor, tokens_per_block: int, head_dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `pack_cache` was given."""
+    if keys.dtype == torch.bfloat16:
+        keys = keys.permute(0, 1, 2, 4, 3).flatten(2, 3)
+        values = values.permute(0, 1, 2, 4, 3).flatten(2, 3)
+    keys, values = keys.permute(0, 3, 1, 2), values.transpose(1, 2)
+    return tuple(part[:, :tokens_per_block, :, :head_dim].contiguous() for part in (keys, values))
 
 
 def clear_partners(cache: LayerCache, metadata: AttentionMetadata) -> None:

@@ -18,11 +18,9 @@ PUBLIC = ("builder", "executor", "inspection", "llm", "llmapi", "telemetry", "to
 ALLOWED: dict[str, tuple[str, ...]] = {
     # the public API and what uses it
     "": ("builder", "executor", "inspection", "llm", "llmapi"),
-    "linear_kernels": ("models", "ops.linear_plan", "step_costs"),  # which kernel multiplies, before there is a GPU
-    "step_costs": ("models", "program"),  # what a model's parts move and compute; no torch
     "cli": (*PUBLIC, "bench", "program", "server", ""),
     "server": (*PUBLIC, ""),
-    "bench": (*PUBLIC, "models", "program", "step_costs", ""),
+    "bench": (*PUBLIC, "models", "models.step_costs", "program", ""),
     "__main__": ("cli",),
     "llmapi": ("llm",),
     "llm": (
@@ -39,8 +37,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "attention",
         "attention.base",
         "checkpoints",
-        "linear_kernels",
         "models",
+        "models.linear_kernels",
         "ops.platform",
         "runtime",
         "tokenization",
@@ -122,6 +120,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "kv_cache.tensors": ("attention.base", "ops"),
     "sampling": ("ops", "engine.plan"),
     "models": ("layers", "attention.base", "parallel", "quantization"),
+    "models.step_costs": ("models", "program"),  # what a model's parts move and compute; no torch
+    "models.linear_kernels": ("models", "models.step_costs", "ops.linear_plan"),  # before there is a GPU; no torch
     "layers": ("ops", "attention.base", "quantization", "parallel"),
     "attention": ("ops", "ops.platform", "attention.base"),
     "attention.base": (),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import torch
 
@@ -43,11 +43,8 @@ from tokenmill.program.program import Program
 from tokenmill.program.timing_cache import TimingCache
 from tokenmill.version import __version__
 
-PHASES: Final = ("resolve", "capture", "passes", "lower", "tune", "pack")
-"""What `on_progress` is told, in order."""
-
 ProgressCallback = Callable[[str, int, int], None]
-"""Called with the phase, what is done of it, and all of it."""
+"""Called with the phase, what is done of it, and all of it. Phases: resolve, capture, passes, lower, tune, pack."""
 
 
 def build(

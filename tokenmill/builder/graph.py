@@ -1,14 +1,14 @@
 """`Graph`: a model between capture and program. Nodes compute values; every value is written once.
 
 A value is [rows, columns]: heads lie side by side in the columns. Kinds of nodes are those of `program.OPERATIONS` and
-four that only a graph has: `slice` and `concat` of columns, `add_bias` folded or not, and `offset_weight`, arithmetic
-on a weight alone. `capture.py` makes a graph, `passes/` rewrite it, `lowering.py` turns it into a `Program`.
+three that only a graph has: `slice` and `concat` of columns, and `offset_weight`, arithmetic on a weight alone.
+`capture.py` makes a graph, `passes/` rewrite it, `lowering.py` turns it into a `Program`.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -22,8 +22,6 @@ GRAPH_KINDS: Final[Mapping[str, OperationKind]] = {
     ),
 }
 """Kinds of nodes that no program holds: lowering turns them into views, copies and weights."""
-
-VIEW_KINDS: Final = ("slice", "concat")
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +162,15 @@ def assign_formats(graph: Graph, formats: Mapping[str, str]) -> Graph:
         for name, weight in graph.weights.items()
     }
     return replace(graph, weights=weights)
+
+
+def free_name(wanted: str, taken: Container[str]) -> str:
+    """`wanted`, or with the first number that makes it another name than those that are taken."""
+    name, number = wanted, 0
+    while name in taken:
+        number += 1
+        name = f"{wanted}_{number}"
+    return name
 
 
 def diff(before: Graph, after: Graph, *, context: int = 1) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tokenmill.builder.graph import Graph, Node, Value
+from tokenmill.builder.graph import Graph, Node, Value, free_name
 from tokenmill.builder.recording import Call, RecordedTensor, Recording
 from tokenmill.errors import UnsupportedFeatureError
 from tokenmill.program.program import AttributeValue, Dim, Weight, WeightPart
@@ -99,7 +99,7 @@ class _Importer:
         **attributes: AttributeValue,
     ) -> Value:
         """A node with the output `y` (of as many rows as its first input); attributes that are None are left out."""
-        name = self.unique(name)
+        name = self.new_name(name)
         if rows is None:
             rows = next(iter(inputs.values())).rows
         value = Value(name, rows, columns)
@@ -108,14 +108,11 @@ class _Importer:
         self.nodes.append(Node(kind, name, names, {"y": value}, weights or {}, given))
         return value
 
-    def unique(self, name: str) -> str:
-        """`name`, or with a number if it is taken."""
-        found, number = name, 0
-        while found in self.names:
-            number += 1
-            found = f"{name}_{number}"
-        self.names.add(found)
-        return found
+    def new_name(self, wanted: str) -> str:
+        """`wanted`, or with a number if it is taken."""
+        name = free_name(wanted, self.names)
+        self.names.add(name)
+        return name
 
     def value(self, tensor: Any, call: Call) -> Value:
         """The value that a tensor of the call is."""
@@ -263,7 +260,7 @@ def _rms_norm(importer: _Importer, call: Call) -> None:
 
 def _rotation(importer: _Importer, call: Call) -> None:
     positions, frequencies, factor = call.arguments
-    name = importer.unique(f"{call.module}.rotation")
+    name = importer.new_name(f"{call.module}.rotation")
     importer.names.remove(name)
     weight = f"{name}.frequencies"
     importer.weights[weight] = Weight(weight, (len(frequencies),))
@@ -296,7 +293,7 @@ def _attention(importer: _Importer, call: Call) -> None:
     inputs = {"key": importer.value(key, call), "value": importer.value(value, call)}
     parent = call.module.rpartition(".")[0]
     names = {role: one.name for role, one in inputs.items()}
-    name = importer.unique(f"{parent}.write_cache")
+    name = importer.new_name(f"{parent}.write_cache")
     importer.nodes.append(Node("write_cache", name, names, attributes={"layer": layer}))
     heads = importer.value(query, call)
     importer.values[call.outputs[0]] = importer.add_node(

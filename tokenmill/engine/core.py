@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from tokenmill.engine.events import EngineEvent
+from tokenmill.engine.interruption import Interruption
 from tokenmill.engine.plan import BatchPlan, RepeatingRunner, Runner, StepOutput
 from tokenmill.engine.request import GenerationRequest
 from tokenmill.engine.scheduler import Scheduler
@@ -101,10 +101,10 @@ class EngineCore:
             self._recorder.end(plan, self.scheduler.stats())
         return events
 
-    def interrupt_when(self, is_interrupted: Callable[[], bool]) -> None:
-        """Steps are not repeated while `is_interrupted()`, which must be quick: somebody waits for this thread."""
+    def interrupt_when(self, interruption: Interruption) -> None:
+        """Steps are not repeated while it is set: somebody waits for this thread."""
         if isinstance(self.runner, RepeatingRunner):
-            self.runner.interrupt_when(is_interrupted)
+            self.runner.interrupt_when(interruption)
 
     def validate(self, request: GenerationRequest) -> None:
         """Raises `UserError` if the request can never run. Changes nothing; safe on any thread."""

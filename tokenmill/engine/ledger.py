@@ -30,6 +30,15 @@ class Counters:
     last_step_time: float | None = None
 
 
+class MoreTokens(NamedTuple):
+    """Tokens after a row's first one: how many were taken, what may be told of them, and whether they end it."""
+
+    num_taken: int
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None
+    stop_reason: int | None
+
+
 class Ledger:
     """Requests by id, events not yet taken, and totals.
 
@@ -82,23 +91,37 @@ class Ledger:
         if finish_reason is not None:
             self._end_sequence(sequence, finish_reason)
 
-    def deliver_next(self, sequence: Sequence, token_id: int) -> None:
-        """A further token of the step that `deliver` was called for; it joins that `TokenDelta`, if it is the last."""
-        token_ids, _, ending = self._append(sequence, token_id, None)
-        if token_ids or ending.finish_reason is not None:
-            last, request_id = self._events[-1] if self._events else None, sequence.request.id
+    def take_more(self, sequence: Sequence, token_ids: Iterable[int]) -> MoreTokens:
+        """Add further tokens of the step that `deliver` was called for, up to the one that ends the sequence.
+
+        `deliver_more` tells them, and ends it; the scheduler first notes what they have computed.
+        """
+        told: list[int] = []
+        num_taken, ending = 0, _GOES_ON
+        for token_id in token_ids:
+            released, _, ending = self._append(sequence, token_id, None)
+            told += released
+            num_taken += 1
+            if ending.finish_reason is not None:
+                break
+        return MoreTokens(num_taken, tuple(told), ending.finish_reason, ending.stop_reason)
+
+    def deliver_more(self, sequence: Sequence, more: MoreTokens) -> None:
+        """What `take_more` has added joins the `TokenDelta` of `deliver`, if that is the last event."""
+        request_id, token_ids = sequence.request.id, more.token_ids
+        prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+        if token_ids or more.finish_reason is not None:
+            last = self._events[-1] if self._events else None
             if isinstance(last, TokenDelta) and (last.request_id, last.sequence_index) == (request_id, sequence.index):
                 self._events.pop()
                 token_ids, prompt_logprobs = last.token_ids + token_ids, last.prompt_logprobs
-            else:
-                prompt_logprobs = ()
             self._events.append(
                 TokenDelta(
-                    request_id, sequence.index, token_ids, (), prompt_logprobs, ending.finish_reason, ending.stop_reason
+                    request_id, sequence.index, token_ids, (), prompt_logprobs, more.finish_reason, more.stop_reason
                 )
             )
-        if ending.finish_reason is not None:
-            self._end_sequence(sequence, ending.finish_reason)
+        if more.finish_reason is not None:
+            self._end_sequence(sequence, more.finish_reason)
 
     def _append(
         self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None

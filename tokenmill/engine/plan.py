@@ -8,10 +8,10 @@ had ended: a plan may overwrite a slot or a block that the plan before it still 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, runtime_checkable
 
+from tokenmill.engine.interruption import Interruption
 from tokenmill.outputs import TokenLogprobs
 from tokenmill.sampling_params import SamplingParams
 
@@ -85,7 +85,8 @@ class BatchPlan:
 
     With `max_repeats` more than 1, all rows have one token and sample, and the runner may compute them up to so many
     times without asking: each time a row's position is the next one, and its input the token that it has just sampled.
-    The block tables have room for that.
+    The block tables have room for that. With `is_watched` somebody reads the tokens as they come, or their text may end
+    the answer: they should be told within the time of a picture on a screen.
     """
 
     step: int
@@ -94,6 +95,7 @@ class BatchPlan:
     new_blocks: tuple[NewBlocks, ...] = ()
     block_copies: tuple[BlockCopy, ...] = ()
     max_repeats: int = 1
+    is_watched: bool = True
 
     @property
     def num_tokens(self) -> int:
@@ -160,6 +162,6 @@ class RepeatingRunner(Protocol):
         """The most that are of use to it."""
         ...
 
-    def interrupt_when(self, is_interrupted: Callable[[], bool]) -> None:
-        """Repeat no more while `is_interrupted()`: somebody waits for the engine."""
+    def interrupt_when(self, interruption: Interruption) -> None:
+        """Repeat no more while it is set: somebody waits for the engine."""
         ...

@@ -16,13 +16,14 @@ class PlanDraft:
 
     Attributes:
         num_tokens_left: what the rows leave of the budget.
-        max_repeats: see `BatchPlan`.
+        max_repeats, is_watched: see `BatchPlan`.
     """
 
     def __init__(self, step: int, max_num_tokens: int) -> None:
         self.step = step
         self.num_tokens_left = max_num_tokens
         self.max_repeats = 1
+        self.is_watched = True
         self._one_token_rows: list[Row] = []
         self._one_token_sequences: list[Sequence] = []
         self._longer_rows: list[Row] = []
@@ -95,6 +96,7 @@ class PlanDraft:
             new_blocks=tuple(self._new_blocks),
             block_copies=tuple(self._block_copies),
             max_repeats=self.max_repeats,
+            is_watched=self.is_watched,
         )
 
 

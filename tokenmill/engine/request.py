@@ -23,6 +23,7 @@ class GenerationRequest:
         stop_words: token sequences of the caller that end a sequence with `stop`, and the last of their tokens as
             `stop_reason`. They are not part of the answer, and no token of one is told before it is known not to be,
             unless `include_stop_str_in_output`.
+        streaming: somebody reads the answer as it comes; else several steps may be told at once.
         priority: higher runs first under the priority queue; its cached blocks are evicted later under any.
         arrival_time: `time.monotonic()` at submission, seconds.
     """
@@ -37,3 +38,4 @@ class GenerationRequest:
     priority: float = 0.5
     arrival_time: float = 0.0
     stop_words: tuple[tuple[int, ...], ...] = ()
+    streaming: bool = False

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from typing import Final
 
 from tokenmill.engine import policies
 from tokenmill.engine.admission import Admission
@@ -33,6 +34,9 @@ from tokenmill.errors import InvalidLogitsError, TokenmillError
 from tokenmill.kv_cache.manager import KvCacheManager
 from tokenmill.outputs import FinishReason
 from tokenmill.telemetry.stats import EngineStats
+
+WATCHED_REPEATS: Final = 16
+"""Steps between two looks at tokens for which somebody waits: blocks are given out for so many."""
 
 
 class Scheduler:
@@ -110,6 +114,7 @@ class Scheduler:
         self._continue_running(draft)
         self._admission.admit_waiting(draft)
         if self._settings.max_repeats > 1 and not self._placement.waiting and draft.is_decoding:
+            draft.is_watched = any(sequence.request.is_watched for sequence in draft.sequences)
             draft.max_repeats = self._find_repeats(draft)
         self._kv.end_plan()
         plan = draft.build()
@@ -228,7 +233,7 @@ class Scheduler:
 
         Nobody gives up blocks for it. Sequences whose siblings wait for them are not kept from telling their token.
         """
-        found = self._settings.max_repeats
+        found = min(self._settings.max_repeats, WATCHED_REPEATS) if draft.is_watched else self._settings.max_repeats
         for sequence in draft.sequences:
             most = 1 if sequence.request.siblings_are_pending else 1 + sequence.max_length - sequence.length
             found = min(found, most)
@@ -287,11 +292,10 @@ class Scheduler:
             if request.siblings_are_pending and row.sample:
                 self._placement.enqueue_siblings(request)
         self._ledger.deliver(sequence, row, result, now)
-        for token_id in result.more_token_ids:
-            if sequence.status is SequenceStatus.FINISHED:
-                return  # what came after its end is nobody's
-            sequence.length += 1
-            sequence.num_scheduled_tokens += 1
+        if result.more_token_ids and sequence.status is not SequenceStatus.FINISHED:
+            more = self._ledger.take_more(sequence, result.more_token_ids)  # what comes after the end is nobody's
+            sequence.length += more.num_taken
+            sequence.num_scheduled_tokens += more.num_taken
             sequence.num_computed_tokens = sequence.num_scheduled_tokens
             self._kv.cache_computed(sequence.id, sequence.token_ids, sequence.num_computed_tokens)
-            self._ledger.deliver_next(sequence, token_id)
+            self._ledger.deliver_more(sequence, more)

@@ -103,6 +103,7 @@ class Request:
         ending_token_ids: those and the model's end tokens.
         min_tokens: tokens of the answer before any of these, or a stop word, may end it.
         stop_words: the caller's stop words; None if there are none.
+        is_watched: tokens should be told soon: somebody reads them, or they may end the answer by what they say.
         sequences: by sequence index.
         num_unfinished: sequences that have not ended.
         siblings_are_pending: the other sequences wait for sequence 0 to compute the prompt.
@@ -114,6 +115,7 @@ class Request:
     ending_token_ids: frozenset[int]
     min_tokens: int
     stop_words: StopWords | None = None
+    is_watched: bool = True
     sequences: list[Sequence] = field(default_factory=list)
     num_unfinished: int = 0
     siblings_are_pending: bool = False
@@ -144,6 +146,7 @@ def make_request(inputs: GenerationRequest, rank: tuple[float, int], max_seq_len
         ending_token_ids=stop_token_ids | frozenset(inputs.end_ids),
         min_tokens=inputs.sampling.min_tokens or 0,
         stop_words=StopWords(inputs.stop_words) if inputs.stop_words else None,
+        is_watched=inputs.streaming or bool(inputs.stop_words or inputs.sampling.stop_strings),
     )
     num_prompt_tokens = request.num_prompt_tokens
     for index in range(inputs.sampling.num_sequences):

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from tokenmill.engine.core import EngineCore
 from tokenmill.engine.events import EngineEvent, TokenDelta
+from tokenmill.engine.interruption import Interruption
 from tokenmill.engine.request import GenerationRequest
 from tokenmill.errors import TokenmillError
 from tokenmill.executor.garbage import rare_collections
@@ -41,7 +42,8 @@ class BaseWorker(ABC):
         self._last = EngineStats()
         self._progress_time: float | None = None  # None while there is nothing to do
         self.steps = StepClock()
-        engine.interrupt_when(lambda: not self._inbox.empty())
+        self._interruption = Interruption()
+        engine.interrupt_when(self._interruption)
         self.iterations = IterationResultQueue()
         """Records of steps."""
 
@@ -50,22 +52,23 @@ class BaseWorker(ABC):
     def call(self, command: Callable[[], object]) -> None:
         """Run `command` on the engine's thread, between two steps. What it raises ends the worker."""
         self._inbox.put(command)
+        self._interruption.set()  # after it, or the engine might clear it and find nothing
 
     def submit(self, request: GenerationRequest) -> None:
         """Queue a request; if the engine refuses it, it ends with that error."""
-        self._inbox.put(lambda: self._add(request))
+        self.call(lambda: self._add(request))
 
     def abort(self, request_id: int, reason: FinishReason) -> None:
         """End a request, if it is here."""
-        self._inbox.put(lambda: self._engine.cancel(request_id, reason))
+        self.call(lambda: self._engine.cancel(request_id, reason))
 
     def finish_sequence(self, request_id: int, sequence_index: int) -> None:
         """End a sequence whose text has a stop string."""
-        self._inbox.put(lambda: self._engine.finish_sequence(request_id, sequence_index, "stop"))
+        self.call(lambda: self._engine.finish_sequence(request_id, sequence_index, "stop"))
 
     def stop(self) -> None:
         """End `run` after the step that is under way."""
-        self._inbox.put(self._stop)
+        self.call(self._stop)
 
     @property
     def has_work(self) -> bool:
@@ -115,6 +118,7 @@ class BaseWorker(ABC):
 
     def _take_commands(self) -> None:
         """Run what others asked for; wait for something to do when the engine has nothing."""
+        self._interruption.clear()  # before the look: what comes later sets it again
         try:
             if not self._engine.has_work:
                 self._progress_time = None

@@ -21,6 +21,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from copy import copy
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
@@ -163,7 +164,7 @@ class GenerationExecutor(ABC):
         _check_timeout(timeout)
         check_request(request, self.description, self.description, self._table)
         check_token_ids(request, self.description.model.vocab_size)
-        enqueue = self._prepare(request)
+        enqueue = self._prepare(replace(request, streaming=streaming))
         result = self._table.open(request, prompt, streaming=streaming, abort=self.abort_request)
         if timeout is not None:
             self._deadlines.add(request.request_id, time.monotonic() + timeout)

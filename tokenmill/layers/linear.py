@@ -19,7 +19,14 @@ from tokenmill.layers.context import LayerContext
 from tokenmill.layers.weights import Shard, WeightTarget, join_name
 from tokenmill.ops.fp8 import QuantizedRows
 from tokenmill.ops.row_product import OneRow, PendingNorm
-from tokenmill.quantization.base import ConvertsWhileLoading, FusesOneRow, ParameterAxes, Rows, TakesQuantizedRows
+from tokenmill.quantization.base import (
+    ConvertsWhileLoading,
+    FusesOneRow,
+    ParameterAxes,
+    RowForm,
+    Rows,
+    TakesQuantizedRows,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +86,9 @@ class LinearBase(nn.Module):
         """Let the method prepare the filled weight."""
         self.method.process_after_loading(self)
 
-    def takes_quantized(self, num_rows: int) -> bool:
-        """Whether so many rows are better given as `QuantizedRows`, if the op before can make them."""
-        return self._quantized_method is not None and self._quantized_method.takes_quantized(num_rows)
-
-    def can_fuse(self, x: torch.Tensor) -> bool:
-        """Whether the product with x [T, in_features], one row, includes the norm before it if that is left to it."""
-        return self._fusing_method is not None and self._fusing_method.can_fuse(x)
+    def row_form(self, x: torch.Tensor) -> RowForm:
+        """The form in which rows like x [T, ...], of its number, type and device, are best given."""
+        return self.method.row_form(x)
 
     def _product(self, x: Rows, bias: torch.Tensor | None) -> torch.Tensor:
         """[T, in_features] to [T, out_features]."""
@@ -145,8 +148,8 @@ class MergedColumnLinear(LinearBase):
         return self._product(x, self.bias)
 
     def activated(self, x: OneRow, activation: str) -> torch.Tensor:
-        """[1, in_features], for which `can_fuse`, to [1, half of the output features]: two projections, gated."""
-        assert self._fusing_method is not None, "`can_fuse` was not asked"
+        """[1, in_features] to [1, half of the output features]: two projections, gated. For `RowForm.PENDING_NORM`."""
+        assert self._fusing_method is not None, "`row_form` was not asked"
         return self._fusing_method.apply_fused(x, self.bias, activation)
 
     def named_weight_targets(self, prefix: str) -> Iterator[tuple[str, WeightTarget]]:
@@ -191,11 +194,6 @@ class QKVLinear(LinearBase):
         """[T, hidden_size] to [T, H + 2 G, head_dim]: this rank's query heads, key heads, value heads."""
         product = self._product(x, self.bias)
         return product.view(product.shape[0], self.num_heads + 2 * self.num_kv_heads, self.head_dim)
-
-    def split_heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[T, H + 2 G, D] to query [T, H, D], key [T, G, D] and value [T, G, D]; views."""
-        num_rotated = self.num_heads + self.num_kv_heads
-        return qkv[:, : self.num_heads], qkv[:, self.num_heads : num_rotated], qkv[:, num_rotated:]
 
     def named_weight_targets(self, prefix: str) -> Iterator[tuple[str, WeightTarget]]:
         """`q_proj`, `k_proj` and `v_proj`, named beside this module."""

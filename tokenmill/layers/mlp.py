@@ -9,7 +9,7 @@ from tokenmill.layers.context import LayerContext
 from tokenmill.layers.linear import MergedColumnLinear, RowParallelLinear
 from tokenmill.ops.activation import gated_activation, gated_activation_fp8
 from tokenmill.ops.row_product import PendingNorm
-from tokenmill.quantization.base import Rows
+from tokenmill.quantization.base import RowForm, Rows
 
 
 class GatedMLP(nn.Module):
@@ -37,19 +37,15 @@ class GatedMLP(nn.Module):
         self.activation = gated_activation(activation, context.device, context.dtype)
         self.quantized_activation = gated_activation_fp8(activation, context.device, context.dtype)
 
-    def takes_quantized(self, num_rows: int) -> bool:
-        """Whether so many rows are better given as `QuantizedRows`."""
-        return self.gate_up_proj.takes_quantized(num_rows)
-
-    def can_fuse(self, x: torch.Tensor) -> bool:
-        """Whether the norm of x [T, hidden_size], one row, may be left to this block."""
-        return self.gate_up_proj.can_fuse(x)
+    def row_form(self, x: torch.Tensor) -> RowForm:
+        """The form in which rows like x [T, hidden_size] are best given."""
+        return self.gate_up_proj.row_form(x)
 
     def forward(self, x: Rows) -> torch.Tensor:
         """[T, hidden_size] to [T, hidden_size]."""
-        if isinstance(x, PendingNorm) or (isinstance(x, torch.Tensor) and self.can_fuse(x)):
+        if isinstance(x, PendingNorm) or (isinstance(x, torch.Tensor) and self.row_form(x) is RowForm.PENDING_NORM):
             return self.down_proj(self.gate_up_proj.activated(x, self._activation_name))  # type: ignore[no-any-return]
         gate_up = self.gate_up_proj(x)
-        is_quantized = self.down_proj.takes_quantized(gate_up.shape[0])
+        is_quantized = self.down_proj.row_form(gate_up) is RowForm.QUANTIZED
         activated = self.quantized_activation(gate_up) if is_quantized else self.activation(gate_up)
         return self.down_proj(activated)  # type: ignore[no-any-return]

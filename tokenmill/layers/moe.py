@@ -25,6 +25,7 @@ from tokenmill.quantization.base import (
     ExpertProjection,
     ExpertSizes,
     PlainAndQuantized,
+    RowForm,
     TakesQuantizedExpertRows,
 )
 
@@ -97,9 +98,9 @@ class Experts(nn.Module):
         sizes = ExpertSizes(self.num_experts, hidden_size, self.rank_features)
         self._filled = self.method.create_weights(self, sizes, context.dtype, context.device)
 
-    def takes_quantized(self, num_rows: int) -> bool:
-        """Whether so many rows are better given quantized too."""
-        return self._quantized_method is not None and self._quantized_method.takes_quantized(num_rows)
+    def row_form(self, x: torch.Tensor) -> RowForm:
+        """The form in which rows like x [T, hidden_size] are best given."""
+        return self.method.row_form(x)
 
     def forward(self, x: torch.Tensor, routing: Routing, quantized: QuantizedRows | None = None) -> torch.Tensor:
         """[T, hidden_size] to [T, hidden_size], equal on all ranks."""
@@ -163,17 +164,9 @@ class SparseMoe(nn.Module):
         self.gate = Router(hidden_size, num_experts, top_k, normalize=normalize, context=context.child("gate"))
         self.experts = Experts(num_experts, hidden_size, intermediate_size, activation, context.child("experts"))
 
-    def takes_quantized(self, num_rows: int) -> bool:
-        """The router reads its input as it is."""
-        return False
-
-    def can_fuse(self, x: torch.Tensor) -> bool:
-        """Router and experts both read their input: its norm has to be there."""
-        return False
-
-    def takes_both(self, num_rows: int) -> bool:
-        """Whether so many rows are better given as `PlainAndQuantized`."""
-        return self.experts.takes_quantized(num_rows)
+    def row_form(self, x: torch.Tensor) -> RowForm:
+        """Plain rows, which the router reads, or those and quantized ones for the experts."""
+        return self.experts.row_form(x)
 
     def forward(self, x: torch.Tensor | PlainAndQuantized) -> torch.Tensor:
         """[T, hidden_size] to [T, hidden_size]."""

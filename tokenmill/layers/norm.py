@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -10,27 +10,14 @@ from torch import nn
 from tokenmill.layers.context import LayerContext
 from tokenmill.ops.rms_norm import add_rms_norm, add_rms_norm_both, add_rms_norm_fp8, rms_norm, rms_norm_fp8
 from tokenmill.ops.row_product import PendingNorm
-from tokenmill.quantization.base import PlainAndQuantized, Rows
+from tokenmill.quantization.base import PlainAndQuantized, RowForm, Rows
 
 
 class TakesRows(Protocol):
     """What follows a norm: a linear layer, or a block that begins with some."""
 
-    def takes_quantized(self, num_rows: int) -> bool:
-        """Whether so many rows are better given as `QuantizedRows`."""
-        ...
-
-    def can_fuse(self, x: torch.Tensor) -> bool:
-        """Whether the norm of x [T, size], one row, may be left to it as a `PendingNorm`."""
-        ...
-
-
-@runtime_checkable
-class TakesBothRows(Protocol):
-    """A block of which some layers take plain rows and others quantized ones."""
-
-    def takes_both(self, num_rows: int) -> bool:
-        """Whether so many rows are better given as `PlainAndQuantized`."""
+    def row_form(self, x: torch.Tensor) -> RowForm:
+        """The form in which rows like x [T, size] are best given."""
         ...
 
 
@@ -65,17 +52,18 @@ class RMSNorm(nn.Module):
 
         The sum may be written by the consumer only: nothing may read it before.
         """
-        if self.scale.dtype == x.dtype and consumer.can_fuse(x):
+        form = consumer.row_form(x)
+        if form is RowForm.PENDING_NORM and self.scale.dtype == x.dtype:
             row = PendingNorm.of(x, residual, self.scale, self.eps)
             return row, row.stream
-        if residual is not None and isinstance(consumer, TakesBothRows) and consumer.takes_both(x.shape[0]):
+        if form is RowForm.PLAIN_AND_QUANTIZED and residual is not None:
             normalized, quantized, total = add_rms_norm_both(x, residual, self.scale, self.eps)
             return PlainAndQuantized(normalized, quantized), total
-        if not consumer.takes_quantized(x.shape[0]):
-            return self.add_and_norm(x, residual)
-        if residual is None:
+        if form is RowForm.QUANTIZED and residual is not None:
+            return add_rms_norm_fp8(x, residual, self.scale, self.eps)
+        if form is RowForm.QUANTIZED:
             return rms_norm_fp8(x, self.scale, self.eps), x
-        return add_rms_norm_fp8(x, residual, self.scale, self.eps)
+        return self.add_and_norm(x, residual)
 
 
 class GemmaRMSNorm(RMSNorm):

@@ -11,60 +11,22 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from tokenmill.attention.base import AttentionMetadata, AttentionSpec, LayerCache
-from tokenmill.layers.attention import Attention
+from tokenmill.attention.base import AttentionMetadata, LayerCache
 from tokenmill.layers.context import LayerContext
 from tokenmill.layers.embedding import LMHead, VocabParallelEmbedding
 from tokenmill.layers.forward_batch import ForwardBatch
-from tokenmill.layers.linear import QKVLinear, RowParallelLinear
 from tokenmill.layers.mlp import GatedMLP
 from tokenmill.layers.norm import GemmaRMSNorm
 from tokenmill.layers.rope import RotaryEmbedding, Rotation
 from tokenmill.models.base import CausalLM
 from tokenmill.models.config import ModelConfig
-from tokenmill.quantization.base import Rows
+from tokenmill.models.qwen3 import Qwen3Attention
 
 
-class Gemma3Attention(nn.Module):
-    """Self-attention with normalized query and key heads; sliding or full by layer."""
+class Gemma3Attention(Qwen3Attention):
+    """Self-attention with normalized query and key heads, as Qwen 3's; sliding or full by layer."""
 
-    def __init__(self, config: ModelConfig, layer: int, context: LayerContext) -> None:
-        super().__init__()
-        self.qkv_proj = QKVLinear(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-            bias=config.attention.qkv_bias,
-            context=context.child("qkv_proj"),
-        )
-        self.o_proj = RowParallelLinear(
-            config.num_attention_heads * config.head_dim,
-            config.hidden_size,
-            bias=config.attention.output_bias,
-            context=context.child("o_proj"),
-        )
-        self.q_norm = GemmaRMSNorm(config.head_dim, config.rms_norm_eps, context)
-        self.k_norm = GemmaRMSNorm(config.head_dim, config.rms_norm_eps, context)
-        spec = AttentionSpec(
-            num_heads=self.qkv_proj.num_heads,
-            num_kv_heads=self.qkv_proj.num_kv_heads,
-            head_dim=config.head_dim,
-            scale=config.attention.scale,
-            sliding_window=config.window_of(layer),
-            soft_cap=config.attention.soft_cap,
-        )
-        self.attention = Attention(spec, context)
-        self.num_rotated_heads = spec.num_heads + spec.num_kv_heads
-
-    def forward(self, x: Rows, rotation: Rotation, metadata: AttentionMetadata, cache: LayerCache) -> torch.Tensor:
-        """[T, hidden_size] to [T, hidden_size]."""
-        heads = self.qkv_proj(x)  # [T, H + 2 G, D]
-        value = heads[:, self.num_rotated_heads :]
-        query, key = rotation.normalize_and_apply(
-            heads[:, : self.num_rotated_heads], self.qkv_proj.num_heads, self.q_norm, self.k_norm
-        )
-        return self.o_proj(self.attention(query, key, value, metadata, cache))  # type: ignore[no-any-return]
+    norm_class = GemmaRMSNorm
 
 
 class Gemma3DecoderLayer(nn.Module):

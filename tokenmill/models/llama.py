@@ -1,10 +1,13 @@
 """Llama (https://arxiv.org/abs/2302.13971, https://arxiv.org/abs/2407.21783) and models of its shape, such as SmolLM2.
 
-Biases and sliding windows come from the configuration, so that `mistral` and `qwen2` are this model with other numbers.
-Module names are those of Hugging Face; query, key and value, and gate and up projections are merged.
+Biases and sliding windows come from the configuration, so that `mistral` and `qwen2` are this model with other numbers;
+`qwen3` brings attention of its own. Module names are those of Hugging Face; query, key and value, and gate and up
+projections are merged.
 """
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -61,9 +64,11 @@ class LlamaAttention(nn.Module):
 class LlamaDecoderLayer(nn.Module):
     """Attention and MLP (or experts), each behind a norm and added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, layer: int, context: LayerContext) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: int, context: LayerContext, attention_class: type[LlamaAttention]
+    ) -> None:
         super().__init__()
-        self.self_attn = LlamaAttention(config, layer, context.child("self_attn"))
+        self.self_attn = attention_class(config, layer, context.child("self_attn"))
         self.mlp = feed_forward(config, layer, context.child("mlp"))
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
@@ -86,11 +91,12 @@ class LlamaDecoderLayer(nn.Module):
 class LlamaModel(nn.Module):
     """Embedding, decoder layers, final norm."""
 
-    def __init__(self, config: ModelConfig, context: LayerContext) -> None:
+    def __init__(self, config: ModelConfig, context: LayerContext, attention_class: type[LlamaAttention]) -> None:
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, context)
         self.layers = nn.ModuleList(
-            LlamaDecoderLayer(config, layer, context.child(f"layers.{layer}")) for layer in range(config.num_layers)
+            LlamaDecoderLayer(config, layer, context.child(f"layers.{layer}"), attention_class)
+            for layer in range(config.num_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
         self.rotary = RotaryEmbedding(config.rope, config.head_dim, context.device)
@@ -106,11 +112,17 @@ class LlamaModel(nn.Module):
 
 
 class LlamaForCausalLM(CausalLM):
-    """Llama with its output head."""
+    """Llama with its output head.
+
+    Attributes:
+        attention_class: self-attention of every layer.
+    """
+
+    attention_class: ClassVar[type[LlamaAttention]] = LlamaAttention
 
     def __init__(self, config: ModelConfig, context: LayerContext) -> None:
         super().__init__(config, context)
-        self.model = LlamaModel(config, context.child("model"))
+        self.model = LlamaModel(config, context.child("model"), self.attention_class)
         self.lm_head = LMHead(
             config.vocab_size,
             config.hidden_size,

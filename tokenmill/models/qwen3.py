@@ -2,54 +2,33 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from typing import ClassVar
 
-from tokenmill.attention.base import AttentionMetadata, AttentionSpec, LayerCache
-from tokenmill.layers.attention import Attention
+import torch
+
+from tokenmill.attention.base import AttentionMetadata, LayerCache
 from tokenmill.layers.context import LayerContext
-from tokenmill.layers.embedding import LMHead, VocabParallelEmbedding
-from tokenmill.layers.forward_batch import ForwardBatch
-from tokenmill.layers.linear import QKVLinear, RowParallelLinear
 from tokenmill.layers.norm import RMSNorm
-from tokenmill.layers.rope import RotaryEmbedding, Rotation
-from tokenmill.models.base import CausalLM
+from tokenmill.layers.rope import Rotation
 from tokenmill.models.config import ModelConfig
-from tokenmill.models.feed_forward import feed_forward
+from tokenmill.models.llama import LlamaAttention, LlamaForCausalLM
 from tokenmill.quantization.base import Rows
 
 
-class Qwen3Attention(nn.Module):
-    """Self-attention with normalized query and key heads and rotary positions."""
+class Qwen3Attention(LlamaAttention):
+    """Self-attention with normalized query and key heads and rotary positions.
+
+    Attributes:
+        norm_class: the norm of the heads.
+    """
+
+    norm_class: ClassVar[type[RMSNorm]] = RMSNorm
 
     def __init__(self, config: ModelConfig, layer: int, context: LayerContext) -> None:
-        super().__init__()
-        self.qkv_proj = QKVLinear(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-            bias=config.attention.qkv_bias,
-            context=context.child("qkv_proj"),
-        )
-        self.o_proj = RowParallelLinear(
-            config.num_attention_heads * config.head_dim,
-            config.hidden_size,
-            bias=config.attention.output_bias,
-            context=context.child("o_proj"),
-        )
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, context)
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, context)
-        spec = AttentionSpec(
-            num_heads=self.qkv_proj.num_heads,
-            num_kv_heads=self.qkv_proj.num_kv_heads,
-            head_dim=config.head_dim,
-            scale=config.attention.scale,
-            sliding_window=config.window_of(layer),
-            soft_cap=config.attention.soft_cap,
-        )
-        self.attention = Attention(spec, context)
-        self.num_rotated_heads = spec.num_heads + spec.num_kv_heads
+        super().__init__(config, layer, context)
+        self.q_norm = self.norm_class(config.head_dim, config.rms_norm_eps, context)
+        self.k_norm = self.norm_class(config.head_dim, config.rms_norm_eps, context)
+        self.num_rotated_heads = self.qkv_proj.num_heads + self.qkv_proj.num_kv_heads
 
     def forward(self, x: Rows, rotation: Rotation, metadata: AttentionMetadata, cache: LayerCache) -> torch.Tensor:
         """[T, hidden_size] to [T, hidden_size]."""
@@ -61,73 +40,10 @@ class Qwen3Attention(nn.Module):
         return self.o_proj(self.attention(query, key, value, metadata, cache))  # type: ignore[no-any-return]
 
 
-class Qwen3DecoderLayer(nn.Module):
-    """Attention and MLP (or experts), each behind a norm and added to the residual stream."""
+class Qwen3ForCausalLM(LlamaForCausalLM):
+    """Llama's layers with Qwen 3's attention."""
 
-    def __init__(self, config: ModelConfig, layer: int, context: LayerContext) -> None:
-        super().__init__()
-        self.self_attn = Qwen3Attention(config, layer, context.child("self_attn"))
-        self.mlp = feed_forward(config, layer, context.child("mlp"))
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None,
-        rotation: Rotation,
-        metadata: AttentionMetadata,
-        cache: LayerCache,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(what the MLP adds, residual stream), [T, hidden_size] each; the next norm adds them up."""
-        rows, residual = self.input_layernorm.add_and_norm_for(self.self_attn.qkv_proj, x, residual)
-        x = self.self_attn(rows, rotation, metadata, cache)
-        rows, residual = self.post_attention_layernorm.add_and_norm_for(self.mlp, x, residual)
-        return self.mlp(rows), residual
-
-
-class Qwen3Model(nn.Module):
-    """Embedding, decoder layers, final norm."""
-
-    def __init__(self, config: ModelConfig, context: LayerContext) -> None:
-        super().__init__()
-        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, context)
-        self.layers = nn.ModuleList(
-            Qwen3DecoderLayer(config, layer, context.child(f"layers.{layer}")) for layer in range(config.num_layers)
-        )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
-        self.rotary = RotaryEmbedding(config.rope, config.head_dim, context.device)
-
-    def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Normalized hidden states [T, hidden_size]."""
-        x = self.embed_tokens(batch.input_ids)
-        residual: torch.Tensor | None = None
-        rotation = self.rotary(batch.positions)
-        for layer, cache in zip(self.layers, batch.caches, strict=True):
-            x, residual = layer(x, residual, rotation, batch.attention, cache)
-        return self.norm.add_and_norm(x, residual)[0]
-
-
-class Qwen3ForCausalLM(CausalLM):
-    """Qwen 3 with its output head."""
-
-    def __init__(self, config: ModelConfig, context: LayerContext) -> None:
-        super().__init__(config, context)
-        self.model = Qwen3Model(config, context.child("model"))
-        self.lm_head = LMHead(
-            config.vocab_size,
-            config.hidden_size,
-            tied_to=self.model.embed_tokens if config.tie_word_embeddings else None,
-            context=context.child("lm_head"),
-        )
-
-    def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Hidden states after the final norm [T, hidden_size]; writes the step's keys and values to the caches."""
-        return self.model(batch)  # type: ignore[no-any-return]
-
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, hidden_size] to [n, vocab_size], of the model's type or float32."""
-        return self.lm_head(hidden)  # type: ignore[no-any-return]
+    attention_class = Qwen3Attention
 
 
 MODEL_CLASS = Qwen3ForCausalLM

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from tokenmill.models.qwen3 import Qwen3ForCausalLM
+from tokenmill.models.llama import LlamaForCausalLM
+from tokenmill.models.qwen3 import Qwen3Attention
 
 
-class Qwen3MoeForCausalLM(Qwen3ForCausalLM):
-    """Qwen 3's layers; `ModelConfig.moe` says which of them have experts."""
+class Qwen3MoeForCausalLM(LlamaForCausalLM):
+    """Llama's layers with Qwen 3's attention; `ModelConfig.moe` says which of them have experts."""
+
+    attention_class = Qwen3Attention
 
 
 MODEL_CLASS = Qwen3MoeForCausalLM

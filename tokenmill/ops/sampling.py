@@ -5,7 +5,27 @@ On a GPU one launch does it all; elsewhere the steps of `tokenmill.sampling` do.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+
+
+class SlotColumns(NamedTuple):
+    """Parameters of the slots [S], columns of two tables: one of the float64, one of the int64.
+
+    Args:
+        temperature: float64; 0: the most likely token.
+        top_k: int64; 0: off.
+        top_p: float64; 1: off.
+        min_p: float64; 0: off.
+        stream_key: int64, of the slot's random numbers.
+    """
+
+    temperature: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    min_p: torch.Tensor
+    stream_key: torch.Tensor
 
 
 def can_sample(logits: torch.Tensor) -> bool:
@@ -14,16 +34,7 @@ def can_sample(logits: torch.Tensor) -> bool:
 
 
 def sample_tokens(
-    logits: torch.Tensor,
-    greedy: torch.Tensor,
-    slots: torch.Tensor,
-    positions: torch.Tensor,
-    *,
-    temperature: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
-    stream_key: torch.Tensor,
+    logits: torch.Tensor, greedy: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, columns: SlotColumns
 ) -> torch.Tensor:
     """One token for each row, whatever else is in the batch. Rows with NaN or +inf give any token.
 
@@ -32,12 +43,11 @@ def sample_tokens(
         greedy: [R] int64, what rows of temperature 0 take.
         slots: [R] int64, where each row's parameters are.
         positions: [R] int64, of the tokens in their sequences.
-        temperature, top_p, min_p: [S] float64, columns of one table; top_p 1 and min_p 0 are off.
-        top_k, stream_key: [S] int64, columns of one table; top_k 0 is off.
+        columns: the parameters.
 
     Returns:
         [R] int64.
     """
     from tokenmill.ops.triton import sampling as kernels
 
-    return kernels.sample_tokens(logits, greedy, slots, positions, temperature, top_k, top_p, min_p, stream_key)
+    return kernels.sample_tokens(logits, greedy, slots, positions, columns)

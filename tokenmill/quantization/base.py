@@ -8,6 +8,7 @@ A layer asks the factory in its `LayerContext` for a method (one object per laye
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from enum import Enum
 from typing import Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -26,6 +27,18 @@ class PlainAndQuantized(NamedTuple):
 
     plain: torch.Tensor
     quantized: QuantizedRows
+
+
+class RowForm(Enum):
+    """In which form a layer, or a block of some, takes rows fastest; each takes plain rows as well.
+
+    So the op before it asks one question, `row_form`, and gives plain rows where it cannot make the form of the answer.
+    """
+
+    PLAIN = "a tensor"
+    QUANTIZED = "`QuantizedRows`"
+    PLAIN_AND_QUANTIZED = "`PlainAndQuantized`"
+    PENDING_NORM = "one row before its norm: `PendingNorm`"
 
 
 class ParameterAxes(NamedTuple):
@@ -51,6 +64,10 @@ class LinearMethod(Protocol):
         """Turn the filled parameters into the form that `apply` reads; may remove them from `layer`."""
         ...
 
+    def row_form(self, x: torch.Tensor) -> RowForm:
+        """The form in which rows like x [T, ...], of its number, type and device, are taken fastest."""
+        ...
+
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """[T, in_features] to [T, out_features]."""
         ...
@@ -58,11 +75,7 @@ class LinearMethod(Protocol):
 
 @runtime_checkable
 class TakesQuantizedRows(Protocol):
-    """A `LinearMethod` that multiplies quantized rows: the op before the layer may quantize them in passing."""
-
-    def takes_quantized(self, num_rows: int) -> bool:
-        """Whether so many rows would be quantized by `apply`."""
-        ...
+    """A `LinearMethod` whose `row_form` may be QUANTIZED: `apply` would quantize the rows."""
 
     def apply_quantized(self, x: QuantizedRows, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """Rows [T, in_features], quantized already, to [T, out_features] of type `dtype`."""
@@ -71,11 +84,10 @@ class TakesQuantizedRows(Protocol):
 
 @runtime_checkable
 class FusesOneRow(Protocol):
-    """A `LinearMethod` whose product of one row includes the norm before it and the gated activation behind it."""
+    """A `LinearMethod` whose `row_form` may be PENDING_NORM.
 
-    def can_fuse(self, x: torch.Tensor) -> bool:
-        """Whether `apply_fused` is there for x [T, in_features], which is one row then."""
-        ...
+    Its product of one row includes the norm before it and the gated activation behind it.
+    """
 
     def apply_fused(self, x: OneRow, bias: torch.Tensor | None, activation: str = "") -> torch.Tensor:
         """See `ops.row_product.row_product`."""
@@ -137,6 +149,10 @@ class ExpertsMethod(Protocol):
         """Turn the filled parameters into the form that `apply` reads; may remove them from `layer`."""
         ...
 
+    def row_form(self, x: torch.Tensor) -> RowForm:
+        """PLAIN_AND_QUANTIZED if `apply` would quantize x [T, H] with a scale for each row; else PLAIN."""
+        ...
+
     def apply(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """[T, H] to [T, H]: what this rank's experts add, see `ops.moe.run_experts`."""
         ...
@@ -144,11 +160,7 @@ class ExpertsMethod(Protocol):
 
 @runtime_checkable
 class TakesQuantizedExpertRows(Protocol):
-    """An `ExpertsMethod` that multiplies quantized rows: the op before the experts may quantize them in passing."""
-
-    def takes_quantized(self, num_rows: int) -> bool:
-        """Whether so many rows would be quantized by `apply`, each with a scale of its own."""
-        ...
+    """An `ExpertsMethod` whose `row_form` may be PLAIN_AND_QUANTIZED."""
 
     def apply_quantized(self, x: torch.Tensor, quantized: QuantizedRows, routing: Routing) -> torch.Tensor:
         """`apply`, with x quantized already."""

@@ -22,7 +22,7 @@ from tokenmill.ops.fp8 import (
 )
 from tokenmill.ops.moe import ExpertMatrix, ExpertWeights, Routing, run_experts
 from tokenmill.ops.row_product import OneRow, can_fuse, row_product
-from tokenmill.quantization.base import ExpertParameter, ExpertProjection, ExpertSizes, ParameterAxes
+from tokenmill.quantization.base import ExpertParameter, ExpertProjection, ExpertSizes, ParameterAxes, RowForm
 from tokenmill.quantization.unquantized import register_experts
 
 BLOCK_ELEMENTS = 16 * 2**20
@@ -69,25 +69,26 @@ class Fp8Linear:
 
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """[T, in_features] to [T, out_features]."""
-        if self.takes_quantized(x.shape[0]):
+        if self._quantizes(x.shape[0]):
             return self.apply_quantized(per_token_quantize_fp8(x), bias, x.dtype)
         return weight_only_linear(x, self._filled, bias)
 
-    def takes_quantized(self, num_rows: int) -> bool:
-        """Whether so many rows are quantized: then the op before this layer may as well do it in passing."""
-        return num_rows != 1 or self._batch_invariant
+    def row_form(self, x: torch.Tensor) -> RowForm:
+        """Quantized rows if they are more than one, else one before its norm where the product includes it."""
+        if self._quantizes(x.shape[0]):
+            return RowForm.QUANTIZED
+        return RowForm.PENDING_NORM if can_fuse(x, self._filled.values) else RowForm.PLAIN
 
     def apply_quantized(self, x: QuantizedRows, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """Rows [T, in_features], quantized already, to [T, out_features] of type `dtype`."""
         return scaled_linear(x, self._filled, bias, dtype)
 
-    def can_fuse(self, x: torch.Tensor) -> bool:
-        """Whether `apply_fused` is there for x [T, in_features], which is one row then."""
-        return not self._batch_invariant and can_fuse(x, self._filled.values)
-
     def apply_fused(self, x: OneRow, bias: torch.Tensor | None, activation: str = "") -> torch.Tensor:
         """See `ops.row_product.row_product`."""
         return row_product(x, self._filled.values, self._filled.scales, bias, activation)
+
+    def _quantizes(self, num_rows: int) -> bool:
+        return num_rows != 1 or self._batch_invariant
 
     @property
     def _filled(self) -> Fp8Weight:
@@ -110,9 +111,9 @@ class FilledExperts:
         """[T, H] to [T, H]."""
         return run_experts(x, routing, self._filled)
 
-    def takes_quantized(self, num_rows: int) -> bool:
-        """Whether so many rows are quantized, each with a scale of its own."""
-        return self._filled.takes_quantized(num_rows)
+    def row_form(self, x: torch.Tensor) -> RowForm:
+        """Plain rows for the router, and quantized ones where the experts quantize them row by row."""
+        return RowForm.PLAIN_AND_QUANTIZED if self._filled.takes_quantized(x.shape[0]) else RowForm.PLAIN
 
     def apply_quantized(self, x: torch.Tensor, quantized: QuantizedRows, routing: Routing) -> torch.Tensor:
         """[T, H] to [T, H], with x quantized already."""

@@ -25,7 +25,7 @@ from tokenmill.ops.fp8 import (
 )
 from tokenmill.ops.moe import ExpertMatrix, ExpertWeights
 from tokenmill.ops.moe_plan import SCALE_GROUP
-from tokenmill.quantization.base import ExpertParameter, ExpertSizes, ParameterAxes
+from tokenmill.quantization.base import ExpertParameter, ExpertSizes, ParameterAxes, RowForm
 from tokenmill.quantization.checkpoint_format import Fp8Format
 from tokenmill.quantization.fp8 import FilledExperts
 from tokenmill.quantization.unquantized import register_experts
@@ -105,9 +105,10 @@ class ScaledFp8Linear:
         rows = per_token_quantize_fp8(x) if self._input_scale is None else static_quantize_fp8(x, self._input_scale)
         return scaled_linear(rows, self._weight, bias, x.dtype)
 
-    def takes_quantized(self, num_rows: int) -> bool:
-        """Whether so many rows are quantized, and each with a scale of its own."""
-        return (num_rows != 1 or self._batch_invariant) and not self._format.static_inputs
+    def row_form(self, x: torch.Tensor) -> RowForm:
+        """Quantized rows where `apply` quantizes them, each with a scale of its own."""
+        is_quantized = (x.shape[0] != 1 or self._batch_invariant) and not self._format.static_inputs
+        return RowForm.QUANTIZED if is_quantized else RowForm.PLAIN
 
     def apply_quantized(self, x: QuantizedRows, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """Rows [T, in_features], quantized already, to [T, out_features] of type `dtype`."""
@@ -141,6 +142,10 @@ class BlockFp8Linear:
         """Join values and scales. A second call changes nothing."""
         values, scales = layer.get_parameter("weight").data, layer.get_parameter(self._scale_name).data
         self._weight = BlockScaledWeight.of(values, scales, batch_invariant=self._batch_invariant)
+
+    def row_form(self, x: torch.Tensor) -> RowForm:
+        """Plain rows: `apply` quantizes them with a scale for each block of features."""
+        return RowForm.PLAIN
 
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """[T, in_features] to [T, out_features]."""

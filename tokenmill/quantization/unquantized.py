@@ -10,7 +10,7 @@ from torch import nn
 from tokenmill.ops.linear import PackedWeight, StreamedWeight, linear, pack_linear_weight
 from tokenmill.ops.moe import ExpertMatrix, ExpertWeights, Routing, run_experts
 from tokenmill.ops.row_product import OneRow, can_fuse, row_product
-from tokenmill.quantization.base import ExpertParameter, ExpertSizes, ParameterAxes
+from tokenmill.quantization.base import ExpertParameter, ExpertSizes, ParameterAxes, RowForm
 
 
 class UnquantizedLinear:
@@ -53,15 +53,15 @@ class UnquantizedLinear:
         assert self._weight is not None, "create_weights was not called"
         return linear(x, self._weight, bias)
 
-    def can_fuse(self, x: torch.Tensor) -> bool:
-        """Whether `apply_fused` is there for x [T, in_features], which is one row then."""
+    def row_form(self, x: torch.Tensor) -> RowForm:
+        """Plain rows, or one before its norm where the product includes it."""
         if self._batch_invariant or not isinstance(self._weight, StreamedWeight):
-            return False
-        return can_fuse(x, self._weight.data)
+            return RowForm.PLAIN
+        return RowForm.PENDING_NORM if can_fuse(x, self._weight.data) else RowForm.PLAIN
 
     def apply_fused(self, x: OneRow, bias: torch.Tensor | None, activation: str = "") -> torch.Tensor:
         """See `ops.row_product.row_product`."""
-        assert isinstance(self._weight, StreamedWeight), "`can_fuse` was not asked"
+        assert isinstance(self._weight, StreamedWeight), "`row_form` was not asked"
         return row_product(x, self._weight.data, None, bias, activation)
 
 
@@ -104,6 +104,10 @@ class UnquantizedExperts:
         if self._weights.packed is not None:
             layer.register_parameter("gate_up_proj", None)
             layer.register_parameter("down_proj", None)
+
+    def row_form(self, x: torch.Tensor) -> RowForm:
+        """Plain rows."""
+        return RowForm.PLAIN
 
     def apply(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """[T, H] to [T, H]."""

@@ -78,7 +78,9 @@ class StepPlaces:
         """Where a layer's cache is."""
         keys, values = self.caches[layer]
         is_bfloat16 = keys.dtype == torch.bfloat16
-        return CacheLocation(keys.data_ptr(), values.data_ptr(), is_bfloat16, self.arrays.tokens_per_block, self.step)
+        stride = keys.stride(0) * keys.itemsize
+        tokens_per_block = self.arrays.tokens_per_block
+        return CacheLocation(keys.data_ptr(), values.data_ptr(), stride, is_bfloat16, tokens_per_block, self.step)
 
 
 class OpWriter:

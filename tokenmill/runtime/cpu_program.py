@@ -16,10 +16,12 @@ import numpy as np
 import torch
 
 from tokenmill.attention.base import LayerCache
+from tokenmill.engine.interruption import Interruption
 from tokenmill.ops.cpu.argmax import advance_arguments, argmax, argmax_arguments, argmax_scratch_bytes
 from tokenmill.ops.cpu.cache_layout import STEP_SIZE, cache_shapes
 from tokenmill.ops.cpu.compile_processes import compile_all
 from tokenmill.ops.cpu.layout import COLUMN_NUM_TOKENS
+from tokenmill.ops.cpu.repetition import Repetition
 from tokenmill.ops.cpu.threads import STEP_FUNCTIONS, OpList, ThreadPool
 from tokenmill.ops.platform import num_usable_cores
 from tokenmill.program.package import EnginePackage
@@ -32,7 +34,7 @@ from tokenmill.runtime.huge_pages import HugePages
 from tokenmill.runtime.kernel_choices import KernelChoices
 from tokenmill.runtime.program_executor import ProgressCallback, Values
 from tokenmill.runtime.program_parts import ProgramParts, layer_caches, split_program
-from tokenmill.runtime.step_arrays import Integers, StepArrays
+from tokenmill.runtime.step_arrays import MAX_STEPS, Integers, StepArrays
 
 NUM_SPINS: Final = 200_000
 """Looks for a step before a worker thread sleeps: some milliseconds. To wake it takes up to one, and the host needs 0.3
@@ -45,8 +47,9 @@ _BLOCK_TABLES: Final = 3
 _TABLE_STRIDE: Final = 4
 """Places in the step's rows, see `ops.cpu.cache_layout`."""
 
+_ONE: Final = (1, 1)
 _SCREENED: Final = (1, -1)
-"""The list of steps of one token that use the head's screen; others go by their numbers of tokens and rows."""
+"""Lists of steps of one token whose successor is wanted: that with logits, and that which uses the head's screen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,9 @@ class CpuExecutor:
         on_progress: told `kernels`, how many are compiled, and how many there are.
         deterministic: compute a token in the same way in every batch.
 
+    Attributes:
+        screen: of the head, for steps without logits; None if there is none for it.
+
     Raises:
         UnsupportedFeatureError: there is no kernel for something in the program.
     """
@@ -100,7 +106,8 @@ class CpuExecutor:
         self._memory = memory
         if package.region is not None:
             memory.pages.adopt(package.region)
-        self._caches = _allocate_caches(package.program, num_blocks, arrays.tokens_per_block, cache_dtype, memory.pages)
+        sizes = (num_blocks, arrays.tokens_per_block)
+        self._blocks, self._caches = _allocate_caches(package.program, *sizes, cache_dtype, memory.pages)
         self._step = np.zeros(STEP_SIZE, np.int64)
         self._step[_QUERY_STARTS] = arrays.query_start.ctypes.data
         self._step[_KV_LENS] = arrays.kv_lens.ctypes.data
@@ -108,6 +115,7 @@ class CpuExecutor:
         self._step[_TABLE_STRIDE] = arrays.block_tables.strides[0]
         self._logits = memory.floats(package.program.output.name, arrays.max_num_rows)
         self._most_likely: Integers = memory.pages.take(4 * arrays.max_num_rows).view(np.int32)
+        self._repetition = Repetition(self._most_likely, arrays.end_ids, MAX_STEPS)
         writer = OpWriter(
             memory,
             CpuWeights(package.program, package.weights, memory),
@@ -119,10 +127,10 @@ class CpuExecutor:
         head = ScreenedHead.of(package.program, self._parts.head[-1], writer)
         # Debug outputs may be logits, or what is computed from them.
         has_screen = head is not None and not self._debug_buffers
-        self._screen = HeadScreen(head, writer, self._most_likely.ctypes.data) if head and has_screen else None
+        self.screen = HeadScreen(head, writer, self._most_likely.ctypes.data) if head and has_screen else None
         around = self._token_ops(package.program.output.name)
         progress = on_progress or (lambda what, done, total: None)
-        self._lists = _write_lists(self._parts, writer, around, self._screen, progress)
+        self._lists = _write_lists(self._parts, writer, around, self.screen, progress)
         self._pool = ThreadPool(num_threads, num_spins=NUM_SPINS)
 
     def run(self) -> Values:
@@ -130,23 +138,18 @@ class CpuExecutor:
         self._pool.run(self._ready(self._lists[self._kind()]).ops)
         return self._logits[: self.arrays.num_rows]
 
-    def run_tokens(self) -> None:
-        """See `ProgramExecutor.run_tokens`."""
+    def run_steps(self, max_steps: int, seconds: float, interruption: Interruption) -> Integers:
+        """See `ProgramExecutor.run_steps`."""
         kind = self._kind_without_logits()
-        self._pool.run(self._ready(self._lists[kind]).ops)
-        self._learn(kind)
-
-    def repeat(self) -> None:
-        """See `ProgramExecutor.repeat`."""
-        kind = self._kind_without_logits()
-        ops = self._lists[kind].ops
-        ops.rows[0, COLUMN_NUM_TOKENS] = self.arrays.num_sequences
-        self._pool.run(ops)
-        self._learn(kind)
-
-    def most_likely(self) -> Integers:
-        """See `ProgramExecutor.most_likely`."""
-        return self._most_likely[: self.arrays.num_rows]
+        screen = self.screen if kind in (_ONE, _SCREENED) else None
+        if screen is not None:
+            max_steps = min(max_steps, screen.max_steps)
+        ops = self._ready(self._lists[kind]).ops
+        self._repetition.set(self.arrays.num_rows, max_steps, seconds, interruption.address)
+        num_steps = self._pool.run_steps(ops, self._repetition)
+        if screen is not None:
+            screen.after_steps(num_steps, self._pool)
+        return self._repetition.found(num_steps)
 
     def logits_at(self, row_index: Sequence[int]) -> Values:
         """See `ProgramExecutor.logits_at`."""
@@ -164,9 +167,8 @@ class CpuExecutor:
     def copy_blocks(self, sources: Sequence[int], destinations: Sequence[int]) -> None:
         """See `ProgramExecutor.copy_blocks`."""
         with torch.inference_mode():
-            for tensor in (tensor for cache in self._caches for tensor in cache):
-                for source, destination in zip(sources, destinations, strict=True):
-                    tensor[destination].copy_(tensor[source])
+            for source, destination in zip(sources, destinations, strict=True):
+                self._blocks[destination].copy_(self._blocks[source])
 
     def kept(self) -> Mapping[str, Values]:
         """See `ProgramExecutor.kept`."""
@@ -212,12 +214,7 @@ class CpuExecutor:
 
     def _kind_without_logits(self) -> tuple[int, int]:
         kind = self._kind()
-        return _SCREENED if kind == (1, 1) and self._screen is not None and self._screen.is_ready else kind
-
-    def _learn(self, kind: tuple[int, int]) -> None:
-        """Tell the screen of a step."""
-        if self._screen is not None and kind in (_SCREENED, (1, 1)):
-            self._screen.after_step(self._pool)
+        return _SCREENED if kind == _ONE and self.screen is not None and self.screen.is_ready else kind
 
     def _want(self, row_index: Sequence[int] | np.ndarray[tuple[int], np.dtype[np.int32]]) -> None:
         self.arrays.num_rows = len(row_index)
@@ -259,7 +256,7 @@ def _write_lists(
         ]
     functions = [*STEP_FUNCTIONS]
     if screen is not None:
-        whole = [(operation, op) for operation, op in written[1, 1] if operation is not parts.head[-1]]
+        whole = [(operation, op) for operation, op in written[_ONE] if operation is not parts.head[-1]]
         written[_SCREENED] = [*whole, *((parts.head[-1], op) for op in screen.ops)]
         functions += screen.functions
     functions += [function for entries in written.values() for _, op in entries for function in op.functions]
@@ -270,7 +267,6 @@ def _write_lists(
         ops = OpList(len(entries))
         for _, op in entries:
             op.append_to(ops)
-        ops.rows[:, COLUMN_NUM_TOKENS] = 1  # right for one token and row, if no step of this kind comes before others
         names = tuple(operation.name for operation, _ in entries)
         lists[sizes] = _StepList(ops, sum(name in body_names for name in names), names)
     return lists
@@ -278,14 +274,18 @@ def _write_lists(
 
 def _allocate_caches(
     program: Program, num_blocks: int, tokens_per_block: int, dtype: torch.dtype, pages: HugePages
-) -> tuple[LayerCache, ...]:
-    """Keys and values of each layer in the kernels' layout; pages that nobody writes take no memory."""
+) -> tuple[torch.Tensor, tuple[LayerCache, ...]]:
+    """Blocks [N, bytes], and in them keys and values of each layer in the kernels' layout.
 
-    def tensor(shape: tuple[int, ...]) -> torch.Tensor:
-        return torch.from_numpy(pages.take(math.prod(shape) * dtype.itemsize)).view(dtype).view(shape)
-
-    caches = []
-    for shape in layer_caches(program):
-        keys, values = cache_shapes(num_blocks, tokens_per_block, shape.num_kv_heads, shape.head_dim, dtype)
-        caches.append((tensor(keys), tensor(values)))
-    return tuple(caches)
+    A block of all layers lies together: a new page, which the system fills with zeros when it is first written, costs
+    up to 4 ms on a virtual machine, and the first token writes to every layer. Pages that nobody writes take no memory.
+    """
+    shapes = [
+        shape
+        for layer in layer_caches(program)
+        for shape in cache_shapes(num_blocks, tokens_per_block, layer.num_kv_heads, layer.head_dim, dtype)
+    ]
+    sizes = [math.prod(shape[1:]) * dtype.itemsize for shape in shapes]
+    blocks = torch.from_numpy(pages.take(num_blocks * sum(sizes))).view(num_blocks, sum(sizes))
+    parts = [part.view(dtype).view(shape) for part, shape in zip(blocks.split(sizes, 1), shapes, strict=True)]
+    return blocks, tuple(zip(parts[::2], parts[1::2], strict=True))

@@ -30,8 +30,9 @@ from tokenmill.ops.cpu.threads import OpList, ThreadPool
 from tokenmill.program.program import Operation, Program
 from tokenmill.runtime.cpu_operations import Op, OpWriter, linear_input
 from tokenmill.runtime.huge_pages import Bytes
+from tokenmill.runtime.step_arrays import MAX_STEPS
 
-MEASURED_STEPS: Final = 16
+MEASURED_STEPS: Final = 8
 """Steps whose hidden states choose the exact columns. With SmolLM2-135M 4 steps choose as well as 600."""
 
 EXACT_SHARE: Final = 8
@@ -97,6 +98,10 @@ class HeadScreen:
         head: whose screen it is.
         writer: whose memory it takes; pages that are not written take none.
         token: address of int32, where steps leave their token.
+
+    Attributes:
+        is_ready: whether steps may use it.
+        share: of the tiles that the last steps with it computed exactly.
     """
 
     def __init__(self, head: ScreenedHead, writer: OpWriter, token: int) -> None:
@@ -104,7 +109,7 @@ class HeadScreen:
         num_quads = max(2, columns // (4 * EXACT_SHARE) // 2 * 2)
         pages, groups = writer.memory.pages, num_groups(columns)
         self._exact = ExactQuads.of(np.arange(num_quads), groups)
-        self._count = pages.take(4).view(np.int32)
+        self._counts = pages.take(16).view(np.int64)  # tiles and tokens
         self._places = ScreenPlaces(
             values=head.values,
             weight=head.weight,
@@ -112,7 +117,7 @@ class HeadScreen:
             exact=self._exact,
             scratch=writer.memory.reserve(screen_scratch_bytes(rows, columns, num_quads, writer.places.num_threads)),
             token=token,
-            count=self._count.ctypes.data,
+            counts=self._counts.ctypes.data,
         )
         self._head = head
         self._num_tiles = -(-rows // ROW_BLOCK)
@@ -120,7 +125,7 @@ class HeadScreen:
         self._values: Bytes = np.ctypeslib.as_array(record).reshape(groups, GROUP_BYTES)
         self._energy = np.zeros(groups * GROUP_SIZE // 4)
         self._patience = self._steps_left = MEASURED_STEPS
-        self._share = 0.0
+        self._average = self.share = 0.0
         self.is_ready = False
         self._pack: OpList | None = None
 
@@ -136,29 +141,33 @@ class HeadScreen:
         return (pack_screen_kernel(self._head.weight.format, self._head.way),)
 
     @property
-    def num_tiles(self) -> int:
-        """Of the head, 16 rows each."""
-        return self._num_tiles
+    def max_steps(self) -> int:
+        """Steps after which it wants to learn or to be written. Each hidden state that it learns from ends a call."""
+        return MAX_STEPS if self.is_ready else max(1, self._steps_left - MEASURED_STEPS)
 
-    @property
-    def num_exact_tiles(self) -> int:
-        """Those that the last step with the screen computed exactly."""
-        return int(self._count[0])
-
-    def after_step(self, pool: ThreadPool) -> None:
-        """Learn from a step of one token and row; it has used the screen if `is_ready`."""
+    def after_steps(self, num_steps: int, pool: ThreadPool) -> None:
+        """Learn from steps of one token and row; they have used the screen if `is_ready`."""
         if self.is_ready:
-            self._share += (self.num_exact_tiles / self._num_tiles - self._share) / AVERAGED_STEPS
-            if self._share > MAX_SHARE:
-                self.is_ready = False
-                self._patience = self._steps_left = min(2 * self._patience, MAX_PATIENCE)
-                self._energy[:] = 0
+            self._watch()
             return
         if self._steps_left <= MEASURED_STEPS:
             self._measure()
-        self._steps_left -= 1
-        if self._steps_left == 0:
+        self._steps_left -= num_steps
+        if self._steps_left <= 0:
             self._write(pool)
+
+    def _watch(self) -> None:
+        """Put it aside if it does not help, and learn again after a while."""
+        num_exact, num_tokens = self._counts.tolist()
+        self._counts[:] = 0
+        if num_tokens == 0:
+            return
+        self.share = num_exact / num_tokens / self._num_tiles
+        self._average += (self.share - self._average) * min(1.0, num_tokens / AVERAGED_STEPS)
+        if self._average > MAX_SHARE:
+            self.is_ready = False
+            self._patience = self._steps_left = min(2 * self._patience, MAX_PATIENCE)
+            self._energy[:] = 0
 
     def _measure(self) -> None:
         """Add the squares of the step's hidden state, by quad of columns."""
@@ -178,5 +187,5 @@ class HeadScreen:
             self._pack = OpList(1)
             self._pack.append(self.functions[0], *self._places.arguments()[0], num_tokens=1)
         pool.run(self._pack)
-        self._share = 0.0
+        self._average = 0.0
         self.is_ready = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
@@ -9,9 +10,10 @@ import numpy as np
 import torch
 
 from tokenmill.attention.base import AttentionMetadata, LayerCache
+from tokenmill.engine.interruption import Interruption
 from tokenmill.layers.forward_batch import ForwardBatch
 from tokenmill.ops.kv_cache import copy_blocks
-from tokenmill.runtime.step_arrays import Integers, StepArrays
+from tokenmill.runtime.step_arrays import NO_TOKEN, Integers, StepArrays
 from tokenmill.runtime.torch_program import TorchProgram
 
 Values: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
@@ -31,18 +33,21 @@ class ProgramExecutor(Protocol):
         """Compute the step, write its keys and values to the cache; logits [R, V], good until the next call."""
         ...
 
-    def run_tokens(self) -> None:
-        """As `run`, where nobody wants the logits: only `most_likely` is good afterwards."""
-        ...
+    def run_steps(self, max_steps: int, seconds: float, interruption: Interruption) -> Integers:
+        """Compute the step, and those that follow when the most likely tokens are the input, one position further on.
 
-    def repeat(self) -> None:
-        """As `run_tokens`, after a step of one token for each sequence: the most likely tokens are the input now, one
-        position further on. `arrays` says so afterwards."""
-        ...
+        Logits are not told. A token is the first of equal ones, -1 in rows whose largest logit is not a finite number;
+        a further step with such a row is left out, as if it had not been done. `arrays` are those of some step then.
 
-    def most_likely(self) -> Integers:
-        """The most likely tokens [R] of the step that ran last, of equal ones the first; -1 in rows whose largest logit
-        is not a finite number. Good until the next call."""
+        Args:
+            max_steps: up to `MAX_STEPS`; more than 1 only where the step has one token of each sequence, and all their
+                logits are wanted.
+            seconds: no step begins that is likely to end later.
+            interruption: no further step begins while it is set; neither after one of a sequence's `end_ids`.
+
+        Returns:
+            The tokens [R, steps], good until the next call.
+        """
         ...
 
     def logits_at(self, row_index: Sequence[int]) -> Values:
@@ -58,7 +63,7 @@ class ProgramExecutor(Protocol):
         ...
 
     def run_timed(self, *, with_logits: bool = True) -> Mapping[str, float]:
-        """As `run`, or `run_tokens`; the seconds that each operation took, by its name."""
+        """As `run`, or one of `run_steps`; the seconds that each operation took, by its name."""
         ...
 
 
@@ -80,28 +85,34 @@ class TorchExecutor:
         self._caches = caches
         self._device = device
         self._hidden: torch.Tensor | None = None
-        self._logits: Values = np.zeros((0, 0), np.float32)
 
     def run(self) -> Values:
         """See `ProgramExecutor.run`."""
         self._hidden = self._program(self._batch())
-        self._logits = self.logits_at(self.arrays.row_index[: self.arrays.num_rows].tolist())
-        return self._logits
+        return self.logits_at(self.arrays.row_index[: self.arrays.num_rows].tolist())
 
-    def run_tokens(self) -> None:
-        """See `ProgramExecutor.run_tokens`."""
-        self.run()
+    def run_steps(self, max_steps: int, seconds: float, interruption: Interruption) -> Integers:
+        """See `ProgramExecutor.run_steps`."""
+        begin, found = time.perf_counter(), [self._next_tokens()]
+        while len(found) < max_steps and found[-1].min() >= 0 and not interruption.is_set:
+            spent = time.perf_counter() - begin
+            if spent + spent / len(found) > seconds or self._has_ended(found[-1]):
+                break
+            self.arrays.advance(found[-1])
+            tokens = self._next_tokens()
+            if tokens.min() < 0:
+                break
+            found.append(tokens)
+        return np.stack(found, axis=1)
 
-    def repeat(self) -> None:
-        """See `ProgramExecutor.repeat`."""
-        self.arrays.advance(self.most_likely())
-        self.run()
+    def _next_tokens(self) -> Integers:
+        logits = self.run()
+        tokens = logits.argmax(1)  # of the first NaN, if there is one
+        largest = np.take_along_axis(logits, tokens[:, None], 1)[:, 0]
+        return np.where(np.isfinite(largest), tokens, NO_TOKEN).astype(np.int32)
 
-    def most_likely(self) -> Integers:
-        """See `ProgramExecutor.most_likely`."""
-        tokens = self._logits.argmax(1)  # of the first NaN, if there is one
-        largest = np.take_along_axis(self._logits, tokens[:, None], 1)[:, 0]
-        return np.where(np.isfinite(largest), tokens, -1).astype(np.int32)
+    def _has_ended(self, tokens: Integers) -> bool:
+        return bool((self.arrays.end_ids[: len(tokens)] == tokens[:, None]).any())
 
     def logits_at(self, row_index: Sequence[int]) -> Values:
         """See `ProgramExecutor.logits_at`."""

@@ -7,27 +7,27 @@ where the plan allows it: the next one begins microseconds after the one before,
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 import torch
 
-from tokenmill.engine.plan import BatchPlan, BlockCopy, Row, RowOutput, StepOutput
+from tokenmill.engine.interruption import Interruption
+from tokenmill.engine.plan import BatchPlan, BlockCopy, NewSlot, Row, RowOutput, StepOutput
 from tokenmill.runtime.device_errors import device_errors
 from tokenmill.runtime.phases import phase
 from tokenmill.runtime.program_executor import ProgramExecutor, Values
 from tokenmill.runtime.slot_runner import NOT_FINITE, LaunchedStep, SlotRunner
 from tokenmill.runtime.slot_state import SlotState
-from tokenmill.runtime.step_arrays import Integers
+from tokenmill.runtime.step_arrays import MAX_STEPS, NO_TOKEN, NUM_END_IDS, Integers
 from tokenmill.sampling.slot_params import SlotSamplingParams
 
-MAX_REPEATS: Final = 16
-"""Steps between two looks of the engine, which cost it 0.3 ms with one sequence and 0.8 with 16."""
+WATCHED_SECONDS: Final = 0.016
+"""Time of all repetitions of a step together: that of one picture on a screen, so streamed text looks no different."""
 
-MAX_REPEAT_SECONDS: Final = 0.016
-"""Time of all of them together: that of one picture on a screen, so streamed text looks no different."""
+UNWATCHED_SECONDS: Final = 0.1
+"""The same where nobody looks. Whoever wants something of the engine interrupts it in any case."""
 
 
 class ProgramRunner(SlotRunner):
@@ -37,31 +37,24 @@ class ProgramRunner(SlotRunner):
         executor: computes steps; owns the cache.
         slots: tokens and block tables by slot, on the CPU.
         sampling: sampling parameters by slot.
-        clock: seconds.
     """
 
-    def __init__(
-        self,
-        executor: ProgramExecutor,
-        slots: SlotState,
-        sampling: SlotSamplingParams,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
+    def __init__(self, executor: ProgramExecutor, slots: SlotState, sampling: SlotSamplingParams) -> None:
         super().__init__(slots, sampling)
         self._executor = executor
-        self._clock = clock
-        self._is_interrupted: Callable[[], bool] = lambda: False
+        self._interruption = Interruption()
         self._token_ids = slots.token_ids.numpy()  # the same memory
         self._block_tables = slots.block_tables.numpy()
+        self._end_ids: Integers = np.full((len(self._token_ids), NUM_END_IDS), NO_TOKEN, np.int32)
 
     @property
     def max_repeats(self) -> int:
         """See `RepeatingRunner`."""
-        return MAX_REPEATS
+        return MAX_STEPS
 
-    def interrupt_when(self, is_interrupted: Callable[[], bool]) -> None:
+    def interrupt_when(self, interruption: Interruption) -> None:
         """See `RepeatingRunner`."""
-        self._is_interrupted = is_interrupted
+        self._interruption = interruption
 
     def launch(self, plan: BatchPlan) -> LaunchedStep:
         """Compute the step."""
@@ -73,42 +66,27 @@ class ProgramRunner(SlotRunner):
         if plan.new_slots or plan.new_blocks or plan.block_copies:
             with torch.inference_mode():
                 self._apply_changes(plan)
+            self._set_end_ids(plan.new_slots)
         sampled_rows = tuple(index for index, row in enumerate(rows) if row.sample)
         chosen = rows if len(sampled_rows) == len(rows) else tuple(rows[index] for index in sampled_rows)
         is_greedy = self._sampling.is_plain_greedy([row.slot for row in chosen])
         repeats = plan.max_repeats if is_greedy else 1
-        self._executor.arrays.fill(rows, self._token_ids, self._block_tables, max_repeats=repeats)
-        started = self._clock()
+        self._executor.arrays.fill(rows, self._token_ids, self._block_tables, self._end_ids, max_repeats=repeats)
         if not is_greedy or any(row.prompt_logprobs for row in rows):
             with phase("program"):
                 logits = self._executor.run()
             return self._launch_sampled(plan, sampled_rows, chosen, logits)
         with phase("program"):
-            self._executor.run_tokens()
-        tokens = self._executor.most_likely().copy()[:, None]  # [sampled rows, 1]
-        if repeats > 1 and tokens.min() >= 0:
-            tokens = self._repeat(tokens, repeats, started)
+            seconds = WATCHED_SECONDS if plan.is_watched else UNWATCHED_SECONDS
+            tokens = self._executor.run_steps(repeats, seconds, self._interruption)
         return LaunchedStep(plan, sampled_rows, None, {}, output=self._take(plan, sampled_rows, chosen, tokens))
+
+    def _set_end_ids(self, new_slots: Sequence[NewSlot]) -> None:
+        for new in new_slots:
+            self._end_ids[new.slot] = (*new.end_ids[:NUM_END_IDS], *[NO_TOKEN] * (NUM_END_IDS - len(new.end_ids)))
 
     def _copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
         self._executor.copy_blocks([copy.source for copy in copies], [copy.destination for copy in copies])
-
-    def _repeat(self, tokens: Integers, repeats: int, started: float) -> Integers:
-        """Go on with the tokens [R, 1] that the step gave; returns them and those that follow, [R, repeats or less].
-
-        A step without finite logits is not told: it is the next one, and nothing else comes then.
-        """
-        found = [tokens[:, 0]]
-        duration = self._clock() - started  # of one step
-        while len(found) < repeats and not self._is_interrupted():
-            if self._clock() - started + duration > MAX_REPEAT_SECONDS:
-                break
-            self._executor.repeat()
-            following = self._executor.most_likely()
-            if following.min() < 0:
-                break
-            found.append(following.copy())
-        return np.stack(found, axis=1)
 
     def _take(
         self, plan: BatchPlan, sampled_rows: tuple[int, ...], rows: Sequence[Row], tokens: Integers

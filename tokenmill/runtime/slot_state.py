@@ -7,6 +7,7 @@ addresses) is computed on the device from it, so a step uploads only what change
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -48,8 +49,27 @@ class SlotState:
             _scatter(self.block_tables, [(new.slot, new.start, new.block_ids) for new in new_blocks])
 
 
-def _scatter(table: torch.Tensor, pieces: Sequence[tuple[int, int, Sequence[int]]]) -> None:
-    """Write (row, first column, values) pieces into `table` with one upload and one launch."""
+_Pieces: TypeAlias = Sequence[tuple[int, int, Sequence[int]]]
+"""Row, first column, values."""
+
+
+def _scatter(table: torch.Tensor, pieces: _Pieces) -> None:
+    """Write `pieces` into `table`."""
+    if table.device.type == "cpu":
+        _scatter_on_host(table, pieces)
+    else:
+        _scatter_on_device(table, pieces)
+
+
+def _scatter_on_host(table: torch.Tensor, pieces: _Pieces) -> None:
+    """Without torch, whose code is in no cache between two steps of a CPU: 10 us instead of 250."""
+    array = table.numpy()  # the same memory
+    for row, first, values in pieces:
+        array[row, first : first + len(values)] = values
+
+
+def _scatter_on_device(table: torch.Tensor, pieces: _Pieces) -> None:
+    """With one upload and one launch."""
     lens = np.fromiter((len(values) for _, _, values in pieces), np.int64, len(pieces))
     total = int(lens.sum())
     if total == 0:

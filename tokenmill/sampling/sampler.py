@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from tokenmill.ops.argmax import TokenPlaces, most_likely
-from tokenmill.ops.sampling import can_sample, sample_tokens
+from tokenmill.ops.sampling import SlotColumns, can_sample, sample_tokens
 from tokenmill.sampling import steps
 from tokenmill.sampling.exact import rows_per_slice, rows_where
 from tokenmill.sampling.logprobs import token_logprobs
@@ -95,17 +95,14 @@ class Sampler:
     ) -> torch.Tensor:  # [R] int64
         """Temperature, top-k, top-p, min-p and the draw of all rows in one launch; greedy ones take `greedy`."""
         params = self._params
-        return sample_tokens(
-            logits,
-            greedy,
-            slots,
-            positions.to(torch.int64),
+        columns = SlotColumns(
             temperature=params.float_column("temperature"),
             top_k=params.integer_column("top_k"),
             top_p=params.float_column("top_p"),
             min_p=params.float_column("min_p"),
             stream_key=params.integer_column("stream_key"),
         )
+        return sample_tokens(logits, greedy, slots, positions.to(torch.int64), columns)
 
     def _choose_in_slices(
         self, logits: torch.Tensor, invalid: torch.Tensor, rows: _Rows, slot_list: Sequence[int]

@@ -74,7 +74,7 @@ class Head:
         self.data[:] = self.weight.data
         self.screen, self.scratch = aligned(screen_bytes(rows, columns, count)), aligned(1 << 16)
         assert screen_scratch_bytes(rows, columns, count, 3) <= 1 << 16
-        self.found = np.zeros(2, np.int32)
+        self.found, self.counts = np.zeros(1, np.int32), np.zeros(2, np.int64)
         self.exact = ExactQuads.of(self.quads, -(-columns // 32))
         self.places = ScreenPlaces(
             values=self.x.ctypes.data,
@@ -83,7 +83,7 @@ class Head:
             exact=self.exact,
             scratch=self.scratch.ctypes.data,
             token=self.found.ctypes.data,
-            count=self.found.ctypes.data + 4,
+            counts=self.counts.ctypes.data,
         )
         run_ops([(pack_screen_kernel(self.weight.format, self.way), self.places.arguments()[0])], 1, 2)
 
@@ -104,10 +104,10 @@ class Head:
         self.x[:] = x
 
         def compute(num_threads: int) -> torch.Tensor:
-            self.found[:] = 99
+            self.found[:], self.counts[:] = 99, 0
             kernel = head_screen_kernel(self.weight.format, self.way)
             run_ops([(kernel, part) for part in self.places.arguments()], 1, num_threads)
-            return torch.tensor(self.found[:1])
+            return torch.tensor(self.found)
 
         token = int(run_equally(compute)[0])
         logits = self.logits(x)
@@ -298,7 +298,8 @@ def test_few_tiles_are_computed_where_one_row_stands_out() -> None:
     scales[best // 16, :, best % 16] *= 3
     head = Head(weight, np.arange(2))
     assert head.token(x) == best
-    assert 1 <= head.found[1] <= 3
+    assert head.counts[1] == 1
+    assert 1 <= head.counts[0] <= 3
 
 
 def test_what_has_a_screen() -> None:

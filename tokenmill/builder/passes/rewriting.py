@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from tokenmill.builder.graph import Graph, Node
+from tokenmill.builder.graph import Graph, Node, free_name
 from tokenmill.program.program import Weight
 
 
@@ -69,10 +69,7 @@ class Rewriter:
 
     def new_name(self, wanted: str) -> str:
         """`wanted` for a node and its value, with a number if something is called so already."""
-        name, number = wanted, 0
-        while name in self._names:
-            number += 1
-            name = f"{wanted}_{number}"
+        name = free_name(wanted, self._names)
         self._names.add(name)
         return name
 

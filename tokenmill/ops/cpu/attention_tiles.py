@@ -12,12 +12,14 @@ from typing import Final
 
 from llvmlite import ir
 
-from tokenmill.ops.cpu.simd import F32, F32X16, I64, int64, load_vector, none, operation, splat, store_vector
+from tokenmill.ops.cpu.simd import F32, I64, int64, load_vector, none, operation, splat, store_vector
 from tokenmill.ops.cpu.tiles import (
     CACHE_KINDS,
+    Accumulators,
     ElementKind,
     Matrix,
     emit_cases,
+    emit_loop,
     has_wide_registers,
     offsets,
     tile_loop,
@@ -208,45 +210,31 @@ class _Groups:
 
 
 def _add_groups(
-    builder: ir.IRBuilder, kind: ElementKind, groups: _Groups, rows: list[ir.Value], start: list[list[ir.Value]]
-) -> list[list[ir.Value]]:
+    builder: ir.IRBuilder, kind: ElementKind, groups: _Groups, rows: list[ir.Value], start: Accumulators
+) -> Accumulators:
     """Add probabilities * values of all groups to the accumulators `start` [rows][vectors]."""
-    before = builder.block
-    body, after = builder.append_basic_block("group"), builder.append_basic_block("group.end")
-    builder.branch(body)
-    builder.position_at_end(body)
-    index = builder.phi(I64)
-    index.add_incoming(I64(0), before)
-    totals = [[builder.phi(F32X16) for _ in row] for row in start]
-    for phis, values in zip(totals, start, strict=True):
-        for phi, value in zip(phis, values, strict=True):
-            phi.add_incoming(value, before)
-    entry = builder.add(groups.table, builder.mul(index, I64(GROUP_ENTRY)))
-    first_value = builder.add(_load(builder, entry, ENTRY_VALUES), groups.column)
-    group_offset = builder.mul(index, groups.group_stride)
-    a = Matrix([builder.add(row, group_offset) for row in rows], groups.element_stride)
-    b = Matrix(offsets(builder, first_value, VECTOR_BYTES, len(start[0])), groups.value_stride)
-    later: list[ir.Value] = []
-    if groups.ahead is not None:
-        place = builder.add(groups.ahead, builder.mul(index, I64(GROUP_ENTRY)))
-        later_value = builder.add(_load(builder, place, ENTRY_VALUES), groups.column)
-        later = offsets(builder, later_value, VECTOR_BYTES, len(start[0]))
-    results = tile_loop(builder, kind, a, b, _load(builder, entry, ENTRY_COUNT), totals, later)
-    for phis, values in zip(totals, results, strict=True):
-        for phi, value in zip(phis, values, strict=True):
-            phi.add_incoming(value, builder.block)
-    following = builder.add(index, I64(1))
-    index.add_incoming(following, builder.block)
-    builder.cbranch(builder.icmp_signed("<", following, groups.num_groups), body, after)
-    builder.position_at_end(after)
-    return results
+
+    def add_group(index: ir.Value, totals: Accumulators) -> Accumulators:
+        entry = builder.add(groups.table, builder.mul(index, I64(GROUP_ENTRY)))
+        first_value = builder.add(_load(builder, entry, ENTRY_VALUES), groups.column)
+        group_offset = builder.mul(index, groups.group_stride)
+        a = Matrix([builder.add(row, group_offset) for row in rows], groups.element_stride)
+        b = Matrix(offsets(builder, first_value, VECTOR_BYTES, len(start[0])), groups.value_stride)
+        later: list[ir.Value] = []
+        if groups.ahead is not None:
+            place = builder.add(groups.ahead, builder.mul(index, I64(GROUP_ENTRY)))
+            later_value = builder.add(_load(builder, place, ENTRY_VALUES), groups.column)
+            later = offsets(builder, later_value, VECTOR_BYTES, len(start[0]))
+        return tile_loop(builder, kind, a, b, _load(builder, entry, ENTRY_COUNT), totals, later)
+
+    return emit_loop(builder, groups.num_groups, start, add_group)
 
 
 def _load(builder: ir.IRBuilder, address: ir.Value, offset: int) -> ir.Value:
     return builder.load(builder.inttoptr(builder.add(address, I64(offset)), I64.as_pointer()), align=8)
 
 
-def _store_rows(builder: ir.IRBuilder, totals: list[list[ir.Value]], addresses: list[ir.Value]) -> None:
+def _store_rows(builder: ir.IRBuilder, totals: Accumulators, addresses: list[ir.Value]) -> None:
     for address, row in zip(addresses, totals, strict=True):
         for place, total in zip(offsets(builder, address, VECTOR_BYTES, len(row)), row, strict=True):
             store_vector(builder, place, total)

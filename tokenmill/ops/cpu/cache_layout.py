@@ -45,6 +45,8 @@ class CacheLocation:
 
     Args:
         keys, values: addresses.
+        block_stride: bytes from a block to the next one, of keys and of values. Executors let a block of all layers lie
+            together, so that the first tokens of a new cache touch few pages.
         is_bfloat16: the type of both; else float32.
         tokens_per_block: B.
         step: address of the step's rows.
@@ -52,13 +54,21 @@ class CacheLocation:
 
     keys: int
     values: int
+    block_stride: int
     is_bfloat16: bool
     tokens_per_block: int
     step: int
 
     def arguments(self) -> tuple[int, ...]:
         """Columns of an op row."""
-        return (self.keys, self.values, int(self.is_bfloat16), self.tokens_per_block, self.step)
+        return (
+            self.keys,
+            self.values,
+            self.block_stride,
+            int(self.is_bfloat16),
+            self.tokens_per_block,
+            self.step,
+        )
 
 
 def round_up(size: int, multiple: int = LANES) -> int:
@@ -104,17 +114,6 @@ def pack_cache(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, 
     paired_keys = keys.reshape(*keys.shape[:3], -1, 2).permute(0, 1, 3, 2, 4)
     paired_values = values.reshape(*values.shape[:2], -1, 2, values.shape[3]).permute(0, 1, 2, 4, 3)
     return paired_keys.contiguous(), paired_values.contiguous()
-
-
-def unpack_cache(
-    keys: torch.Tensor, values: torch.Tensor, tokens_per_block: int, head_dim: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `pack_cache` was given."""
-    if keys.dtype == torch.bfloat16:
-        keys = keys.permute(0, 1, 2, 4, 3).flatten(2, 3)
-        values = values.permute(0, 1, 2, 4, 3).flatten(2, 3)
-    keys, values = keys.permute(0, 3, 1, 2), values.transpose(1, 2)
-    return tuple(part[:, :tokens_per_block, :, :head_dim].contiguous() for part in (keys, values))  # type: ignore[return-value]
 
 
 @device

@@ -124,57 +124,44 @@ def gather_group(row: int, entry: int, panel: int, group: int, width: int, tile:
 
 
 @device
-def gather_quantized(row: int, thread: int, num_threads: int) -> None:
-    """Items: panels of all experts that have rows, and groups; of a single token, which all experts read, one panel."""
-    lists, num_groups = argument(row, LISTS), argument(row, GATHER_GROUPS)
-    num_panels = 1 if argument(row, COLUMN_NUM_TOKENS) == 1 else load_i64(lists + NUM_PANELS)
-    tile = tile_memory()
-    clear_tile(tile)
-    first, end = chunk_range(thread, num_threads, num_panels * num_groups)
-    for expert in range(argument(row, NUM_EXPERTS)):
-        if end <= 0:
-            break
-        entry = entry_address(lists, expert)
-        count = load_i64(entry + COUNT)
-        if count == 0:
-            continue
-        width = device_panel_width(count)
-        items = (count + width - 1) // width * num_groups
-        for item in range(max(first, 0), min(end, items)):
-            gather_group(row, entry, item // num_groups, item % num_groups, width, tile)
-        first -= items
-        end -= items
-
-
-@device
-def gather_floats(row: int, thread: int, num_threads: int) -> None:
-    """Items are rows; of a single token, which all experts read, one."""
-    lists, columns = argument(row, LISTS), argument(row, GATHER_COLUMNS)
-    num_rows = 1 if argument(row, COLUMN_NUM_TOKENS) == 1 else load_i64(lists + NUM_PAIRS)
-    first, end = chunk_range(thread, num_threads, num_rows)
-    for expert in range(argument(row, NUM_EXPERTS)):
-        if end <= 0:
-            break
-        entry = entry_address(lists, expert)
-        count = load_i64(entry + COUNT)
-        tokens = argument(row, GATHER_TOKENS) + 4 * load_i64(entry + FIRST_ROW)
-        output = argument(row, GATHER_OUTPUT) + load_i64(entry + INPUT_ROW) * 4 * columns
-        for place in range(max(first, 0), min(end, count)):
-            x = argument(row, GATHER_X) + load_i32(tokens + 4 * place) * argument(row, GATHER_X_STRIDE)
-            for column in range(0, columns, LANES):
-                number = min(LANES, columns - column)
-                store_first(output + 4 * (place * columns + column), load_first(x + 4 * column, number), number)
-        first -= count
-        end -= count
+def gather_row(row: int, entry: int, place: int) -> None:
+    """Copy one of an expert's rows."""
+    columns = argument(row, GATHER_COLUMNS)
+    token = load_i32(argument(row, GATHER_TOKENS) + 4 * (load_i64(entry + FIRST_ROW) + place))
+    x = argument(row, GATHER_X) + token * argument(row, GATHER_X_STRIDE)
+    output = argument(row, GATHER_OUTPUT) + (load_i64(entry + INPUT_ROW) + place) * 4 * columns
+    for column in range(0, columns, LANES):
+        number = min(LANES, columns - column)
+        store_first(output + 4 * column, load_first(x + 4 * column, number), number)
 
 
 @kernel
 def gather_rows(thread: int, num_threads: int, row: int) -> None:
-    """The experts' inputs, one row for each pair, as float32 or quantized."""
-    if argument(row, GATHER_GROUPS) == 0:
-        gather_floats(row, thread, num_threads)
-    else:
-        gather_quantized(row, thread, num_threads)
+    """The experts' inputs, one row for each pair, as float32 or quantized.
+
+    Items are rows, or panels and their groups, of all experts; a single token is one row or panel, which all read.
+    """
+    lists, num_groups = argument(row, LISTS), argument(row, GATHER_GROUPS)
+    total = load_i64(lists + NUM_PAIRS) if num_groups == 0 else load_i64(lists + NUM_PANELS) * num_groups
+    if argument(row, COLUMN_NUM_TOKENS) == 1:
+        total = max(num_groups, 1)
+    tile = tile_memory()
+    clear_tile(tile)
+    first, end = chunk_range(thread, num_threads, total)
+    for expert in range(argument(row, NUM_EXPERTS)):
+        if end <= 0:
+            break
+        entry = entry_address(lists, expert)
+        count = load_i64(entry + COUNT)
+        width = device_panel_width(count)
+        items = count if num_groups == 0 else (count + width - 1) // width * num_groups
+        for item in range(max(first, 0), min(end, items)):
+            if num_groups == 0:
+                gather_row(row, entry, item)
+            else:
+                gather_group(row, entry, item // num_groups, item % num_groups, width, tile)
+        first -= items
+        end -= items
 
 
 # ---- products --------------------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ CONSTANTS: Final = FIRST_ARGUMENT + 8  # address of float32 [groups]
 SCRATCH: Final = FIRST_ARGUMENT + 9  # address of `screen_scratch_bytes(...)`
 SCRATCH_BYTES: Final = FIRST_ARGUMENT + 10  # of one thread
 TOKEN: Final = FIRST_ARGUMENT + 11  # address of int32
-COUNT: Final = FIRST_ARGUMENT + 12  # address of int32
+COUNTS: Final = FIRST_ARGUMENT + 12  # address of int64 [2]
 PART: Final = FIRST_ARGUMENT + 13  # of the following
 
 SEARCH: Final = 0
@@ -243,7 +243,9 @@ def choose(row: int, num_threads: int) -> None:
         num_exact += load_i32(scratch + NUM_EXACT)
     is_finite = is_number and -LARGEST <= best <= LARGEST
     store_i32(argument(row, TOKEN), best_row if is_finite else NOT_FINITE)
-    store_i32(argument(row, COUNT), num_exact)
+    counts = argument(row, COUNTS)
+    store_i64(counts, load_i64(counts) + num_exact)
+    store_i64(counts + 8, load_i64(counts + 8) + 1)
 
 
 @device
@@ -354,7 +356,7 @@ class ScreenPlaces:
         exact: the exact columns; it must live as long as the op.
         scratch: address of `screen_scratch_bytes(...)` bytes, a multiple of 64.
         token: address of int32, the most likely token; `NOT_FINITE` as `argmax` gives it.
-        count: address of int32, how many tiles were computed exactly.
+        counts: address of int64 [2]: how many tiles were computed exactly, and how many tokens found, are added.
     """
 
     values: int
@@ -363,7 +365,7 @@ class ScreenPlaces:
     exact: ExactQuads
     scratch: int
     token: int
-    count: int
+    counts: int
 
     def arguments(self) -> tuple[tuple[int, ...], ...]:
         """Columns of the op's three rows, in order; the first one is also that of `pack_screen_kernel`."""
@@ -371,6 +373,6 @@ class ScreenPlaces:
         shared = (
             *(self.values, self.weight.address, num_groups(columns), self.weight.num_rows, self.screen, num_quads),
             *(self.exact.quads.ctypes.data, self.exact.masks.ctypes.data, self.exact.constants.ctypes.data),
-            *(self.scratch, thread_scratch_bytes(columns, num_quads), self.token, self.count),
+            *(self.scratch, thread_scratch_bytes(columns, num_quads), self.token, self.counts),
         )
         return tuple((*shared, part) for part in (SEARCH, CHECK, CHOOSE))

@@ -67,9 +67,10 @@ NUM_KV_HEADS: Final = FIRST_ARGUMENT + 14  # 0: nothing goes to the cache
 HEAD_DIM: Final = FIRST_ARGUMENT + 15
 KEY_CACHE: Final = FIRST_ARGUMENT + 16
 VALUE_CACHE: Final = FIRST_ARGUMENT + 17
-IS_PAIRS: Final = FIRST_ARGUMENT + 18
-TOKENS_PER_BLOCK: Final = FIRST_ARGUMENT + 19
-STEP: Final = FIRST_ARGUMENT + 20
+BLOCK_STRIDE: Final = FIRST_ARGUMENT + 18
+IS_PAIRS: Final = FIRST_ARGUMENT + 19
+TOKENS_PER_BLOCK: Final = FIRST_ARGUMENT + 20
+STEP: Final = FIRST_ARGUMENT + 21
 
 PAIR_BYTES: Final = 4
 
@@ -206,8 +207,8 @@ def write_token(row: int, token: int, sequence: int, kv_head: int) -> None:
     cells, columns = (tokens + LANES - 1) // LANES * LANES, (head_dim + LANES - 1) // LANES * LANES
     position = kv_len(step, sequence) - query_start(step, sequence + 1) + token
     cell = position % tokens
-    block = block_of(step, sequence, position // tokens) * argument(row, NUM_KV_HEADS) + kv_head
-    offset = block * cells * columns * (4 - 2 * is_pairs)
+    offset = block_of(step, sequence, position // tokens) * argument(row, BLOCK_STRIDE)
+    offset += kv_head * cells * columns * (4 - 2 * is_pairs)
     key = argument(row, KEY) + token * argument(row, KEY_STRIDE) + 4 * kv_head * head_dim
     turn_head(row, token, key, argument(row, KEY_NORM), argument(row, KEY_CACHE) + offset + 4 * cell, 4 * cells)
     value = argument(row, VALUE) + token * argument(row, VALUE_STRIDE) + 4 * kv_head * head_dim
@@ -289,7 +290,7 @@ class RopeOp:
         assert (self.num_heads > 0) == (self.query is not None) == (self.output is not None)
         assert (self.num_kv_heads > 0) == (self.key is not None) == (self.value is not None) == (self.cache is not None)
         operands = (self.query, self.output, self.key, self.value, self.rotation)
-        cache = (0, 0, 0, 1, 0) if self.cache is None else self.cache.arguments()
+        cache = (0, 0, 0, 0, 1, 0) if self.cache is None else self.cache.arguments()
         return (
             *(number for operand in operands for number in operand or (0, 0)),
             self.query_norm,

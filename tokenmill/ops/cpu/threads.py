@@ -20,13 +20,14 @@ from tokenmill.errors import InvalidParameterError
 from tokenmill.ops.cpu import walker
 from tokenmill.ops.cpu.jit import NativeFunction
 from tokenmill.ops.cpu.layout import COLUMN_BARRIER, COLUMN_KERNEL, COLUMN_NUM_TOKENS, FIRST_ARGUMENT, ROW_SIZE
+from tokenmill.ops.cpu.repetition import Repetition, lead_steps
 
 NUM_SPINS: Final = 20_000
 """Looks for a step before a worker sleeps: about half a millisecond, longer than the host's work between two steps."""
 
 CACHE_LINE: Final = 64
 
-STEP_FUNCTIONS: Final = (walker.lead_step, walker.work, walker.release_workers)
+STEP_FUNCTIONS: Final = (walker.lead_step, lead_steps, walker.work, walker.release_workers)
 """What a pool calls besides kernels."""
 
 END_SECONDS: Final = 1.0
@@ -42,6 +43,7 @@ class OpList:
 
     def __init__(self, capacity: int) -> None:
         self.rows: npt.NDArray[np.int64] = np.zeros((capacity, ROW_SIZE), np.int64)
+        self.address = self.rows.ctypes.data
         self.num_ops = 0
         self._kernels: list[NativeFunction] = []  # keeps the machine code alive
 
@@ -84,18 +86,30 @@ class ThreadPool:
         self._num_spins = num_spins
         self._lock = threading.RLock()
         self._lead = walker.lead_step.call
+        self._lead_steps = lead_steps.call
         self._start()
 
     def run(self, ops: OpList) -> None:
         """Run all ops; returns when the last thread has done its part."""
-        self._run(ops, 0)
+        with self._lock:
+            self._set(ops, 0)
+            self._lead(self._control, self.num_threads)
+
+    def run_steps(self, ops: OpList, repetition: Repetition) -> int:
+        """Run all ops once, and again as far as `repetition` says; how often they ran. See `repetition.lead_steps`."""
+        with self._lock:
+            self._set(ops, 0)
+            num_steps: int = self._lead_steps(self._control, self.num_threads, repetition.address)
+        return num_steps
 
     def run_timed(self, ops: OpList) -> npt.NDArray[np.float64]:
         """Run all ops; the nanoseconds that each took, with the barrier after it, [num_ops]."""
         ticks = np.zeros(ops.num_ops + 1, np.int64)
-        begin = time.perf_counter_ns()
-        self._run(ops, ticks.ctypes.data)
-        elapsed = time.perf_counter_ns() - begin
+        with self._lock:
+            self._set(ops, ticks.ctypes.data)
+            begin = time.perf_counter_ns()
+            self._lead(self._control, self.num_threads)
+            elapsed = time.perf_counter_ns() - begin
         spent = np.diff(ticks).astype(np.float64)
         nanoseconds: npt.NDArray[np.float64] = spent * (elapsed / max(spent.sum(), 1.0))
         return nanoseconds
@@ -105,16 +119,15 @@ class ThreadPool:
         with self._lock:
             self._close()
 
-    def _run(self, ops: OpList, times: int) -> None:
-        with self._lock:
-            if self._process != os.getpid():
-                self._start()  # threads do not survive a fork
-            assert self._close.alive, "the pool is closed"
-            words = self._words
-            words[walker.OPS // 8] = ops.rows.ctypes.data
-            words[walker.NUM_OPS // 8] = ops.num_ops
-            words[walker.TIMES // 8] = times
-            self._lead(self._control, self.num_threads)
+    def _set(self, ops: OpList, times: int) -> None:
+        """Say what is run next; the lock is held."""
+        if self._process != os.getpid():
+            self._start()  # threads do not survive a fork
+        assert self._close.alive, "the pool is closed"
+        words = self._words
+        words[walker.OPS // 8] = ops.address
+        words[walker.NUM_OPS // 8] = ops.num_ops
+        words[walker.TIMES // 8] = times
 
     def _start(self) -> None:
         memory = np.zeros(walker.CONTROL_SIZE + CACHE_LINE // 8, np.int64)

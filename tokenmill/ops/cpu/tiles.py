@@ -20,8 +20,6 @@ from tokenmill.ops.cpu.simd import F32, F32X16, I32, I64, call, constant, load_v
 
 ElementKind: TypeAlias = Literal["float32", "bfloat16_pair", "mixed_pair"]
 
-ELEMENT_BYTES: Final = 4
-
 
 def has_wide_registers() -> bool:
     """Whether a vector of 16 lanes is one register, of which there are 32."""
@@ -99,46 +97,76 @@ class Matrix:
     k_stride: ir.Value
 
 
+Accumulators: TypeAlias = Sequence[Sequence[ir.Value]]
+"""Vectors of sums: [rows][vectors]."""
+
+
 def tile_loop(
     builder: ir.IRBuilder,
     kind: ElementKind,
     a: Matrix,
     b: Matrix,
     count: ir.Value,
-    start: Sequence[Sequence[ir.Value]],
+    start: Accumulators,
     ahead: Sequence[ir.Value] = (),
-) -> list[list[ir.Value]]:
+) -> Accumulators:
     """Add `count` >= 1 products to the accumulators `start` [rows][vectors]; returns them. Opens new basic blocks.
 
     Args:
         ahead: addresses of vectors of a later B; what lies there is brought nearer meanwhile.
     """
+
+    def multiply(index: ir.Value, totals: Accumulators) -> Accumulators:
+        offset_a, offset_b = builder.mul(index, a.k_stride), builder.mul(index, b.k_stride)
+        vectors = [_load_elements(builder, kind, builder.add(address, offset_b)) for address in b.addresses]
+        for address in ahead:
+            emit_prefetch(builder, builder.add(address, offset_b))
+        results = []
+        for address, row in zip(a.addresses, totals, strict=True):
+            value = _load_element(builder, kind, builder.add(address, offset_a))
+            parts = [_multiply_add(builder, kind, total, value, b) for total, b in zip(row, vectors, strict=True)]
+            results.append(parts)
+        return results
+
+    return emit_loop(builder, count, start, multiply)
+
+
+def emit_loop(
+    builder: ir.IRBuilder,
+    count: ir.Value,
+    start: Accumulators,
+    body: Callable[[ir.Value, Accumulators], Accumulators],
+) -> Accumulators:
+    """Run `body` for the indices below `count` >= 1; it writes its own code. Opens new basic blocks.
+
+    Args:
+        start: the accumulators before the first run.
+        body: takes the index and the accumulators, and returns the accumulators after it.
+
+    Returns:
+        The accumulators after the last run.
+    """
     before = builder.block
-    body, after = builder.append_basic_block("tile"), builder.append_basic_block("tile.end")
-    builder.branch(body)
-    builder.position_at_end(body)
+    inside, after = builder.append_basic_block("loop"), builder.append_basic_block("loop.end")
+    builder.branch(inside)
+    builder.position_at_end(inside)
     index = builder.phi(I64)
     index.add_incoming(I64(0), before)
     totals = [[builder.phi(F32X16) for _ in row] for row in start]
-    for phis, values in zip(totals, start, strict=True):
-        for phi, value in zip(phis, values, strict=True):
-            phi.add_incoming(value, before)
-    offset_a, offset_b = builder.mul(index, a.k_stride), builder.mul(index, b.k_stride)
-    vectors = [_load_elements(builder, kind, builder.add(address, offset_b)) for address in b.addresses]
-    for address in ahead:
-        emit_prefetch(builder, builder.add(address, offset_b))
-    results = []
-    for address, row in zip(a.addresses, totals, strict=True):
-        value = _load_element(builder, kind, builder.add(address, offset_a))
-        results.append([_multiply_add(builder, kind, total, value, b) for total, b in zip(row, vectors, strict=True)])
-    for phis, values in zip(totals, results, strict=True):
-        for phi, value in zip(phis, values, strict=True):
-            phi.add_incoming(value, body)
+    _add_incoming(totals, start, before)
+    results = body(index, totals)
+    _add_incoming(totals, results, builder.block)
     following = builder.add(index, I64(1))
-    index.add_incoming(following, body)
-    builder.cbranch(builder.icmp_signed("<", following, count), body, after)
+    index.add_incoming(following, builder.block)
+    builder.cbranch(builder.icmp_signed("<", following, count), inside, after)
     builder.position_at_end(after)
     return results
+
+
+def _add_incoming(totals: Accumulators, values: Accumulators, block: ir.Block) -> None:
+    for phis, row in zip(totals, values, strict=True):
+        for phi, value in zip(phis, row, strict=True):
+            phi.add_incoming(value, block)
 
 
 def zeros(rows: int, vectors: int) -> list[list[ir.Value]]:

@@ -81,13 +81,19 @@ def walk(control: int, thread: int, num_threads: int) -> None:
         store_release(times + 8 * num_ops, cycle_count())
 
 
-def _lead(control: int, num_threads: int) -> None:
-    rounding = flush_denormals()
+@device
+def lead_walk(control: int, num_threads: int) -> None:
+    """Start the step in the control block, do thread 0's part, return when all is done."""
     if num_threads > 1:
         fetch_add(control + STEP_NUMBER, 1)
         if load_acquire(control + NUM_SLEEPERS) > 0:
             wake_sleepers(control + STEP_NUMBER)
     walk(control, 0, num_threads)
+
+
+def _lead(control: int, num_threads: int) -> None:
+    rounding = flush_denormals()
+    lead_walk(control, num_threads)
     restore_rounding(rounding)
 
 
@@ -112,7 +118,7 @@ def _work(control: int, thread: int, num_threads: int, num_spins: int) -> None:
 
 
 lead_step: Final = NativeFunction(_lead, none(int64, int64))
-"""(control, num_threads): start the step in the control block, do thread 0's part, return when all is done."""
+"""(control, num_threads): `lead_walk`."""
 
 work: Final = NativeFunction(_work, none(int64, int64, int64, int64))
 """(control, thread, num_threads, num_spins): a worker's life. It looks `num_spins` times for a step, then sleeps."""

@@ -99,6 +99,18 @@ def unpack_float8(words: tl.tensor, interpreted: tl.constexpr) -> tuple[tl.tenso
 
 
 @triton.jit
+def unpack_weights(
+    words: tl.tensor, element: tl.constexpr, interpreted: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """float32 of four weights in each word: float8_e4m3fn in int32, `element` in int64."""
+    if words.dtype == tl.int32:
+        first, second, third, fourth = unpack_float8(words, interpreted)
+    else:
+        first, second, third, fourth = unpack_16bit(words, element)
+    return first, second, third, fourth
+
+
+@triton.jit
 def _load_x(x: tl.tensor, words: tl.tensor, size: tl.tensor, is_inside: tl.constexpr) -> tl.tensor:
     """Words of a row, zeros from word `size` on."""
     return tl.load(x + words) if is_inside else tl.load(x + words, mask=words < size, other=0)
@@ -167,10 +179,7 @@ def _add_block(
 ) -> tuple[tl.tensor, tl.tensor]:
     """Add the products of one block."""
     x0, x1, x2, x3, squares = normed_words(x, words, start, num_words - start, squares, element, is_inside, interpreted)
-    if weights.dtype == tl.int32:
-        w0, w1, w2, w3 = unpack_float8(weights, interpreted)
-    else:
-        w0, w1, w2, w3 = unpack_16bit(weights, element)
+    w0, w1, w2, w3 = unpack_weights(weights, element, interpreted)
     total += w0 * x0[None, :]
     total += w1 * x1[None, :]
     total += w2 * x2[None, :]
@@ -315,10 +324,7 @@ def _matvec_features_kernel(
     if x.norm is not None:
         factor = tl.rsqrt(tl.sum(squares, axis=0) / in_features + eps)
     for tile in range(first, tl.cdiv(out_features, block_out), step):
-        if word_type == tl.int32:
-            w0, w1, w2, w3 = unpack_float8(ahead, interpreted)
-        else:
-            w0, w1, w2, w3 = unpack_16bit(ahead, element)
+        w0, w1, w2, w3 = unpack_weights(ahead, element, interpreted)
         ahead = _load_tile(rows, tile + step, words, num_words, out_features, activation, block_out, is_even)
         products = w0 * x0[None, :] + w1 * x1[None, :] + w2 * x2[None, :] + w3 * x3[None, :]
         result = tl.sum(products, axis=1, keep_dims=True) * factor

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from tokenmill.ops.sampling import SlotColumns
 from tokenmill.ops.triton.launch import is_interpreted
 
 BLOCK = 4096
@@ -210,15 +211,7 @@ def _sample_kernel(
 
 
 def sample_tokens(
-    logits: torch.Tensor,
-    greedy: torch.Tensor,
-    slots: torch.Tensor,
-    positions: torch.Tensor,
-    temperature: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
-    stream_key: torch.Tensor,
+    logits: torch.Tensor, greedy: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, columns: SlotColumns
 ) -> torch.Tensor:
     """See `ops.sampling.sample_tokens`."""
     num_rows, vocab_size = logits.shape
@@ -226,8 +219,8 @@ def sample_tokens(
     block = min(BLOCK, triton.next_power_of_2(vocab_size))
     if num_rows:
         _sample_kernel[(num_rows,)](
-            logits, greedy, slots, positions, temperature, top_k, top_p, min_p, stream_key, out, vocab_size,
-            logits.stride(0), temperature.stride(0), top_k.stride(0),
+            logits, greedy, slots, positions, *columns, out, vocab_size,
+            logits.stride(0), columns.temperature.stride(0), columns.top_k.stride(0),
             unit=float(2 ** (62 - vocab_size.bit_length())),
             key_bits={torch.bfloat16: 16, torch.float16: 20}.get(logits.dtype, 32),
             block=block,
