@@ -13,12 +13,17 @@ import torch
 from tests.support.paged_cache import attention_metadata
 from tokenmill.attention.base import AttentionMetadata, AttentionSpec, LayerCache
 from tokenmill.attention.reference import ReferenceAttention
+from tokenmill.engine.plan import Row
 from tokenmill.ops.rope import apply_rope_reference
+from tokenmill.runtime.slot_state import SlotState
+from tokenmill.runtime.step_graphs import host_rows
+from tokenmill.runtime.step_inputs import inputs_of_prompts
+from tokenmill.runtime.step_sizes import StepSize
 
 pytest.importorskip("triton")
 from tokenmill.attention.triton import TritonAttention, first_row_without_history
 from tokenmill.attention.triton_common import Result, Turning
-from tokenmill.attention.triton_decode import DecodeTiles, choose_num_splits, decode_attention
+from tokenmill.attention.triton_decode import DecodeTiles, choose_num_splits, decode_attention, decode_tiles
 from tokenmill.attention.triton_kv_write import write_kv_triton
 from tokenmill.attention.triton_prefill import PrefillTiles, prefill_attention
 
@@ -244,7 +249,7 @@ def test_decode_rows_are_turned_on_the_way(case: Case, num_splits: int, device: 
     output = torch.full_like(expected, torch.nan)
     decode_attention(
         step.spec, step.query, step.key, step.value, cache, step.metadata, Result(output), num_splits=num_splits,
-        turning=Turning(*angles),
+        tiles=DecodeTiles(32, 2, 3, 2), turning=Turning(*angles),
     )  # fmt: skip
     tolerance = max(TOLERANCES[case.dtype], TOLERANCES[torch.float16] if case.cache_dtype == FP8 else 0.0)
     tolerance = tolerance if device == "cuda" or case.dtype == torch.float32 else 2 * tolerance  # cuts bfloat16 off
@@ -262,8 +267,40 @@ def test_decode_rows_are_turned_on_the_way(case: Case, num_splits: int, device: 
             torch.testing.assert_close(part.float(), expected_part.float(), rtol=2**-7, atol=1e-5, equal_nan=True)
 
 
-def test_steps_with_prompts_are_turned_before(device: str) -> None:
-    assert not TritonAttention().turns_heads(make_step(Case(((1, 3), (2, 0))), device).metadata)
+TURNED_PROMPTS = [
+    Case(MIXED),
+    Case(MIXED, num_heads=3, num_kv_heads=1, head_dim=48, window=20),
+    Case(((2, 0), (19, 0), (7, 21)), dtype=torch.bfloat16, num_heads=8, num_kv_heads=1, head_dim=128),
+    Case(MIXED, dtype=torch.bfloat16, cache_dtype=FP8, key_scale=0.5),
+    pytest.param(REAL, marks=pytest.mark.gpu),
+    pytest.param(replace(REAL, cache_dtype=FP8), marks=pytest.mark.gpu),
+]
+
+
+@pytest.mark.parametrize("case", TURNED_PROMPTS, ids=str)
+def test_prompts_are_turned_on_the_way(case: Case, device: str) -> None:
+    step = make_step(case, device)
+    num_tokens = step.query.shape[0]
+    turns = torch.randn(num_tokens, 1, case.head_dim // 2, generator=torch.Generator().manual_seed(5)).to(device)
+    cos, sin = turns.cos(), turns.sin()
+    angles = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    query, key = (apply_rope_reference(heads, *angles) for heads in (step.query, step.key))
+    cache, expected_cache = step.cloned_cache(), step.cloned_cache()
+    expected = ReferenceAttention().forward(step.spec, query, key, step.value, expected_cache, step.metadata)
+    backend = TritonAttention()
+    assert backend.turns_heads(step.metadata)
+    actual = backend.forward(step.spec, step.query, step.key, step.value, cache, step.metadata, turning=angles)
+    tolerance = max(TOLERANCES[case.dtype], TOLERANCES[torch.float16] if case.cache_dtype == FP8 else 0.0)
+    tolerance = tolerance if device == "cuda" or case.dtype == torch.float32 else 2 * tolerance  # cuts bfloat16 off
+    if case.cache_dtype == FP8:  # a last digit of the key decides between two of its 8-bit numbers
+        tolerance *= 3
+    assert_close(actual, expected, tolerance)
+    if case.cache_dtype is None and (device == "cuda" or case.dtype == torch.float32):
+        for part, expected_part in zip(cache, expected_cache, strict=True):
+            torch.testing.assert_close(part.float(), expected_part.float(), rtol=2**-7, atol=1e-5, equal_nan=True)
+
+
+def test_invariant_rows_are_turned_before(device: str) -> None:
     assert not TritonAttention(batch_invariant=True).turns_heads(make_step(Case(((1, 3),)), device).metadata)
 
 
@@ -303,8 +340,8 @@ def test_sinks_and_log_sum_exp(num_splits: int, device: str) -> None:
         num_splits=num_splits, tiles=DecodeTiles(16, 4, 2, 4),
     )  # fmt: skip
     prefill_attention(
-        step.spec, step.query[2:], step.key[2:], step.value[2:], cache, metadata, Result(output[2:], sums[2:], sinks),
-        rows=slice(2, None), has_history=True, max_query_len=18, tiles=PrefillTiles(16, 16, 4, 2),
+        step.spec, step.query, step.key, step.value, cache, metadata, Result(output, sums, sinks),
+        rows=slice(2, None), has_history=True, tiles=PrefillTiles(16, 16, 4, 2),
     )  # fmt: skip
     assert_close(output, expected, TOLERANCES[torch.float32])
     torch.testing.assert_close(sums, expected_sums, rtol=1e-5, atol=1e-5)
@@ -374,6 +411,48 @@ def test_padding_rows_are_harmless(device: str) -> None:
     assert padded[2].isfinite().all()
 
 
+PARTS = [
+    Case(((1, 20), (1, 5), (7, 40), (18, 0), (33, 0))),
+    Case(((1, 20), (7, 40), (3, 17)), cache_dtype=FP8, key_scale=0.5, value_scale=0.25),
+    Case(((37, 0), (18, 0)), dtype=torch.bfloat16, num_heads=8),
+    Case(((1, 9), (1, 300), (20, 250)), window=24, soft_cap=5.0, head_dim=80),
+    Case(((40, 11),), tokens_per_block=32, cache_dtype=FP8, num_heads=8, head_dim=128),
+]
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("case", PARTS, ids=str)
+def test_rows_told_apart_on_the_device(case: Case, batch_invariant: bool, device: str) -> None:
+    """Each part has room for more rows than it has, the step for more tokens; what pads them changes nothing."""
+    step = make_step(case, device)
+    cache, expected_cache = step.cloned_cache(), step.cloned_cache()
+    expected = ReferenceAttention().forward(step.spec, step.query, step.key, step.value, expected_cache, step.metadata)
+    num_tokens, count = step.query.shape[0], len(case.rows)
+    inputs = inputs_of_prompts(*device_rows(case, step, 3), max_kv_len=512, num_prompts=4)
+    assert inputs.attention.slot_mapping[:num_tokens].equal(step.metadata.slot_mapping)
+    padding = inputs.attention.slot_mapping.shape[0] - num_tokens
+    assert padding and inputs.slots.shape[0] > count
+    padded = [torch.cat([part, part[:1].expand(padding, -1, -1)]) for part in (step.query, step.key, step.value)]
+    backend = TritonAttention(batch_invariant=batch_invariant)
+    output = backend.forward(step.spec, *padded, cache, inputs.attention)
+    tolerance = max(TOLERANCES[case.dtype], TOLERANCES[torch.float16] if case.cache_dtype == FP8 else 0.0)
+    assert_close(output[:num_tokens], expected, tolerance)
+    for part, expected_part in zip(cache, expected_cache, strict=True):  # padding is written to scratch block 0
+        torch.testing.assert_close(part[1:].float(), expected_part[1:].float(), rtol=0, atol=0, equal_nan=True)
+
+
+def device_rows(case: Case, step: Step, num_more: int) -> tuple[torch.Tensor, int, SlotState]:
+    """The rows of a step as a graph gets them, with as many more that pad it, its padded tokens, and their slots."""
+    device, num_rows = step.query.device, len(case.rows)
+    state = SlotState(num_rows, 512, case.tokens_per_block, device)
+    tables = step.metadata.block_tables
+    state.block_tables[:num_rows, : tables.shape[1]] = tables
+    rows = [Row(slot, before, tokens, True) for slot, (tokens, before) in enumerate(case.rows)]
+    num_tokens = step.query.shape[0] + 5
+    size = StepSize(num_rows + num_more, num_tokens, 512, greedy=True, num_prompts=4)
+    return torch.from_numpy(host_rows(rows, size, state.scratch_slot)).to(device), num_tokens, state
+
+
 def test_float8_saturates_and_keeps_nan(device: str) -> None:
     last = math.nan if device == "cuda" else 2.0  # the interpreter makes no NaN of type float8
     key = torch.tensor([1e6, -1e6, last, 1.0], device=device).repeat(4).view(1, 1, 16)
@@ -390,10 +469,44 @@ def test_float8_saturates_and_keeps_nan(device: str) -> None:
 
 @pytest.mark.parametrize(
     ("programs", "max_kv_len", "expected"),
-    [(8, 2048, 32), (8, 100, 2), (8, 1, 1), (64, 8192, 8), (512, 8192, 1), (10**6, 8192, 1), (1, 10**6, 64)],
+    [
+        (8, 2048, 32),
+        (136, 2048, 4),
+        (352, 2048, 2),
+        (8, 100, 2),
+        (8, 1, 1),
+        (64, 8192, 8),
+        (512, 8192, 1),
+        (10**6, 8192, 1),
+        (1, 10**6, 64),
+    ],
 )
 def test_number_of_splits(programs: int, max_kv_len: int, expected: int) -> None:
     assert choose_num_splits(programs, max_kv_len, 132, DecodeTiles(64, 4, 3, 4)) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "max_kv_len", "max_registers", "num_splits"),
+    [
+        (1, 2048, None, 33),
+        (17, 1024, None, 2),  # too short to be worth more parts
+        (17, 4096, None, 4),
+        (64, 4096, None, 1),
+        (99, 4096, None, 1),  # 6 on each of 132 multiprocessors
+        (100, 4096, 128, 1),  # 8 would be waited for as long as 792
+        (132, 4096, 128, 1),
+        (149, 4096, None, 1),
+        (512, 4096, 128, 1),
+    ],
+)
+def test_registers_of_float8_decode_leave_the_fewest_multiprocessors_idle(
+    num_rows: int, max_kv_len: int, max_registers: int | None, num_splits: int
+) -> None:
+    tiles = decode_tiles(128, 1, num_rows * 8, max_kv_len, 132)
+    assert tiles.max_registers == max_registers
+    assert choose_num_splits(num_rows * 8, max_kv_len, 132, tiles) == num_splits
+    assert decode_tiles(128, 2, num_rows * 8, max_kv_len, 132).num_warps == (4 if num_rows > 65 else 2)
+    assert decode_tiles(256, 1, num_rows * 8, max_kv_len, 132).max_registers is None
 
 
 @pytest.mark.gpu

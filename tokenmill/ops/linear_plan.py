@@ -2,8 +2,8 @@
 
 `matvec` is the product of `ops.triton.row_product`, `small_batch` that of `ops.triton.linear`, `library` the vendor's.
 The numbers were found by `python -m benchmarks.gpu.tune_linear` on an H100 (docs/log.md, 2026-11-22): one choice of
-blocks for each type and number of rows is good for nearly every layer of an 8B model, so there are rules and no table of
-shapes. Called by `ops.linear`, `ops.fp8` and `ops.row_product`.
+blocks for each type and number of rows is good for nearly every layer of an 8B model, so there are rules and no table
+of shapes. Called by `ops.linear`, `ops.fp8` and `ops.row_product`.
 """
 
 from __future__ import annotations

@@ -287,5 +287,5 @@ def _allocate_caches(
     ]
     sizes = [math.prod(shape[1:]) * dtype.itemsize for shape in shapes]
     blocks = torch.from_numpy(pages.take(num_blocks * sum(sizes))).view(num_blocks, sum(sizes))
-    parts = [part.view(dtype).view(shape) for part, shape in zip(blocks.split(sizes, 1), shapes, strict=True)]
+    parts = [part.view(dtype).view(shape) for part, shape in zip(torch.split(blocks, sizes, 1), shapes, strict=True)]
     return blocks, tuple(zip(parts[::2], parts[1::2], strict=True))
