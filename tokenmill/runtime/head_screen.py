@@ -25,14 +25,14 @@ from tokenmill.ops.cpu.head_screen import (
 from tokenmill.ops.cpu.jit import NativeFunction
 from tokenmill.ops.cpu.layout import GROUP_BYTES, GROUP_SIZE
 from tokenmill.ops.cpu.linear_int8 import LinearWeight
-from tokenmill.ops.cpu.packing import FORMATS, ROW_BLOCK, num_groups
+from tokenmill.ops.cpu.packing import FORMATS, ROW_BLOCK, num_groups, packed_bytes
 from tokenmill.ops.cpu.threads import OpList, ThreadPool
 from tokenmill.program.program import Operation, Program
 from tokenmill.runtime.cpu_operations import Op, OpWriter, linear_input
 from tokenmill.runtime.huge_pages import Bytes
 from tokenmill.runtime.step_arrays import MAX_STEPS
 
-MEASURED_STEPS: Final = 8
+MEASURED_STEPS: Final = 6
 """Steps whose hidden states choose the exact columns. With SmolLM2-135M 4 steps choose as well as 600."""
 
 EXACT_SHARE: Final = 8
@@ -139,6 +139,13 @@ class HeadScreen:
     def functions(self) -> tuple[NativeFunction, ...]:
         """What is called between steps."""
         return (pack_screen_kernel(self._head.weight.format, self._head.way),)
+
+    @property
+    def num_bytes(self) -> int:
+        """What a step reads, at the share of the last ones."""
+        weight, quads = self._head.weight, len(self._exact.quads)
+        whole = packed_bytes(weight.format, weight.num_rows, weight.num_columns)
+        return screen_bytes(weight.num_rows, weight.num_columns, quads) + int(self.share * whole)
 
     @property
     def max_steps(self) -> int:
