@@ -450,20 +450,11 @@ def prefill_attention(
     block_m = max(tiles.block_m, triton.next_power_of_2(group))
     num_tiles = num_tokens // (block_m // group) + num_rows
     _prefill_kernel[(num_tiles * spec.num_kv_heads,)](
-        strided(query),
-        turning,
-        strided(key),
-        strided(value),
+        *(strided(query), turning, strided(key), strided(value)),
         *(_describe(heads, tiles.block_n) for heads in (key, value)),
         paged(cache),
-        metadata.query_start[rows],
-        metadata.kv_lens[rows],
-        block_tables,
-        block_tables.stride(0),
-        result,
-        scoring(spec),
-        num_rows,
-        num_tiles,
+        *(metadata.query_start[rows], metadata.kv_lens[rows], block_tables, block_tables.stride(0)),
+        *(result, scoring(spec), num_rows, num_tiles),
         num_kv_heads=spec.num_kv_heads,
         group=group,
         head_dim=head_dim,
