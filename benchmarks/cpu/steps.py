@@ -29,7 +29,7 @@ from benchmarks.result_file import RESULTS, Row, print_rows, write_result
 from tokenmill import LLM, KvCacheConfig
 from tokenmill.builder.build import build
 from tokenmill.checkpoints.resolve import resolve_model
-from tokenmill.engine.interruption import Interruption
+from tokenmill.engine.plan import Interruption
 from tokenmill.engine.plan import Row as PlanRow
 from tokenmill.ops.cpu.repetition import Repetition
 from tokenmill.ops.cpu.threads import OpList, ThreadPool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -75,6 +76,19 @@ def test_the_picture_is_that_of_the_build(tiny_model: Path) -> None:
         assert drawn.encode() == engine.files["graph.html"]
 
 
+def test_the_picture_counts_the_bytes_of_the_engines_cache(tiny_model: Path) -> None:
+    """Half of them in bfloat16: attention reads keys and values of 512 tokens, 2 heads of 8 columns."""
+    page = {}
+    for dtype, nbytes in (("float32", 4), ("bfloat16", 2)):
+        engine = build(tiny_model, device="cpu", kv_cache_dtype=dtype, opt_level=1, **SIZES)
+        content = engine.files["graph.html"]
+        assert isinstance(content, bytes)
+        rows = re.findall(r"title='model.layers.0.self_attn.attention'>.*?<i class='s0'>([^<]*)<", content.decode())
+        page[dtype] = (rows[-1], 2 * 512 * 2 * 8 * nbytes + 2 * 4 * 8 * 4)  # query and result are float32
+    assert page["float32"][0] == f"{page['float32'][1] / 1000:.3g} KB"
+    assert page["bfloat16"][0] == f"{page['bfloat16'][1] / 1000:.3g} KB"
+
+
 def test_a_program_of_another_version_is_not_drawn(tiny_model: Path) -> None:
     engine = build(tiny_model, device="cpu", opt_level=1, **SIZES)
     engine.config.build_config["disabled_passes"] = ["merge_qkv"]
@@ -88,7 +102,8 @@ def test_the_picture_shows_times_in_a_browser(program: Program, engine_dir: Path
     assert "The network is drawn in page.html." in done.stderr
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert page.count("&#181;s</span>") >= len(Engine.load(engine_dir).program.operations)
-    assert "measured operation by operation" in page
+    assert "Time of a step, measured: 1 token, 256 cached" in page
+    assert "value='0' checked> measured: 1 token, 256 cached" in page  # its bytes and operations are shown at first
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no browser is installed")

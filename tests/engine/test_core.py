@@ -7,8 +7,7 @@ from tests.support.mock_runner import MockRunner
 from tokenmill.config import CapacitySchedulerPolicy
 from tokenmill.engine.core import EngineCore
 from tokenmill.engine.events import Failed, TokenDelta
-from tokenmill.engine.interruption import Interruption
-from tokenmill.engine.plan import BatchPlan, Row
+from tokenmill.engine.plan import BatchPlan, Interruption, Row
 from tokenmill.errors import DeviceFaultError, EngineError, InvalidLogitsError, OutOfMemoryError, TokenmillError
 
 overlap_on_and_off = pytest.mark.parametrize("overlap", [False, True])
@@ -292,7 +291,6 @@ class InterruptedRunner(MockRunner):
 def test_a_runner_that_repeats_hears_of_those_who_wait() -> None:
     harness = Harness(max_repeats=4)
     runner = InterruptedRunner(64, 4, 8, gives_logprobs=False)
-    interruption = Interruption()
-    EngineCore(harness.scheduler, runner).interrupt_when(interruption)
-    assert runner.interruption is interruption
-    EngineCore(harness.scheduler, harness.runner).interrupt_when(interruption)  # no concern of other runners
+    core = EngineCore(harness.scheduler, runner)
+    assert runner.interruption is core.interruption
+    assert not harness.core.interruption.is_set  # no concern of other runners

@@ -8,8 +8,7 @@ from dataclasses import replace
 from tests.support.engine_harness import Harness
 from tests.support.mock_runner import MockRunner
 from tokenmill.engine.core import EngineCore
-from tokenmill.engine.interruption import Interruption
-from tokenmill.engine.plan import BatchPlan, RowOutput
+from tokenmill.engine.plan import BatchPlan, Interruption, RowOutput
 from tokenmill.engine.request import GenerationRequest
 from tokenmill.executor.base_worker import BaseWorker
 from tokenmill.executor.postproc import Postprocessed, Postprocessor

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +29,12 @@ ROOT = Path(__file__).resolve().parents[2]
 FILES = (PROGRAM_NAME, WEIGHTS_NAME, "tokenizer/tokenizer.json", CONFIG_NAME)
 
 WRITER = """
-import os, select, sys
+import os, resource, select, sys
 from tokenmill.program.package import EnginePackage
 
 source, target, moment = sys.argv[1:]
+if moment.startswith("limit"):  # a write of more is an error instead of a signal, as Python sets it up
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(moment.split()[1]),) * 2)
 package = EnginePackage.load(source).with_files({"timing.cache": b"new"})
 
 def hold(event, arguments):
@@ -83,19 +83,13 @@ def engine(source: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(source, tmp_path / "place" / "engine"))
 
 
-def start(script: str, *arguments: object, **options: Any) -> subprocess.Popen[str]:
+def start(script: str, *arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", script, *map(str, arguments)],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        **options,
     )
-
-
-def limit_files(num_bytes: int) -> None:
-    """Of this process; a write of more is an error instead of a signal, as Python sets it up."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
 
 
 def wait_until_there(process: subprocess.Popen[str]) -> None:
@@ -147,7 +141,7 @@ def test_a_file_that_cannot_grow_leaves_what_was_there(source: Path, engine: Pat
     """The kernel refuses to write more, in the program or in the weights."""
     assert (source / PROGRAM_NAME).stat().st_size < 30_000 < (source / WEIGHTS_NAME).stat().st_size
     for target in (engine, engine.parent / "made" / "engine"):
-        process = start(WRITER, source, target, "nothing", preexec_fn=partial(limit_files, limit))
+        process = start(WRITER, source, target, f"limit {limit}")
         said, _ = process.communicate(timeout=60)
         assert process.returncode == 2
         assert f"cannot be written to {target}: File too large" in said

@@ -17,8 +17,7 @@ from tests.support.tiny_checkpoint import VOCAB_SIZE, write_tiny_model
 from tests.support.tiny_models import random_tokens, relative_error, tiny_hf_model
 from tests.support.tiny_programs import tiny_package
 from tokenmill.builder.build import build
-from tokenmill.engine.interruption import Interruption
-from tokenmill.engine.plan import Row
+from tokenmill.engine.plan import Interruption, Row
 from tokenmill.ops.cpu.compile_processes import compile_all
 from tokenmill.ops.cpu.jit import NativeFunction
 from tokenmill.runtime import cpu_program

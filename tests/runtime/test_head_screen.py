@@ -16,8 +16,7 @@ from tests.support.tiny_checkpoint import VOCAB_SIZE, write_tiny_model
 from tests.support.tiny_models import random_tokens
 from tokenmill.builder.build import build
 from tokenmill.checkpoints.resolve import resolve_model
-from tokenmill.engine.interruption import Interruption
-from tokenmill.engine.plan import Row
+from tokenmill.engine.plan import Interruption, Row
 from tokenmill.errors import ModelNotFoundError
 from tokenmill.ops.cpu.cpu_features import best_dot_product
 from tokenmill.ops.cpu.head_screen import can_screen

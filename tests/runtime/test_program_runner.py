@@ -13,8 +13,7 @@ from tests.support.single_thread import single_thread
 from tests.support.tiny_checkpoint import VOCAB_SIZE, write_tiny_model
 from tests.support.tiny_models import random_tokens
 from tokenmill.builder.build import build
-from tokenmill.engine.interruption import Interruption
-from tokenmill.engine.plan import BatchPlan, NewSlot, Row, RowOutput
+from tokenmill.engine.plan import BatchPlan, Interruption, NewSlot, Row, RowOutput
 from tokenmill.runtime.program_executor import ProgramExecutor, TorchExecutor
 from tokenmill.runtime.program_loading import (
     StepLimits,

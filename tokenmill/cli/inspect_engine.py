@@ -69,7 +69,7 @@ def print_engine(path: Path, view: EngineView) -> None:
         with progress("Measuring operations"):
             times = operation_times(engine, step)
     if view.picture is not None:
-        _write_picture(engine, view.picture, times)
+        _write_picture(engine, view.picture, step, times)
     rows = operation_rows(engine.program, step, times)
     if view.as_json:
         typer.echo(json.dumps(_plain(engine, rows, step), indent=2))
@@ -84,10 +84,10 @@ def print_engine(path: Path, view: EngineView) -> None:
         print_note(f"The network is drawn in {view.picture}.")
 
 
-def _write_picture(engine: Engine, path: Path, times: dict[str, float] | None) -> None:
-    from tokenmill.builder.engine_picture import engine_picture
+def _write_picture(engine: Engine, path: Path, step: StepSize, times: dict[str, float] | None) -> None:
+    from tokenmill.builder.engine_picture import MeasuredStep, engine_picture
 
-    page = engine_picture(engine, times)
+    page = engine_picture(engine, None if times is None else MeasuredStep(step, times))
     try:
         path.write_text(page, encoding="utf-8")
     except OSError as error:

@@ -6,8 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from tokenmill.engine.events import EngineEvent
-from tokenmill.engine.interruption import Interruption
-from tokenmill.engine.plan import BatchPlan, RepeatingRunner, Runner, StepOutput
+from tokenmill.engine.plan import BatchPlan, Interruption, RepeatingRunner, Runner, StepOutput
 from tokenmill.engine.request import GenerationRequest
 from tokenmill.engine.scheduler import Scheduler
 from tokenmill.engine.step_recorder import StepRecorder
@@ -24,6 +23,9 @@ class EngineCore:
         runner: computes it.
         recorder: keeps records of the last steps; None keeps none.
         overlap: keep a step in flight while the next is planned; worth it when the runner computes on another device.
+
+    Attributes:
+        interruption: steps are not repeated while it is set: somebody waits for this thread.
     """
 
     def __init__(
@@ -39,6 +41,9 @@ class EngineCore:
         self._recorder = recorder if recorder is not None and recorder.is_on else None
         self._overlap = overlap
         self._launched: tuple[BatchPlan, Any] | None = None
+        self.interruption = Interruption()
+        if isinstance(runner, RepeatingRunner):
+            runner.interrupt_when(self.interruption)
 
     def advance(self) -> list[EngineEvent]:
         """One step, in the engine's own way. Both ways give the same tokens."""
@@ -100,11 +105,6 @@ class EngineCore:
         if self._recorder is not None:
             self._recorder.end(plan, self.scheduler.stats())
         return events
-
-    def interrupt_when(self, interruption: Interruption) -> None:
-        """Steps are not repeated while it is set: somebody waits for this thread."""
-        if isinstance(self.runner, RepeatingRunner):
-            self.runner.interrupt_when(interruption)
 
     def validate(self, request: GenerationRequest) -> None:
         """Raises `UserError` if the request can never run. Changes nothing; safe on any thread."""

@@ -8,10 +8,10 @@ had ended: a plan may overwrite a slot or a block that the plan before it still 
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, runtime_checkable
 
-from tokenmill.engine.interruption import Interruption
 from tokenmill.outputs import TokenLogprobs
 from tokenmill.sampling_params import SamplingParams
 
@@ -151,6 +151,35 @@ class Runner(Protocol[StepT]):
     def run(self, plan: BatchPlan) -> StepOutput:
         """Launch and collect."""
         ...
+
+
+class Interruption:
+    """A word in memory that tells a runner that somebody waits for the engine.
+
+    Set by those who put something into the engine's inbox, cleared by the engine's thread before it looks there.
+
+    Any thread may set and read it; native code reads it at `address` between two steps.
+
+    Attributes:
+        address: of the int64, which is not 0 while it is set.
+    """
+
+    def __init__(self) -> None:
+        self._word = ctypes.c_int64(0)
+        self.address = ctypes.addressof(self._word)
+
+    def set(self) -> None:
+        """Somebody waits."""
+        self._word.value = 1
+
+    def clear(self) -> None:
+        """Those who waited are heard."""
+        self._word.value = 0
+
+    @property
+    def is_set(self) -> bool:
+        """Whether somebody waits."""
+        return self._word.value != 0
 
 
 @runtime_checkable

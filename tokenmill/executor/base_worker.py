@@ -13,7 +13,6 @@ from collections.abc import Callable
 
 from tokenmill.engine.core import EngineCore
 from tokenmill.engine.events import EngineEvent, TokenDelta
-from tokenmill.engine.interruption import Interruption
 from tokenmill.engine.request import GenerationRequest
 from tokenmill.errors import TokenmillError
 from tokenmill.executor.garbage import rare_collections
@@ -42,8 +41,6 @@ class BaseWorker(ABC):
         self._last = EngineStats()
         self._progress_time: float | None = None  # None while there is nothing to do
         self.steps = StepClock()
-        self._interruption = Interruption()
-        engine.interrupt_when(self._interruption)
         self.iterations = IterationResultQueue()
         """Records of steps."""
 
@@ -52,7 +49,7 @@ class BaseWorker(ABC):
     def call(self, command: Callable[[], object]) -> None:
         """Run `command` on the engine's thread, between two steps. What it raises ends the worker."""
         self._inbox.put(command)
-        self._interruption.set()  # after it, or the engine might clear it and find nothing
+        self._engine.interruption.set()  # after it, or the engine might clear it and find nothing
 
     def submit(self, request: GenerationRequest) -> None:
         """Queue a request; if the engine refuses it, it ends with that error."""
@@ -118,7 +115,7 @@ class BaseWorker(ABC):
 
     def _take_commands(self) -> None:
         """Run what others asked for; wait for something to do when the engine has nothing."""
-        self._interruption.clear()  # before the look: what comes later sets it again
+        self._engine.interruption.clear()  # before the look: what comes later sets it again
         try:
             if not self._engine.has_work:
                 self._progress_time = None

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from tokenmill.attention.base import LayerCache
-from tokenmill.engine.interruption import Interruption
+from tokenmill.engine.plan import Interruption
 from tokenmill.ops.cpu.argmax import advance_arguments, argmax, argmax_arguments, argmax_scratch_bytes
 from tokenmill.ops.cpu.cache_layout import STEP_SIZE, cache_shapes
 from tokenmill.ops.cpu.compile_processes import compile_all

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from tokenmill.attention.base import AttentionMetadata, LayerCache
-from tokenmill.engine.interruption import Interruption
+from tokenmill.engine.plan import Interruption
 from tokenmill.layers.forward_batch import ForwardBatch
 from tokenmill.ops.kv_cache import copy_blocks
 from tokenmill.runtime.step_arrays import NO_TOKEN, Integers, StepArrays

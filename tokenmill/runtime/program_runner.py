@@ -13,8 +13,7 @@ from typing import Final
 import numpy as np
 import torch
 
-from tokenmill.engine.interruption import Interruption
-from tokenmill.engine.plan import BatchPlan, BlockCopy, NewSlot, Row, RowOutput, StepOutput
+from tokenmill.engine.plan import BatchPlan, BlockCopy, Interruption, NewSlot, Row, RowOutput, StepOutput
 from tokenmill.runtime.device_errors import device_errors
 from tokenmill.runtime.phases import phase
 from tokenmill.runtime.program_executor import ProgramExecutor, Values

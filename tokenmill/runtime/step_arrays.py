@@ -118,9 +118,9 @@ class StepArrays:
         max_repeats: int,
     ) -> None:
         """The same for few rows of one token, with less code: between two steps none of it is in a cache."""
+        num_blocks = -(-(max(row.start for row in rows) + max_repeats) // self.tokens_per_block)
         for index, row in enumerate(rows):
             slot, start = row.slot, row.start
-            num_blocks = -(-(start + max_repeats) // self.tokens_per_block)
             self.token_ids[index] = token_ids[slot, start]
             self.positions[index] = start
             self.kv_lens[index] = start + 1

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from tokenmill.engine.interruption import Interruption
+from tokenmill.engine.plan import Interruption
 from tokenmill.ops.cpu.intrinsics import argument, chunk_range
 from tokenmill.ops.cpu.jit import kernel
 from tokenmill.ops.cpu.layout import COLUMN_NUM_TOKENS, FIRST_ARGUMENT
