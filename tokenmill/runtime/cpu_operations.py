@@ -257,14 +257,20 @@ def _linear(writer: OpWriter, operation: Operation, one: bool) -> Iterator[Op]:
         yield from _linear_float(writer, operation, one)
 
 
-def _linear_int8(writer: OpWriter, operation: Operation, one: bool) -> Iterator[Op]:
-    x, y = operation.inputs["x"], operation.outputs["y"]
+def linear_input(writer: OpWriter, operation: Operation) -> tuple[list[Op], Activations]:
+    """The quantized columns that an integer product reads, and the ops that make them."""
+    x = operation.inputs["x"]
     if writer.memory.is_quantized(x):
         groups = -(-writer.memory.buffers[x.buffer].columns // GROUP_SIZE)
-        values = Activations(writer.memory.buffer_address(x.buffer), groups, x.first_column // GROUP_SIZE)
-    else:  # a program without the pass that quantizes activations
-        values = _quantized_copy(writer, x)
-        yield Op(quantize, quantize_arguments(a=writer.place(x), output=values.address, columns=x.num_columns))
+        return [], Activations(writer.memory.buffer_address(x.buffer), groups, x.first_column // GROUP_SIZE)
+    values = _quantized_copy(writer, x)  # a program without the pass that quantizes activations
+    return [Op(quantize, quantize_arguments(a=writer.place(x), output=values.address, columns=x.num_columns))], values
+
+
+def _linear_int8(writer: OpWriter, operation: Operation, one: bool) -> Iterator[Op]:
+    y = operation.outputs["y"]
+    before, values = linear_input(writer, operation)
+    yield from before
     name = operation.attributes.get("activation")
     weight = writer.weights.linear(operation.weights["weight"], gated=name is not None)
     if writer.memory.is_quantized(y):

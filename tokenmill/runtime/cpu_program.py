@@ -1,7 +1,8 @@
 """`CpuExecutor`: runs a program's steps on the CPU, each as one native call that walks a list of kernels.
 
 The lists are written once: one for each combination of one or several tokens and one or several wanted rows, because
-kernels differ. A step fills in numbers of tokens and the address of what is fixed about it, and calls.
+kernels differ, and one for a token whose successor is wanted without logits. A step fills in numbers of tokens and the
+address of what is fixed about it, and calls.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from tokenmill.program.program import Operation, Program
 from tokenmill.runtime.cpu_memory import ProgramMemory
 from tokenmill.runtime.cpu_operations import Op, OpWriter, StepPlaces
 from tokenmill.runtime.cpu_weights import CpuWeights
+from tokenmill.runtime.head_screen import HeadScreen, ScreenedHead
 from tokenmill.runtime.huge_pages import HugePages
 from tokenmill.runtime.kernel_choices import KernelChoices
 from tokenmill.runtime.program_executor import ProgressCallback, Values
@@ -44,6 +46,10 @@ _KV_LENS: Final = 2
 _BLOCK_TABLES: Final = 3
 _TABLE_STRIDE: Final = 4
 """Places in the step's rows, see `ops.cpu.cache_layout`."""
+
+_ONE: Final = (1, 1)
+_SCREENED: Final = (1, -1)
+"""Lists of steps of one token whose successor is wanted: that with logits, and that which uses the head's screen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +78,9 @@ class CpuExecutor:
         num_threads: that compute, the caller's included.
         on_progress: told `kernels`, how many are compiled, and how many there are.
         deterministic: compute a token in the same way in every batch.
+
+    Attributes:
+        screen: of the head, for steps without logits; None if there is none for it.
 
     Raises:
         UnsupportedFeatureError: there is no kernel for something in the program.
@@ -115,8 +124,13 @@ class CpuExecutor:
             ),
             KernelChoices.of(package, num_threads),
         )
+        head = ScreenedHead.of(package.program, self._parts.head[-1], writer)
+        # Debug outputs may be logits, or what is computed from them.
+        has_screen = head is not None and not self._debug_buffers
+        self.screen = HeadScreen(head, writer, self._most_likely.ctypes.data) if head and has_screen else None
         around = self._token_ops(package.program.output.name)
-        self._lists = _write_lists(self._parts, writer, around, on_progress or (lambda what, done, total: None))
+        progress = on_progress or (lambda what, done, total: None)
+        self._lists = _write_lists(self._parts, writer, around, self.screen, progress)
         self._pool = ThreadPool(num_threads, num_spins=NUM_SPINS)
 
     def run(self) -> Values:
@@ -126,9 +140,16 @@ class CpuExecutor:
 
     def run_steps(self, max_steps: int, seconds: float, interruption: Interruption) -> Integers:
         """See `ProgramExecutor.run_steps`."""
-        ops = self._ready(self._lists[self._kind()]).ops
+        kind = self._kind_without_logits()
+        screen = self.screen if kind in (_ONE, _SCREENED) else None
+        if screen is not None:
+            max_steps = min(max_steps, screen.max_steps)
+        ops = self._ready(self._lists[kind]).ops
         self._repetition.set(self.arrays.num_rows, max_steps, seconds, interruption.address)
-        return self._repetition.found(self._pool.run_steps(ops, self._repetition))
+        num_steps = self._pool.run_steps(ops, self._repetition)
+        if screen is not None:
+            screen.after_steps(num_steps, self._pool)
+        return self._repetition.found(num_steps)
 
     def logits_at(self, row_index: Sequence[int]) -> Values:
         """See `ProgramExecutor.logits_at`."""
@@ -158,9 +179,9 @@ class CpuExecutor:
             found[name] = self._memory.values(name, sizes[rows] if isinstance(rows, str) else rows)
         return found
 
-    def run_timed(self) -> Mapping[str, float]:
+    def run_timed(self, *, with_logits: bool = True) -> Mapping[str, float]:
         """See `ProgramExecutor.run_timed`."""
-        step = self._ready(self._lists[self._kind()])
+        step = self._ready(self._lists[self._kind() if with_logits else self._kind_without_logits()])
         times = dict.fromkeys((operation.name for operation in self._program.operations), 0.0)
         for name, nanoseconds in zip(step.names, self._pool.run_timed(step.ops).tolist(), strict=True):
             times[name] += nanoseconds * 1e-9
@@ -191,6 +212,10 @@ class CpuExecutor:
     def _kind(self) -> tuple[int, int]:
         return min(self.arrays.num_tokens, 2), min(self.arrays.num_rows, 2)
 
+    def _kind_without_logits(self) -> tuple[int, int]:
+        kind = self._kind()
+        return _SCREENED if kind == _ONE and self.screen is not None and self.screen.is_ready else kind
+
     def _want(self, row_index: Sequence[int] | np.ndarray[tuple[int], np.dtype[np.int32]]) -> None:
         self.arrays.num_rows = len(row_index)
         self.arrays.row_index[: len(row_index)] = row_index
@@ -206,12 +231,17 @@ class CpuExecutor:
 
 
 def _write_lists(
-    parts: ProgramParts, writer: OpWriter, around: tuple[Op, Sequence[Op]], on_progress: ProgressCallback
+    parts: ProgramParts,
+    writer: OpWriter,
+    around: tuple[Op, Sequence[Op]],
+    screen: HeadScreen | None,
+    on_progress: ProgressCallback,
 ) -> dict[tuple[int, int], _StepList]:
     """Lists by (tokens, rows), where 2 stands for several; 0 tokens: the head alone, 0 rows: the body alone.
 
     Args:
         around: what comes before each step, and after those with rows.
+        screen: of the head's last operation.
     """
     before, after = around
     written: dict[tuple[int, int], list[tuple[Operation, Op]]] = {}
@@ -224,8 +254,12 @@ def _write_lists(
             *((operation, op) for operation in head for op in writer.write(operation, one=num_rows == 1)),
             *((parts.head[-1], op) for op in after if num_rows),
         ]
-    of_ops = (function for entries in written.values() for _, op in entries for function in op.functions)
-    functions = [*STEP_FUNCTIONS, *of_ops]
+    functions = [*STEP_FUNCTIONS]
+    if screen is not None:
+        whole = [(operation, op) for operation, op in written[_ONE] if operation is not parts.head[-1]]
+        written[_SCREENED] = [*whole, *((parts.head[-1], op) for op in screen.ops)]
+        functions += screen.functions
+    functions += [function for entries in written.values() for _, op in entries for function in op.functions]
     compile_all(functions, num_usable_cores(), lambda done, total: on_progress("kernels", done, total))
     body_names = {operation.name for operation in parts.body}
     lists = {}

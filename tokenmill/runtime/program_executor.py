@@ -62,8 +62,8 @@ class ProgramExecutor(Protocol):
         """Values of the buffers that are kept after a step, of the step that ran last: [T or R, columns], copies."""
         ...
 
-    def run_timed(self) -> Mapping[str, float]:
-        """As `run`; the seconds that each operation took, by its name."""
+    def run_timed(self, *, with_logits: bool = True) -> Mapping[str, float]:
+        """As `run`, or one of `run_steps`; the seconds that each operation took, by its name."""
         ...
 
 
@@ -131,7 +131,7 @@ class TorchExecutor:
         values = self._program.run(self._batch(), self._row_index())
         return {name: _to_host(values[name].float()) for name in self._program.keep}
 
-    def run_timed(self) -> Mapping[str, float]:
+    def run_timed(self, *, with_logits: bool = True) -> Mapping[str, float]:
         """See `ProgramExecutor.run_timed`."""
         times: dict[str, float] = {}
         self._program.run(self._batch(), self._row_index(), times)

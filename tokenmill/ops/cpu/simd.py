@@ -314,3 +314,9 @@ def bfloat16_pairs(builder: ir.IRBuilder, low: ir.Value, high: ir.Value) -> ir.V
 def store_bfloat16(builder: ir.IRBuilder, address: ir.Value, a: ir.Value) -> None:
     """Write 16 bfloat16."""
     store_vector(builder, address, builder.trunc(bfloat16_bits(builder, a), ir.VectorType(I16, LANES)))
+
+
+@operation(float32x16, int64)
+def load_int8(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    """16 int8 at an address, as float32."""
+    return builder.sitofp(load_vector(builder, address, I8), F32X16)
