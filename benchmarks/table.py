@@ -16,7 +16,16 @@ from benchmarks.result_file import FOLDER, RESULTS
 
 PAGE: Final = FOLDER / "README.md"
 KERNELS: Final = frozenset(
-    {"cpu_kernels", "cpu_ops", "cpu_steps", "gpu_attention", "gpu_moe", "gpu_ops", "gpu_sampling"}
+    {
+        "cpu_kernels",
+        "cpu_ops",
+        "cpu_steps",
+        "gpu_attention",
+        "gpu_attention_flashinfer",
+        "gpu_moe",
+        "gpu_ops",
+        "gpu_sampling",
+    }
 )
 LONG: Final = KERNELS | {"fuzz_http", "ipc_overhead", "soak"}
 """Files of which the page shows only rows with a goal."""
@@ -82,8 +91,8 @@ def number(value: float) -> str:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+    first, *others = (f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in (head, *rows))
+    return "\n".join([first, f"|{'---|' * len(head)}", *others])
 
 
 def page_with(page: str, tables: Mapping[str, str]) -> str:

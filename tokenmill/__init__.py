@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tokenmill.config import KvCacheConfig, SchedulerConfig, WorkerConfig
     from tokenmill.llm import LLM
     from tokenmill.outputs import CompletionOutput, RequestOutput
+    from tokenmill.runtime.session import Session
     from tokenmill.sampling_params import SamplingParams
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "SchedulerConfig",
+    "Session",
     "WorkerConfig",
     "__version__",
     "build",
@@ -42,6 +44,7 @@ _HOME = {
     "RequestOutput": "tokenmill.outputs",
     "SamplingParams": "tokenmill.sampling_params",
     "SchedulerConfig": "tokenmill.config",
+    "Session": "tokenmill.runtime.session",
     "WorkerConfig": "tokenmill.config",
     "build": "tokenmill.builder.build",
 }

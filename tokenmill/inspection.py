@@ -5,23 +5,30 @@ Called by `tokenmill inspect`, and by anyone who wants to know before paying for
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from tokenmill.attention.select import BACKENDS, select_backend
+from tokenmill.builder.build import build
+from tokenmill.builder.packing import packed_nbytes
 from tokenmill.checkpoints.base import Checkpoint, open_checkpoint
 from tokenmill.checkpoints.resolve import resolve_model
 from tokenmill.config import LlmArgs
 from tokenmill.errors import OutOfMemoryError, UserError
-from tokenmill.linear_kernels import KernelChoice, linear_kernels
+from tokenmill.executor.backend_choice import choose_backend
+from tokenmill.executor.engine_source import EngineTarget, build_config
+from tokenmill.executor.program_factory import describe_program_engine
 from tokenmill.models.config import ModelConfig
+from tokenmill.models.linear_kernels import KernelChoice, linear_kernels
 from tokenmill.ops.platform import free_memory
 from tokenmill.runtime.memory_planner import MemoryPlan, MemoryRequest, plan_memory
 from tokenmill.runtime.model_loader import (
     has_fp8_weights,
+    resolve_cache_dtype,
     resolve_device,
     resolve_dtype,
     resolve_max_num_tokens,
@@ -76,7 +83,11 @@ class ModelReport:
         config: the architecture's numbers.
         num_parameters: of the model, tied embeddings counted once.
         tokenizer: None when the model comes without one.
-        device, dtype, cache_dtype: where and in which types it would run.
+        backend: what would run it: `engine` or `torch`.
+        backend_reason: why it is not the engine, where the engine would be the first choice.
+        device, dtype, cache_dtype: where and in which types it would run; with the engine backend `dtype` is that of
+            weights that are not quantized.
+        weight_formats: of the linear weights as they would lie in memory: a type, or quantized formats joined by `+`.
         attn_backend: the attention backend that would be used.
         attn_backends: all that there are.
         max_batch_size, max_num_tokens, max_seq_len: limits of the plan.
@@ -90,9 +101,12 @@ class ModelReport:
     config: ModelConfig
     num_parameters: int
     tokenizer: TokenizerReport | None
+    backend: str
+    backend_reason: str | None
     device: str
     dtype: str
     cache_dtype: str
+    weight_formats: str
     attn_backend: str
     attn_backends: tuple[str, ...]
     max_batch_size: int
@@ -134,52 +148,93 @@ def inspect_model(model: str | Path, **args: Any) -> ModelReport:
     checkpoint = open_checkpoint(path)
     config = ModelConfig.from_hf(checkpoint.hf_config)
     device = resolve_device(checked.device)
-    dtype = resolve_dtype(checked.dtype, device)
-    cache_name = checked.kv_cache_config.dtype
-    cache_dtype = dtype if cache_name == "auto" else resolve_dtype(cache_name, device)
-    max_num_tokens = resolve_max_num_tokens(checked, device)
-    max_seq_len = resolve_max_seq_len(checked, config)
-    request = MemoryRequest(
-        weight_bytes=dtype.itemsize,
-        cache_bytes=cache_dtype.itemsize,
-        max_batch_size=checked.max_batch_size,
-        max_num_tokens=max_num_tokens,
-        max_seq_len=max_seq_len,
-        is_cpu=device.type == "cpu",
-    )
-    memory, shortage = _plan(config, request, checked, device)
+    choice = choose_backend(checked, device, config, has_fp8_weights=has_fp8_weights(checkpoint))
+    plan = _engine_plan if choice.name == "engine" else _torch_plan
+    planned = plan(checked.model_copy(update={"model": path}), checkpoint, config, device)
     return ModelReport(
         model=str(model),
         checkpoint=_checkpoint_report(checkpoint),
         config=config,
         num_parameters=config.num_parameters(),
         tokenizer=_tokenizer_report(path, config),
+        backend=choice.name,
+        backend_reason=choice.reason,
         device=str(device),
-        dtype=_name(dtype),
-        cache_dtype=_name(cache_dtype),
+        dtype=planned.dtype,
+        cache_dtype=planned.cache_dtype,
+        weight_formats=planned.weight_formats,
         attn_backend=select_backend(checked.attn_backend, device).name,
         attn_backends=tuple(BACKENDS),
         max_batch_size=checked.max_batch_size,
-        max_num_tokens=max_num_tokens,
-        max_seq_len=max_seq_len,
-        memory=memory,
+        max_num_tokens=resolve_max_num_tokens(checked, device),
+        max_seq_len=resolve_max_seq_len(checked, config),
+        memory=planned.memory,
         linear_kernels=linear_kernels(
             config,
             float8=checked.quantization == "fp8" or has_fp8_weights(checkpoint),
             deterministic=checked.deterministic,
         ),
+        shortage=planned.shortage,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What a backend would need; the fields are those of `ModelReport`."""
+
+    dtype: str
+    cache_dtype: str
+    weight_formats: str
+    memory: MemoryPlan
+    shortage: str | None
+
+
+def _engine_plan(args: LlmArgs, checkpoint: Checkpoint, config: ModelConfig, device: torch.device) -> _Plan:
+    """Of the engine that a start would build: its program is made, its weights are only counted."""
+    max_num_tokens = resolve_max_num_tokens(args, device)
+    target = EngineTarget(device.type, args.max_batch_size, max_num_tokens, resolve_max_seq_len(args, config))
+    package = build(checkpoint.path, build_config(args, target).model_copy(update={"strip_weights": True}))
+    weight_nbytes = sum(packed_nbytes(weight) for weight in package.program.weights)
+    description, shortage = _or_shortage(
+        lambda free: describe_program_engine(args, package, device, weight_nbytes, free), device
+    )
+    quantization = package.config.quantization
+    return _Plan(
+        dtype=description.dtype,
+        cache_dtype=description.cache_dtype,
+        weight_formats=description.dtype if quantization == "none" else quantization,
+        memory=description.memory,
         shortage=shortage,
     )
 
 
-def _plan(
-    config: ModelConfig, request: MemoryRequest, args: LlmArgs, device: torch.device
-) -> tuple[MemoryPlan, str | None]:
+def _torch_plan(args: LlmArgs, checkpoint: Checkpoint, config: ModelConfig, device: torch.device) -> _Plan:
+    """Of the model as layers of torch."""
+    dtype = resolve_dtype(args.dtype, device)
+    cache_dtype = resolve_cache_dtype(args.kv_cache_config.dtype, dtype, device)
+    is_fp8 = args.quantization == "fp8" or has_fp8_weights(checkpoint)
+    request = MemoryRequest(
+        weight_bytes=dtype.itemsize,
+        cache_bytes=cache_dtype.itemsize,
+        max_batch_size=args.max_batch_size,
+        max_num_tokens=resolve_max_num_tokens(args, device),
+        max_seq_len=resolve_max_seq_len(args, config),
+        is_cpu=device.type == "cpu",
+        linear_bytes=1 if is_fp8 else None,
+    )
+    memory, shortage = _or_shortage(lambda free: plan_memory(config, request, args.kv_cache_config, free), device)
+    return _Plan(_name(dtype), _name(cache_dtype), "fp8" if is_fp8 else _name(dtype), memory, shortage)
+
+
+_Planned = TypeVar("_Planned")
+
+
+def _or_shortage(plan: Callable[[int | None], _Planned], device: torch.device) -> tuple[_Planned, str | None]:
     """The plan for this machine, or what would be needed and why it does not fit."""
     try:
-        return plan_memory(config, request, args.kv_cache_config, free_memory(device)), None
+        return plan(free_memory(device)), None
     except OutOfMemoryError as error:
-        return plan_memory(config, request, args.kv_cache_config, None), str(error)
+        return plan(None), str(error)
 
 
 def _checkpoint_report(checkpoint: Checkpoint) -> CheckpointReport:

@@ -1,17 +1,21 @@
-"""Times the Triton attention backend against the limits of one H100: `python -m benchmarks.gpu.attention`.
+"""Times an attention backend against the limits of one H100: `python -m benchmarks.gpu.attention`.
 
 Every time is that of one layer inside a CUDA graph that runs many layers, each with a cache of its own, so that no
 layer finds its keys in the L2 cache. Limits: bytes over the measured read bandwidth, operations over the measured bf16
-matrix rate of the H100 80GB (SXM). `--tune` tries other tiles and prints the best of them first.
+matrix rate of the H100 80GB (SXM). `--tune` tries other tiles and prints the best of them first. `--backend flashinfer`
+times that library beside Triton's kernels, and what its plan of a step costs the host.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -21,7 +25,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.runtime.errors import PTXASError
 
 from benchmarks.result_file import describe_run, write_document
-from tokenmill.attention.base import AttentionMetadata, AttentionSpec, LayerCache
+from tokenmill.attention.base import AttentionBackend, AttentionMetadata, AttentionSpec, LayerCache
+from tokenmill.attention.flashinfer import FlashInferAttention
 from tokenmill.attention.triton import TritonAttention
 from tokenmill.attention.triton_common import Result
 from tokenmill.attention.triton_decode import DecodeTiles, decode_attention
@@ -31,7 +36,7 @@ from tokenmill.attention.triton_prefill import PrefillTiles, prefill_attention
 BYTES_PER_SECOND = 3.06e12
 BFLOAT16_FLOPS = 798e12
 CACHE_BYTES = 300 << 20  # of all layers together at least: several times the L2 cache
-RESULTS = Path(__file__).parents[1] / "results" / "gpu_attention.json"
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,7 @@ PREFILL = (
     Work("prefill 1 x 8192", 1, 8192, 8192),
     Work("prefill 512 after 7680", 1, 512, 8192),
     Work("prefill 1 x 2048 fp8", 1, 2048, 2048, cache_dtype=FP8),
+    Work("prefill 4 x 2048 fp8", 4, 2048, 2048, cache_dtype=FP8),
     Work("prefill 512 after 7680 fp8", 1, 512, 8192, cache_dtype=FP8),
     Work("prefill 4 x 2048 head 64", 4, 2048, 2048, head_dim=64),
     Work("prefill 4 x 2048 head 256", 4, 2048, 2048, num_heads=16, num_kv_heads=8, head_dim=256),
@@ -157,9 +163,9 @@ def seconds_per_layer(num_layers: int, run_layer: Callable[[int], object]) -> fl
     return statistics.median(times[2:]) / num_layers
 
 
-def time_backend(layers: Layers) -> float:
-    """Seconds of one whole `forward`, writing the cache included."""
-    backend, spec = TritonAttention(), layers.work.spec
+def time_backend(layers: Layers, backend: AttentionBackend) -> float:
+    """Seconds of one whole `forward`, writing the cache included; what it plans for a step is there already."""
+    spec = layers.work.spec
 
     def run_layer(layer: int) -> torch.Tensor:
         return backend.forward(spec, layers.query, layers.key, layers.value, layers.caches[layer], layers.metadata)
@@ -190,7 +196,7 @@ def time_prefill(layers: Layers, tiles: PrefillTiles) -> float:
         prefill_attention(
             spec, layers.query, keys, values, layers.caches[layer], metadata, Result(output),
             rows=slice(0, None), has_history=layers.work.kv_len > layers.work.query_len,
-            max_query_len=layers.work.query_len, tiles=tiles,
+            tiles=tiles,
         )  # fmt: skip
 
     return seconds_per_layer(len(layers.caches), run_layer)
@@ -219,7 +225,28 @@ def time_peer(work: Work) -> float | None:
     return min(times, default=None)
 
 
-def row(work: Work, metric: str, value: float, unit: str, limit: float, peer: float | None = None) -> dict[str, object]:
+def seconds_to_plan(layers: Layers) -> float:
+    """Of the host, for the plan of a step and the launches of its first layer, with FlashInfer."""
+    backend, caches = FlashInferAttention(), layers.caches
+    times = []
+    for _ in range(12):
+        metadata = replace(layers.metadata)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        backend.forward(layers.work.spec, layers.query, layers.key, layers.value, caches[0], metadata)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])
+
+
+def row(
+    work: Work,
+    metric: str,
+    value: float,
+    unit: str,
+    limit: float | None,
+    peer: float | None = None,
+    peer_name: str = "torch scaled_dot_product_attention",
+) -> dict[str, object]:
     """One line of the results file."""
     return {
         "work": work.name,
@@ -227,14 +254,14 @@ def row(work: Work, metric: str, value: float, unit: str, limit: float, peer: fl
         "value": value,
         "unit": unit,
         "goal": work.goal,
-        "peer": None if peer is None else {"torch scaled_dot_product_attention": peer},
+        "peer": None if peer is None else {peer_name: peer},
         "limit": limit,
     }
 
 
 def measure_decode(work: Work) -> dict[str, object]:
     """Time and share of the read bandwidth of one decode step of one layer."""
-    seconds = time_backend(make_layers(work))
+    seconds = time_backend(make_layers(work), TritonAttention())
     share = work.num_bytes / BYTES_PER_SECOND / seconds
     print(f"{work.name:28} {seconds * 1e6:8.1f} us   {share * BYTES_PER_SECOND / 1e12:5.2f} TB/s {share:6.1%} of limit")
     if work.goal is None:
@@ -244,11 +271,29 @@ def measure_decode(work: Work) -> dict[str, object]:
 
 def measure_prefill(work: Work) -> dict[str, object]:
     """Rate of one prefill step of one layer, the writes to the cache included."""
-    seconds, peer = time_backend(make_layers(work)), time_peer(work)
+    seconds, peer = time_backend(make_layers(work), TritonAttention()), time_peer(work)
     rate, peer_rate = work.flops / seconds, None if peer is None else work.flops / peer
     beside = "" if peer_rate is None else f"   torch {peer_rate / 1e12:4.0f}"
     print(f"{work.name:28} {seconds * 1e6:8.1f} us   {rate / 1e12:5.0f} TFLOP/s {rate / BFLOAT16_FLOPS:6.1%}{beside}")
     return row(work, "rate", rate, "FLOP/s", BFLOAT16_FLOPS, peer_rate)
+
+
+def measure_flashinfer(work: Work) -> list[dict[str, object]]:
+    """FlashInfer's time of a step of one layer beside Triton's, and what the step costs the host."""
+    layers = make_layers(work)
+    ours, theirs, plan = (
+        time_backend(layers, TritonAttention()) * 1e6,
+        time_backend(layers, FlashInferAttention()) * 1e6,
+        seconds_to_plan(layers) * 1e6,
+    )
+    limit = max(work.num_bytes / BYTES_PER_SECOND if work.query_len == 1 else 0.0, work.flops / BFLOAT16_FLOPS) * 1e6
+    print(
+        f"{work.name:28} {theirs:8.1f} us   triton {ours:8.1f} us   limit {limit:6.1f} us   plan {plan:6.0f} us of host"
+    )
+    return [
+        row(replace(work, goal=None), "time", theirs, "us", limit, ours, "triton"),
+        row(replace(work, goal=None), "host: plan of a step and launches of a layer", plan, "us", None),
+    ]
 
 
 DECODE_TILES = tuple(
@@ -317,21 +362,28 @@ def tune_prefill(work: Work) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tune", action="store_true", help="try tiles first")
-    parser.add_argument("--only", default="", help="works whose name contains this")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="results file")
+    parser.add_argument("--only", default="", help="works whose name matches this regular expression")
+    parser.add_argument("--backend", choices=("triton", "flashinfer"), default="triton")
+    parser.add_argument("--output", type=Path, help="results file")
     arguments = parser.parse_args()
-    decode = [work for work in DECODE if arguments.only in work.name]
-    prefill = [work for work in PREFILL if arguments.only in work.name]
+    decode, prefill, write = (
+        [work for work in works if re.search(arguments.only, work.name)] for works in (DECODE, PREFILL, WRITE)
+    )
     if arguments.tune:
         for work in decode:
             tune_decode(work)
         for work in prefill:
             tune_prefill(work)
-    write = [work for work in WRITE if arguments.only in work.name]
-    rows = [*map(measure_decode, decode), *map(measure_prefill, prefill), *map(measure_write, write)]
     versions = {"triton": triton.__version__, "cuda": str(torch.version.cuda)}
+    if arguments.backend == "flashinfer":
+        name = "gpu_attention_flashinfer.json"
+        versions["flashinfer"] = version("flashinfer-python")
+        rows = [line for work in (*decode, *prefill) for line in measure_flashinfer(work)]
+    else:
+        name = "gpu_attention.json"
+        rows = [*map(measure_decode, decode), *map(measure_prefill, prefill), *map(measure_write, write)]
     document = describe_run("gpu.attention", torch.cuda.get_device_name(), **versions)
-    write_document(arguments.output, {**document, "rows": rows})
+    write_document(arguments.output or RESULTS / name, {**document, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ class TracedStep:
     """One step. Times in seconds; events are of the device.
 
     Args:
-        kind: `eager`, `first` (of its size, run eagerly), `capture`, or `replay`.
+        kind: `eager`, `first` (of its size, run eagerly), `capture`, `replay`, or `larger` (replayed as a larger size).
         num_rows, num_tokens: of the plan.
         launch: host time of the launch.
         wait: host time of the collection.
@@ -93,12 +93,16 @@ class StepTrace:
             f"{len(steps)} steps, {num_tokens} tokens, {seconds:.2f} s: device in steps {sum(busy) / 1e3:.2f} s, "
             f"between them {sum(gaps) / 1e3:.2f} s; host waits {sum(step.wait for step in steps):.2f} s"
         )
-        for kind in ("replay", "capture", "first", "eager"):
-            of_kind = [index for index, step in enumerate(steps) if step.kind == kind]
+        for kind, prompts in product(("replay", "larger", "capture", "first", "eager"), (False, True)):
+            of_kind = [
+                index
+                for index, step in enumerate(steps)
+                if step.kind == kind and prompts == (step.num_tokens > step.num_rows)
+            ]
             if of_kind:
                 num_tokens = sum(steps[i].num_tokens for i in of_kind)
                 print(
-                    f"  {kind:8} {len(of_kind):5} steps {num_tokens:8} tokens:"
+                    f"  {kind:8} {'prompts' if prompts else 'decode':8} {len(of_kind):5} steps {num_tokens:8} tokens:"
                     f" device {sum(busy[i] for i in of_kind) / 1e3:6.2f} s,"
                     f" gaps before {sum(gaps[i] for i in of_kind):8.1f} ms,"
                     f" launch {sum(steps[i].launch for i in of_kind) * 1e3:8.1f} ms,"
@@ -118,9 +122,8 @@ class StepTrace:
         size = None if graphs is None else graphs.size_of(plan.rows, greedy=True)  # benchmarks are greedy
         if size is None:
             return "eager"
-        if size not in graphs._captured:
-            return "first"
-        return "capture" if graphs._captured[size] is None else "replay"
+        how, to_run = graphs.next_run(size)
+        return "larger" if to_run != size else str(how)
 
 
 class DecodeWindow:

@@ -28,8 +28,8 @@ from tokenmill.engine.scheduler import Scheduler
 from tokenmill.engine.settings import SchedulerSettings
 from tokenmill.kv_cache.manager import KvCacheManager
 from tokenmill.models.config import ModelConfig
+from tokenmill.models.step_costs import StepOperation, step_costs
 from tokenmill.program.costs import Cost, StepSize
-from tokenmill.step_costs import StepOperation, step_costs
 
 MODELS = {"llama8b": LLAMA, "qwen3_moe": QWEN3}
 BLOCK_SIZE = 32

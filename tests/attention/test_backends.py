@@ -16,7 +16,7 @@ from tokenmill.attention.select import BACKENDS, select_backend
 CPU = torch.device("cpu")
 HEAD_DIM = 8
 # Triton's runs on a CPU in its interpreter, which is used where there is no GPU.
-CPU_BACKENDS = [name for name in BACKENDS if name != "triton" or not torch.cuda.is_available()]
+CPU_BACKENDS = ["cpu", "reference", *(["triton"] if not torch.cuda.is_available() else [])]
 
 
 @dataclass

@@ -3,129 +3,33 @@
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
 
-from tests.support.paged_cache import attention_metadata
-from tokenmill.attention.base import AttentionMetadata, AttentionSpec, LayerCache
+from tests.support.attention_steps import (
+    FP8,
+    MIXED,
+    REAL,
+    TOLERANCES,
+    Case,
+    Step,
+    assert_close,
+    assert_same_cache,
+    device_rows,
+    make_step,
+)
+from tokenmill.attention.base import AttentionSpec, LayerCache
 from tokenmill.attention.reference import ReferenceAttention
-from tokenmill.ops.rope import apply_rope_reference
+from tokenmill.runtime.step_inputs import inputs_of_prompts
 
 pytest.importorskip("triton")
 from tokenmill.attention.triton import TritonAttention, first_row_without_history
-from tokenmill.attention.triton_common import Result, Turning
-from tokenmill.attention.triton_decode import DecodeTiles, choose_num_splits, decode_attention
+from tokenmill.attention.triton_common import Result
+from tokenmill.attention.triton_decode import DecodeTiles, choose_num_splits, decode_attention, decode_tiles
 from tokenmill.attention.triton_kv_write import write_kv_triton
 from tokenmill.attention.triton_prefill import PrefillTiles, prefill_attention
-
-FP8 = torch.float8_e4m3fn
-TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # relative, of the whole output
-
-
-@dataclass(frozen=True)
-class Case:
-    """One step: rows of (tokens of this step, tokens before), rows of one token first."""
-
-    rows: Sequence[tuple[int, int]]
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    head_dim: int = 64
-    tokens_per_block: int = 16
-    dtype: torch.dtype = torch.float32
-    cache_dtype: torch.dtype | None = None
-    window: int | None = None
-    soft_cap: float | None = None
-    key_scale: float = 1.0
-    value_scale: float = 1.0
-
-    def __str__(self) -> str:
-        default = Case(())
-        names = [field.name for field in fields(self) if field.name != "rows"]
-        changed = [f"{name}={getattr(self, name)}" for name in names if getattr(self, name) != getattr(default, name)]
-        return ",".join([f"{len(self.rows)}rows", *changed]).replace("torch.", "")
-
-    @property
-    def spec(self) -> AttentionSpec:
-        return AttentionSpec(
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            scale=1 / math.sqrt(self.head_dim),
-            sliding_window=self.window,
-            soft_cap=self.soft_cap,
-            key_scale=self.key_scale,
-            value_scale=self.value_scale,
-        )
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a backend gets. Cache entries that no row owns are NaN."""
-
-    spec: AttentionSpec
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    cache: LayerCache
-    metadata: AttentionMetadata
-
-    def cloned_cache(self) -> LayerCache:
-        keys, values = self.cache
-        return keys.clone(), values.clone()
-
-
-def to_device(metadata: AttentionMetadata, device: str) -> AttentionMetadata:
-    return replace(
-        metadata,
-        query_start=metadata.query_start.to(device),
-        kv_lens=metadata.kv_lens.to(device),
-        block_tables=metadata.block_tables.to(device),
-        slot_mapping=metadata.slot_mapping.to(device),
-    )
-
-
-def make_step(case: Case, device: str, seed: int = 0) -> Step:
-    """Random inputs, q, k and v as views into one fused tensor; blocks in random order."""
-    generator = torch.Generator().manual_seed(seed)
-    lens = [tokens + before for tokens, before in case.rows]
-    num_blocks = [-(-length // case.tokens_per_block) for length in lens]
-    blocks = list(range(1, 1 + sum(num_blocks)))
-    random.Random(seed).shuffle(blocks)
-    tables = [[blocks.pop() for _ in range(count)] for count in num_blocks]
-    metadata = attention_metadata([tokens for tokens, _ in case.rows], lens, tables, case.tokens_per_block)
-    shape = (1 + sum(num_blocks), case.tokens_per_block, case.num_kv_heads, case.head_dim)
-    cache_dtype = case.cache_dtype or case.dtype
-    cache = (torch.full(shape, torch.nan).to(cache_dtype), torch.full(shape, torch.nan).to(cache_dtype))
-    for table, (_, before) in zip(tables, case.rows, strict=True):
-        for position in range(before):
-            for part in cache:
-                random_heads = torch.randn(shape[2:], generator=generator).to(cache_dtype)
-                part[table[position // case.tokens_per_block], position % case.tokens_per_block] = random_heads
-    num_tokens = sum(tokens for tokens, _ in case.rows)
-    fused = torch.randn(num_tokens, case.num_heads + 2 * case.num_kv_heads, case.head_dim, generator=generator)
-    if device == "cpu":  # the interpreter rounds ties its own way: leave it nothing to round
-        fused = fused.to(cache_dtype).float()
-    query, key, value = fused.to(device, case.dtype).split([case.num_heads, case.num_kv_heads, case.num_kv_heads], 1)
-    assert num_tokens < 2 or not key.is_contiguous()
-    return Step(case.spec, query, key, value, (cache[0].to(device), cache[1].to(device)), to_device(metadata, device))
-
-
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
-    """Relative error of the whole and of the worst token; NaN never passes."""
-    assert actual.dtype == expected.dtype and actual.shape == expected.shape
-    difference = (actual.float() - expected.float()).flatten(1)
-    assert difference.norm() <= tolerance * expected.float().norm()
-    assert (difference.norm(dim=1) <= 3 * tolerance * expected.float().flatten(1).norm(dim=1)).all()
-
-
-def assert_same_cache(actual: LayerCache, expected: LayerCache) -> None:
-    """Bit for bit, NaN where nothing was written."""
-    for part, expected_part in zip(actual, expected, strict=True):
-        torch.testing.assert_close(part.float(), expected_part.float(), rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def check(case: Case, device: str, seed: int = 0) -> None:
@@ -139,8 +43,6 @@ def check(case: Case, device: str, seed: int = 0) -> None:
     tolerance = max(TOLERANCES[case.dtype], TOLERANCES[torch.float16] if case.cache_dtype == FP8 else 0.0)
     assert_close(actual, expected, tolerance)
 
-
-MIXED = ((1, 0), (1, 15), (1, 37), (1, 16), (2, 0), (19, 0), (7, 21), (33, 5))
 
 CASES = [
     Case(MIXED),
@@ -160,10 +62,6 @@ CASES = [
     Case(MIXED, cache_dtype=FP8, key_scale=0.5, value_scale=0.0625, tokens_per_block=32),
     Case(MIXED, cache_dtype=torch.bfloat16),
 ]
-
-REAL_ROWS = ((1, 8191), (1, 0), (1, 1023), (1, 1100), (1, 63), (700, 0), (513, 3000), (2, 4000), (17, 31), (300, 1))
-
-REAL = Case(REAL_ROWS, num_heads=32, num_kv_heads=8, head_dim=128, tokens_per_block=32, dtype=torch.bfloat16)
 
 GPU_CASES = [
     REAL,
@@ -221,52 +119,6 @@ def test_any_number_of_splits(num_splits: int, window: int | None, device: str) 
     assert_close(output, expected, TOLERANCES[torch.float32])
 
 
-TURNED_ROWS = ((1, 70), (1, 0), (1, 33))
-TURNED = [
-    Case(TURNED_ROWS),
-    Case(TURNED_ROWS, num_heads=3, num_kv_heads=1, head_dim=48, dtype=torch.bfloat16),
-    Case(TURNED_ROWS, dtype=torch.bfloat16, cache_dtype=FP8),
-    pytest.param(replace(REAL, rows=((1, 8191), (1, 0), (1, 1023))), marks=pytest.mark.gpu),
-    pytest.param(replace(REAL, rows=((1, 700),) * 70, cache_dtype=FP8), marks=pytest.mark.gpu),
-]
-
-
-@pytest.mark.parametrize("case", TURNED, ids=str)
-@pytest.mark.parametrize("num_splits", [1, 3])
-def test_decode_rows_are_turned_on_the_way(case: Case, num_splits: int, device: str) -> None:
-    step = make_step(case, device)
-    turns = torch.randn(len(case.rows), 1, case.head_dim // 2, generator=torch.Generator().manual_seed(5)).to(device)
-    cos, sin = turns.cos(), turns.sin()
-    angles = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-    query, key = (apply_rope_reference(heads, *angles) for heads in (step.query, step.key))
-    cache, expected_cache = step.cloned_cache(), step.cloned_cache()
-    expected = ReferenceAttention().forward(step.spec, query, key, step.value, expected_cache, step.metadata)
-    output = torch.full_like(expected, torch.nan)
-    decode_attention(
-        step.spec, step.query, step.key, step.value, cache, step.metadata, Result(output), num_splits=num_splits,
-        turning=Turning(*angles),
-    )  # fmt: skip
-    tolerance = max(TOLERANCES[case.dtype], TOLERANCES[torch.float16] if case.cache_dtype == FP8 else 0.0)
-    tolerance = tolerance if device == "cuda" or case.dtype == torch.float32 else 2 * tolerance  # cuts bfloat16 off
-    if case.cache_dtype == FP8:  # a last digit of the key decides between two of its 8-bit numbers
-        tolerance *= 3
-    assert_close(output, expected, tolerance)
-    backend = TritonAttention()
-    assert backend.turns_heads(step.metadata)
-    again = backend.forward(
-        step.spec, step.query, step.key, step.value, step.cloned_cache(), step.metadata, turning=angles
-    )
-    assert_close(again, expected, tolerance)
-    if case.cache_dtype is None and device == "cuda":
-        for part, expected_part in zip(cache, expected_cache, strict=True):
-            torch.testing.assert_close(part.float(), expected_part.float(), rtol=2**-7, atol=1e-5, equal_nan=True)
-
-
-def test_steps_with_prompts_are_turned_before(device: str) -> None:
-    assert not TritonAttention().turns_heads(make_step(Case(((1, 3), (2, 0))), device).metadata)
-    assert not TritonAttention(batch_invariant=True).turns_heads(make_step(Case(((1, 3),)), device).metadata)
-
-
 def reference_with_sinks(step: Step, sinks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention and log-sum-exp by the book, row by row in float64."""
     keys, values = step.cloned_cache()
@@ -303,8 +155,8 @@ def test_sinks_and_log_sum_exp(num_splits: int, device: str) -> None:
         num_splits=num_splits, tiles=DecodeTiles(16, 4, 2, 4),
     )  # fmt: skip
     prefill_attention(
-        step.spec, step.query[2:], step.key[2:], step.value[2:], cache, metadata, Result(output[2:], sums[2:], sinks),
-        rows=slice(2, None), has_history=True, max_query_len=18, tiles=PrefillTiles(16, 16, 4, 2),
+        step.spec, step.query, step.key, step.value, cache, metadata, Result(output, sums, sinks),
+        rows=slice(2, None), has_history=True, tiles=PrefillTiles(16, 16, 4, 2),
     )  # fmt: skip
     assert_close(output, expected, TOLERANCES[torch.float32])
     torch.testing.assert_close(sums, expected_sums, rtol=1e-5, atol=1e-5)
@@ -374,6 +226,36 @@ def test_padding_rows_are_harmless(device: str) -> None:
     assert padded[2].isfinite().all()
 
 
+PARTS = [
+    Case(((1, 20), (1, 5), (7, 40), (18, 0), (33, 0))),
+    Case(((1, 20), (7, 40), (3, 17)), cache_dtype=FP8, key_scale=0.5, value_scale=0.25),
+    Case(((37, 0), (18, 0)), dtype=torch.bfloat16, num_heads=8),
+    Case(((1, 9), (1, 300), (20, 250)), window=24, soft_cap=5.0, head_dim=80),
+    Case(((40, 11),), tokens_per_block=32, cache_dtype=FP8, num_heads=8, head_dim=128),
+]
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("case", PARTS, ids=str)
+def test_rows_told_apart_on_the_device(case: Case, batch_invariant: bool, device: str) -> None:
+    """Each part has room for more rows than it has, the step for more tokens; what pads them changes nothing."""
+    step = make_step(case, device)
+    cache, expected_cache = step.cloned_cache(), step.cloned_cache()
+    expected = ReferenceAttention().forward(step.spec, step.query, step.key, step.value, expected_cache, step.metadata)
+    num_tokens, count = step.query.shape[0], len(case.rows)
+    inputs = inputs_of_prompts(*device_rows(case, step, 3), max_kv_len=512, num_prompts=4)
+    assert inputs.attention.slot_mapping[:num_tokens].equal(step.metadata.slot_mapping)
+    padding = inputs.attention.slot_mapping.shape[0] - num_tokens
+    assert padding and inputs.slots.shape[0] > count
+    padded = [torch.cat([part, part[:1].expand(padding, -1, -1)]) for part in (step.query, step.key, step.value)]
+    backend = TritonAttention(batch_invariant=batch_invariant)
+    output = backend.forward(step.spec, *padded, cache, inputs.attention)
+    tolerance = max(TOLERANCES[case.dtype], TOLERANCES[torch.float16] if case.cache_dtype == FP8 else 0.0)
+    assert_close(output[:num_tokens], expected, tolerance)
+    for part, expected_part in zip(cache, expected_cache, strict=True):  # padding is written to scratch block 0
+        torch.testing.assert_close(part[1:].float(), expected_part[1:].float(), rtol=0, atol=0, equal_nan=True)
+
+
 def test_float8_saturates_and_keeps_nan(device: str) -> None:
     last = math.nan if device == "cuda" else 2.0  # the interpreter makes no NaN of type float8
     key = torch.tensor([1e6, -1e6, last, 1.0], device=device).repeat(4).view(1, 1, 16)
@@ -390,10 +272,44 @@ def test_float8_saturates_and_keeps_nan(device: str) -> None:
 
 @pytest.mark.parametrize(
     ("programs", "max_kv_len", "expected"),
-    [(8, 2048, 32), (8, 100, 2), (8, 1, 1), (64, 8192, 8), (512, 8192, 1), (10**6, 8192, 1), (1, 10**6, 64)],
+    [
+        (8, 2048, 32),
+        (136, 2048, 4),
+        (352, 2048, 2),
+        (8, 100, 2),
+        (8, 1, 1),
+        (64, 8192, 8),
+        (512, 8192, 1),
+        (10**6, 8192, 1),
+        (1, 10**6, 64),
+    ],
 )
 def test_number_of_splits(programs: int, max_kv_len: int, expected: int) -> None:
     assert choose_num_splits(programs, max_kv_len, 132, DecodeTiles(64, 4, 3, 4)) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "max_kv_len", "max_registers", "num_splits"),
+    [
+        (1, 2048, None, 33),
+        (17, 1024, None, 2),  # too short to be worth more parts
+        (17, 4096, None, 4),
+        (64, 4096, None, 1),
+        (99, 4096, None, 1),  # 6 on each of 132 multiprocessors
+        (100, 4096, 128, 1),  # 8 would be waited for as long as 792
+        (132, 4096, 128, 1),
+        (149, 4096, None, 1),
+        (512, 4096, 128, 1),
+    ],
+)
+def test_registers_of_float8_decode_leave_the_fewest_multiprocessors_idle(
+    num_rows: int, max_kv_len: int, max_registers: int | None, num_splits: int
+) -> None:
+    tiles = decode_tiles(128, 1, num_rows * 8, max_kv_len, 132)
+    assert tiles.max_registers == max_registers
+    assert choose_num_splits(num_rows * 8, max_kv_len, 132, tiles) == num_splits
+    assert decode_tiles(128, 2, num_rows * 8, max_kv_len, 132).num_warps == (4 if num_rows > 65 else 2)
+    assert decode_tiles(256, 1, num_rows * 8, max_kv_len, 132).max_registers is None
 
 
 @pytest.mark.gpu

@@ -28,6 +28,7 @@ from tokenmill.errors import (
     ModelNotFoundError,
     UnknownParameterError,
     UnsupportedFeatureError,
+    UserError,
 )
 from tokenmill.runtime.torch_program import TorchProgram
 from tokenmill.runtime.weight_decoding import decode_weight
@@ -258,7 +259,7 @@ def test_progress_and_report(model_dir: Path) -> None:
     report = built.config.report
     assert report["nodes_after_passes"] < report["nodes_captured"]
     assert sum(report["operations"].values()) == len(built.program.operations)
-    assert sum(report["weight_bytes"].values()) == built.weight_nbytes
+    assert sum(report["weight_bytes"].values()) == sum(content.nbytes for content in built.weights.values())
     assert report["arena_bytes"] == built.program.arena_bytes <= report["arena_sum_bytes"]
     assert report["seconds"].keys() == {"resolve", "capture", "passes", "lower", "tune", "pack"}
 
@@ -327,7 +328,7 @@ def test_engines_for_a_cpu_are_packed(model_dir: Path) -> None:
         ({"max_input_len": 4096}, InvalidParameterError, "max_input_len"),
         ({"max_input_len": 64, "max_seq_len": 64}, InvalidParameterError, "max_input_len"),
         ({"max_beam_width": 2}, UnsupportedFeatureError, "max_beam_width"),
-        ({"kv_cache_type": "continuous"}, UnsupportedFeatureError, "kv_cache_type"),
+        ({"kv_cache_type": "disabled"}, UnsupportedFeatureError, "kv_cache_type"),
         ({"kv_cache_type": "linear"}, InvalidParameterError, "kv_cache_type"),
         ({"dtype": "float16"}, InvalidParameterError, "dtype"),
         ({"quantization": "int3"}, InvalidParameterError, "quantization"),
@@ -348,6 +349,52 @@ def test_what_cannot_be_built_is_refused_by_name(
     with pytest.raises(error) as caught:
         build(model_dir, **{**ROWS, **options})
     assert caught.value.field == field  # type: ignore[attr-defined]
+
+
+def test_a_continuous_cache_is_a_paged_one_and_said_so(model_dir: Path, engine: Engine) -> None:
+    built = build(model_dir, **{**ROWS, "kv_cache_type": "continuous"})
+    assert built.program == engine.program
+    assert built.config.report["notices"] == ["kv_cache_type 'continuous' is served by the paged cache"]
+    assert engine.config.report["notices"] == []
+
+
+WRONG: dict[str, tuple[Any, ...]] = {
+    "max_batch_size": (0, -1, "x", 1.5, None, 10**9),
+    "max_num_tokens": (0, "x", 1.5, None, 10**9, 10),
+    "max_input_len": (0, -1, "x", 1.5),
+    "max_seq_len": (0, 1, "x", 1.5),
+    "max_beam_width": (0, 2, "x", None),
+    "dtype": ("float16", "fp32", None),
+    "quantization": ("int3", "fp8", "INT8", None),
+    "kv_cache_type": ("disabled", "linear", None),
+    "kv_cache_dtype": ("float16", "fp8", None),
+    "capture": ("trace", None),
+    "opt_level": (-1, 3, "high", None),
+    "passes": ("merge_qkv", ["merge_qkv", "merge_qkv"], 5, [1]),
+    "disabled_passes": ("merge_qkv", ["merge_qkv", "merge_qkv"], None, [1]),
+    "profiles": ([0], [4, 1], [1, 1], 5, [1.5], None),
+    "strip_weights": ("maybe", 2, None),
+    "debug_outputs": ("lm_head", ["lm_head", "lm_head"], None),
+    "picture": ("maybe", None),
+    "device": ("tpu", "cuda:1", None),
+    "timing_cache": (5,),
+    "num_threads": (0, "x", 10**6),
+    "revision": (5,),
+}
+
+
+def test_every_field_has_wrong_values() -> None:
+    assert set(WRONG) == set(BuildConfig.model_fields)
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in WRONG.items() for value in values])
+def test_a_wrong_value_names_its_field(field: str, value: Any) -> None:
+    with pytest.raises(UserError) as caught:
+        BuildConfig(**{field: value})
+    assert caught.value.field == field
+    assert field in str(caught.value)
+    assert "tuple" not in str(caught.value)  # to callers and configuration files they are lists
+    assert "Value error" not in str(caught.value)
 
 
 def test_a_configuration_and_options_exclude_each_other(model_dir: Path) -> None:

@@ -15,7 +15,9 @@ def test_the_report_agrees_with_transformers_and_the_files(program: Program, tin
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM
 
-    done = program("inspect", str(tiny_model), "--json", "--dtype", "float32", "--kv-cache-tokens", "640")
+    done = program(
+        "inspect", str(tiny_model), "--json", "--dtype", "float32", "--kv-cache-tokens", "640", "--backend", "torch"
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
@@ -53,7 +55,7 @@ def test_the_plan_is_the_engines(program: Program, tiny_model: Path) -> None:
         planned = asdict(llm.description.memory)
     done = program(
         "inspect", str(tiny_model), "--json", "--dtype", "float32", "--max-batch-size", "5", "--max-seq-len", "100",
-        "--kv-cache-tokens", "320",
+        "--kv-cache-tokens", "320", "--backend", "torch",
     )  # fmt: skip
     found = json.loads(done.stdout)["memory"]
     assert {**planned, "free": None} == {**{name: found[name] for name in planned}, "free": None}
@@ -71,8 +73,20 @@ def test_the_tables_say_what_matters(program: Program, base_model: Path) -> None
         "no",
         "KV cache",
         "Total",
+        "engine: the model is compiled",
     ):
         assert text in done.stdout, text
+    done = program("inspect", str(base_model), "--quantization", "int8")
+    assert "Memory on cpu in int8_group32" in done.stdout
+    assert "as the program reads them; what is not quantized is float32" in _unwrapped(done.stdout)
+    done = program("inspect", str(base_model), "--quantization", "fp8")
+    assert "torch, not engine: quantization='fp8' is of the torch backend" in _unwrapped(done.stdout)
+    assert "Attention backend" in done.stdout
+
+
+def _unwrapped(table: str) -> str:
+    """The words of a table's cells, however its lines are broken."""
+    return " ".join(table.replace("│", " ").split())
 
 
 def test_a_model_that_does_not_fit_is_still_described(program: Program, tiny_model: Path) -> None:
@@ -103,7 +117,7 @@ def test_kernels_are_listed_without_a_gpu(tiny_model: Path, program: Program) ->
     done = program("inspect", str(tiny_model), "--kernels")
     assert done.returncode == 0
     assert "Linear layers on an NVIDIA GPU" in done.stdout
-    assert "gate_up_proj (2)" in done.stdout and "matvec" in done.stdout and "cuBLAS" in done.stdout
+    assert "2 gate_up_proj" in done.stdout and "matvec" in done.stdout and "cuBLAS" in done.stdout
     kernels = json.loads(program("inspect", str(tiny_model), "--json", "--quantization", "fp8").stdout)[
         "linear_kernels"
     ]

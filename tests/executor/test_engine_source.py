@@ -13,6 +13,7 @@ from tokenmill.builder import build as builder
 from tokenmill.config import LlmArgs
 from tokenmill.executor import engine_source
 from tokenmill.executor.engine_source import EngineTarget, open_engine
+from tokenmill.program.engine_writing import new_folder
 
 pytestmark = pytest.mark.spec("D1")
 
@@ -105,6 +106,14 @@ def test_the_engine_used_longest_ago_makes_room(
     open_engine(arguments(model_dir), TARGET)
     assert len(builds) == 3, "the engine that was used again is still there"
     assert len(engines(tmp_path)) == 2
+
+
+def test_what_a_killed_build_left_is_removed_and_what_another_one_writes_stays(tmp_path: Path) -> None:
+    left = tmp_path / "cache" / "engines" / f".old.{'0' * 32}"
+    (left / "rank0").mkdir(parents=True)
+    with new_folder(tmp_path / "cache" / "engines" / "other") as written:
+        engine_source._make_room(left.parent, 0)
+        assert engines(tmp_path) == [written]
 
 
 def test_without_a_cache_folder_engines_are_built(

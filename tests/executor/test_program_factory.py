@@ -147,6 +147,34 @@ def test_what_a_backend_cannot_do_is_refused(model_dir: Path, changes: dict[str,
     assert caught.value.field == field
 
 
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"backend": "torch"}, "cannot run on the torch backend"),
+        ({"backend": "pytorch"}, "cannot run on the torch backend"),
+        ({"load_format": "dummy"}, "its own weights"),
+        ({"attn_backend": "reference"}, "attention kernels of their own"),
+        ({"quantization": "int8"}, "are not quantized, and 'int8' is asked for"),
+        ({"dtype": "bfloat16"}, "is float32, and 'bfloat16' is asked for"),
+    ],
+)
+@pytest.mark.spec("A1")
+def test_a_built_engine_is_not_run_as_another_one(engine_dir: Path, changes: dict[str, Any], complaint: str) -> None:
+    with pytest.raises((UnsupportedFeatureError, InvalidParameterError), match=complaint) as caught:
+        make_llm(engine_dir, **changes)
+    assert caught.value.field == next(iter(changes))
+
+
+def test_what_a_built_engine_is_may_be_said(engine_dir: Path, model_dir: Path, tmp_path: Path) -> None:
+    with make_llm(engine_dir, backend="engine", dtype="float32"):
+        pass
+    built = build(model_dir, device="cpu", quantization="int8", max_seq_len=512, capture="dispatch", opt_level=1)
+    with make_llm(built.save(tmp_path / "engine"), quantization="int8", max_num_tokens=64):
+        pass
+    with pytest.raises(InvalidParameterError, match="are int8_group32, and 'q4_0' is asked for"):
+        make_llm(tmp_path / "engine", quantization="q4_0")
+
+
 def test_quantizing_changes_the_logits_a_little(model_dir: Path, torch_llm: LLM) -> None:
     params = SamplingParams(max_tokens=1, logprobs=0)
     exact: Any = torch_llm.generate(PROMPTS, params, use_tqdm=False)

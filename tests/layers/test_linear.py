@@ -61,7 +61,7 @@ def test_qkv(num_heads: int, num_kv_heads: int, size: int) -> None:
     for rank in range(size):
         layer = QKVLinear(10, num_heads, num_kv_heads, 4, bias=True, context=context(rank, size))
         fill(layer, tensors)
-        query, key, value = layer.split_heads(layer(x))
+        query, key, value = layer(x).split([layer.num_heads, layer.num_kv_heads, layer.num_kv_heads], dim=1)
         first = rank * num_heads // size
         torch.testing.assert_close(query, whole["q"][:, first : first + num_heads // size])
         # Each query head of the rank finds its own key/value head at its place in the rank's group.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -95,6 +96,18 @@ def test_whole_prefill(models: tuple[Any, Any]) -> None:
     token_ids = random_tokens(50)
     actual = all_logits(model, sequences_for(model), [("a", token_ids)])
     assert relative_error(actual, hf_logits(hf_model, token_ids)) < TOLERANCE
+
+
+def test_hidden_states_of_some_tokens_alone(models: tuple[Any, Any]) -> None:
+    """The last layer leaves the others out; what the wanted ones attend to is complete."""
+    _, model = models
+    rows = [("a", random_tokens(1)), ("b", random_tokens(17, seed=1)), ("c", random_tokens(9, seed=2))]
+    wanted = torch.tensor([26, 0, 17, 3, 3])
+    with torch.no_grad():
+        expected = model(sequences_for(model).batch(rows))[wanted]
+        actual = model(replace(sequences_for(model).batch(rows), wanted=wanted))
+    assert actual.shape == expected.shape
+    assert relative_error(actual, expected) < TOLERANCE
 
 
 def test_chunked_prefill_then_decode(models: tuple[Any, Any]) -> None:

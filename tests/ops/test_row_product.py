@@ -55,6 +55,7 @@ def exact(
     return product if bias is None else product + bias.double()
 
 
+@pytest.mark.spec("E2")
 @pytest.mark.parametrize("weight_dtype", [BF16, torch.float16, torch.float8_e4m3fn])
 @pytest.mark.parametrize("shape", [*SHAPES, *REAL_SHAPES])
 @pytest.mark.parametrize("has_residual", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 from pathlib import Path
@@ -93,3 +94,28 @@ def test_what_is_no_cache_is_refused_by_name(tmp_path: Path, content: str) -> No
 def test_entries_are_sorted(tmp_path: Path) -> None:
     both: dict[str, Any] = json.loads(cache(b=2.0, a=1.0).encode())
     assert list(both["times"]["here"]["k"]) == ["a", "b"]
+
+
+def test_a_full_disk_leaves_the_old_cache_and_no_other_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "timing.cache"
+    first, second = TimingCache(), TimingCache()
+    first.add("machine", "key", {"a": 1.0})
+    second.add("machine", "other", {"a": 2.0})
+    first.save_into(path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+
+    def write_bytes(partial: Path, content: bytes) -> int:
+        with partial.open("wb") as file:
+            file.write(content[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    with pytest.raises(EngineFileError, match="cannot be written: No space left on device"):
+        second.save_into(path)
+    assert TimingCache.load(path).times == first.times
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_directory_is_no_timing_cache(tmp_path: Path) -> None:
+    with pytest.raises(EngineFileError, match=r"Is a directory\. Name another file"):
+        TimingCache.load(tmp_path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from tokenmill.config import KvCacheConfig
 from tokenmill.errors import OutOfMemoryError
 from tokenmill.kv_cache.tensors import allocate_caches
 from tokenmill.models import ModelConfig
-from tokenmill.runtime.memory_planner import MemoryRequest, plan_memory
+from tokenmill.runtime.memory_planner import MeasuredMemory, MemoryRequest, plan_memory
 
 pytestmark = pytest.mark.spec("C3")
 GIB = 2**30
@@ -50,6 +52,23 @@ def test_llama_8b_on_an_80_gib_gpu() -> None:
     assert plan.kv_bytes_per_token == 131072
     assert 0.85 * 79 * GIB < plan.total <= 79 * GIB
     assert plan.cache_tokens > 400_000
+
+
+def test_graphs_are_planned_for_with_the_largest_step_that_is_captured() -> None:
+    """They hold the tensors of one step in memory of their own, whatever the size of steps that are not captured."""
+    plans = [
+        plan_memory(llama_8b(), request(max_num_tokens=num_tokens), KvCacheConfig(), 79 * GIB)
+        for num_tokens in (1024, 8192, 65536)
+    ]
+    gate_up = 8192 * 2 * 14336 * 2
+    assert plans[0].graphs < gate_up < plans[1].graphs == plans[2].graphs
+    assert all(plan.total <= 79 * GIB for plan in plans)
+    assert plan_memory(llama_8b(), request(is_cpu=True), KvCacheConfig(), 79 * GIB).graphs == 0
+    measured = MeasuredMemory(weights=16 * GIB, activations=GIB, graphs=3 * GIB)
+    plan = plan_memory(llama_8b(), request(), KvCacheConfig(), 79 * GIB, measured)
+    assert plan.graphs == 3 * GIB
+    without = plan_memory(llama_8b(), request(), KvCacheConfig(), 79 * GIB, replace(measured, graphs=0))
+    assert 2.5 * GIB < without.kv_cache - plan.kv_cache <= 3 * GIB, "the cache gives way to them"
 
 
 def test_a_cpu_keeps_most_memory_for_others_and_no_more_than_can_be_used() -> None:

@@ -18,11 +18,14 @@ from tokenmill.runtime.session import Session
 pytestmark = pytest.mark.spec("C1", "D5")
 
 DEBUG = "model.layers.1.mlp.down_proj"
+HEAD = "lm_head"
+"""Its result is the program's output."""
 
 
 @pytest.fixture(scope="module")
 def engine(model_dir: Path) -> Any:
-    return build(model_dir, device="cpu", capture="dispatch", max_seq_len=256, max_batch_size=4, debug_outputs=(DEBUG,))
+    sizes = {"max_seq_len": 256, "max_batch_size": 4}
+    return build(model_dir, device="cpu", capture="dispatch", debug_outputs=(DEBUG, HEAD), **sizes)
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["kernels", "torch"])
@@ -78,7 +81,8 @@ def test_debug_outputs_are_what_the_layer_gives(session: Session, model_dir: Pat
         model(torch.tensor([tokens]))
     output = seen["out"][0] if isinstance(seen["out"], tuple) else seen["out"]
     found = session.run(step(tokens, 9, [1], list(range(9))))
-    assert set(found) == {"logits", DEBUG}
+    assert set(found) == {"logits", DEBUG, HEAD}
+    np.testing.assert_allclose(found[HEAD], found["logits"], atol=1e-5)
     np.testing.assert_allclose(
         found[DEBUG], output.reshape(-1, output.shape[-1]).numpy()[-len(found[DEBUG]) :], atol=2e-4
     )

@@ -87,6 +87,41 @@ def test_decode_inputs_from_device_tensors_are_those_of_rows_with_padding_beside
     assert inputs.attention.kv_len_bound == 16
 
 
+def test_rows_of_a_large_step_are_told_apart_on_the_device() -> None:
+    """One row of one token, one that goes on, two that begin; padding rows have no tokens."""
+    state = SlotState(max_slots=4, max_seq_len=32, tokens_per_block=BLOCK, device=CPU)
+    lens, starts, blocks = [1, 4, 5, 2], [6, 3, 0, 0], [[3, 4], [5, 6], [7, 8], [9]]
+    state.assign([new_slot(slot, list(range(10)), table) for slot, table in enumerate(blocks)])
+    rows = torch.tensor([[0, 1, 2, 3, 4, 4], [*starts, 0, 0], [*lens, 0, 0], [4] * 6, [0, 1, 2, 2, 3, 3]])
+    inputs = inputs_of_prompts(rows, 16, state, max_kv_len=32, num_prompts=3)
+    parts = inputs.attention.parts
+    assert parts is not None
+    assert parts.decode.num_decode_rows == 6
+    assert parts.decode.kv_lens.tolist() == [7, 0, 0, 0, 0, 0]
+    assert parts.decode.slot_mapping.tolist() == inputs.attention.slot_mapping[:6].tolist()
+    assert parts.decode.block_tables[0, :2].tolist() == blocks[0]
+    history, new = parts.with_history, parts.without_history
+    assert history.query_start.tolist() == [1, 5, 5, 5]
+    assert history.kv_lens[:1].tolist() == [7] and history.block_tables[0, :2].tolist() == blocks[1]
+    assert new.query_start.tolist() == [5, 10, 12, 12]
+    assert new.kv_lens[:2].tolist() == [5, 2] and new.block_tables[:2, 0].tolist() == [7, 9]
+    assert history.query_lens == new.query_lens == (16, 16, 16)
+
+
+def test_a_large_step_may_have_one_kind_of_rows_and_no_padding() -> None:
+    state = SlotState(max_slots=2, max_seq_len=32, tokens_per_block=BLOCK, device=CPU)
+    state.assign([new_slot(0, list(range(8)), [3, 4]), new_slot(1, list(range(8)), [5, 6])])
+    for kind in (1, 2):
+        rows = torch.tensor([[0, 1], [0, 0], [8, 8], [0, 1], [kind, kind]])
+        parts = inputs_of_prompts(rows, 16, state, max_kv_len=32, num_prompts=2).attention.parts
+        assert parts is not None and parts.decode.kv_lens.tolist() == [0, 0]
+        used, unused = parts.with_history, parts.without_history
+        if kind == 2:
+            used, unused = unused, used
+        assert used.query_start.tolist() == [0, 8, 16]
+        assert unused.query_start.diff().tolist() == [0, 0]
+
+
 def test_prompt_inputs_from_device_tensors_are_those_of_rows_with_padding_behind_them() -> None:
     state = SlotState(max_slots=3, max_seq_len=32, tokens_per_block=BLOCK, device=CPU)
     state.assign([new_slot(0, [1, 2, 3, 4, 5], [7, 8]), new_slot(2, [6] * 9, [3, 4, 5])])

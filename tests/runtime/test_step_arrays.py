@@ -22,6 +22,9 @@ def filled(rows: list[Row], max_repeats: int) -> dict[str, object]:
     arrays = StepArrays(max_num_tokens=64, max_batch_size=4, max_num_rows=4, max_seq_len=LENGTH, tokens_per_block=BLOCK)
     arrays.fill(rows, tokens, tables, end_ids, max_repeats=max_repeats)
     assert arrays.token_ids[: len(rows)].tolist() == [tokens[row.slot, row.start] for row in rows]
+    needed = [-(-(row.start + max_repeats) // BLOCK) for row in rows]  # what stands behind them is nobody's
+    for table, num_blocks in zip(arrays.block_tables, needed, strict=False):
+        table[num_blocks:] = 0
     return {
         name: value.tolist() if isinstance(value, np.ndarray) else value
         for name, value in vars(arrays).items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import httpx
@@ -11,6 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.server.conftest import make_llm
 from tests.server.live_server import LiveServer, live_server
+from tests.support.documents import table_rows
+from tests.support.source_tree import ROOT
 from tokenmill import __version__
 
 
@@ -22,6 +25,14 @@ def scrape(server: LiveServer) -> dict[tuple[str, str], float]:
             labels = {name: value for name, value in sample.labels.items() if name != "model_name"}
             samples[sample.name, ",".join(labels.values())] = sample.value
     return samples
+
+
+def test_the_page_for_operators_names_every_metric(server: LiveServer) -> None:
+    types = re.findall(r"^# TYPE tokenmill:(\w+) ", httpx.get(f"{server.url}/metrics").text, re.MULTILINE)
+    exported = {name for name in types if not name.endswith("_created")}
+    page = (ROOT / "docs/operating.md").read_text(encoding="utf-8").partition("## Metrics")[2].partition("\n## ")[0]
+    rows = [row[0] for row in table_rows(page, 2)]
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == exported
 
 
 @pytest.mark.spec("G3")

@@ -21,7 +21,12 @@ VOCAB_SIZE = 320
 
 
 def write_tiny_model(
-    folder: Path, *, chat_template: bool = True, max_positions: int = 4096, weight_scale: float = 0.3
+    folder: Path,
+    *,
+    chat_template: bool = True,
+    max_positions: int = 4096,
+    weight_scale: float = 0.3,
+    head_dim: int = 8,
 ) -> Path:
     """Write config, weights (always the same) and tokenizer into `folder`, which is made.
 
@@ -39,6 +44,7 @@ def write_tiny_model(
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=head_dim,
         max_position_embeddings=max_positions,
         initializer_range=weight_scale,
         tie_word_embeddings=False,

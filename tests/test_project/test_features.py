@@ -44,6 +44,19 @@ def test_what_works_is_proven_by_marked_tests() -> None:
     assert not wrong, "\n".join(["", *wrong])
 
 
+def test_public_names_exist() -> None:
+    """Of rows that have something: the last word of each name stands in the sources, or it is a file."""
+    sources = "\n".join(path.read_text("utf-8") for path in (ROOT / "tokenmill").rglob("*.py"))
+    words = set(re.findall(r"\w+", sources)) | {path.stem for path in (ROOT / "tokenmill").rglob("*.py")}
+    wrong = []
+    for row, _what, state, names, *_ in table_rows((ROOT / "docs/features.md").read_text("utf-8"), 6):
+        for name in re.findall(r"`([^`]+)`", names):
+            last = re.findall(r"\w+", name.partition("(")[0])[-1]
+            if state != "not yet" and last not in words and not (ROOT / name).is_file():
+                wrong.append(f"{row} names {name}")
+    assert not wrong, "\n".join(["", *wrong])
+
+
 def test_every_marked_test_is_named() -> None:
     rows = feature_rows()
     forgotten = []

@@ -17,12 +17,10 @@ PUBLIC = ("builder", "executor", "inspection", "llm", "llmapi", "telemetry", "to
 # both sides of an arrow: `kv_cache` as a target does not allow `kv_cache.tensors`.
 ALLOWED: dict[str, tuple[str, ...]] = {
     # the public API and what uses it
-    "": ("builder", "executor", "inspection", "llm", "llmapi"),
-    "linear_kernels": ("models", "ops.linear_plan", "step_costs"),  # which kernel multiplies, before there is a GPU
-    "step_costs": ("models", "program"),  # what a model's parts move and compute; no torch
+    "": ("builder", "executor", "inspection", "llm", "llmapi", "runtime"),  # runtime: Session
     "cli": (*PUBLIC, "bench", "program", "server", ""),
     "server": (*PUBLIC, ""),
-    "bench": (*PUBLIC, "models", "program", "step_costs", ""),
+    "bench": (*PUBLIC, "models", "models.step_costs", "program", ""),
     "__main__": ("cli",),
     "llmapi": ("llm",),
     "llm": (
@@ -38,9 +36,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "inspection": (
         "attention",
         "attention.base",
+        "builder",  # the program of the engine that a start would build
         "checkpoints",
-        "linear_kernels",
+        "executor.backend_choice",
+        "executor.engine_source",
+        "executor.program_factory",
         "models",
+        "models.linear_kernels",
         "ops.platform",
         "runtime",
         "tokenization",
@@ -50,6 +52,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "executor": (
         "checkpoints",
         "engine",
+        "engine.interruption",
         "engine.request",
         "executor.description",
         "executor.engine_factory",
@@ -95,13 +98,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "executor.engine_reading": ("ops", "program"),  # before torch is there
     "executor.scheduling": ("engine", "engine.plan", "executor.description", "kv_cache"),
     "tokenization": ("checkpoints",),
-    "engine": ("engine.plan", "engine.request", "kv_cache"),
+    "engine": ("engine.interruption", "engine.plan", "engine.request", "kv_cache"),
     "kv_cache": (),
     # tensors
     "runtime": (
         "attention",
         "attention.base",
         "checkpoints",
+        "engine.interruption",
         "engine.plan",
         "kv_cache",
         "kv_cache.tensors",
@@ -114,7 +118,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "quantization",
         "sampling",
     ),
-    "engine.plan": (),  # what crosses the Runner seam
+    "engine.plan": ("engine.interruption",),  # what crosses the Runner seam
+    "engine.interruption": (),  # a word that native code reads
     "builder": ("attention.base", "checkpoints", "layers", "models", "ops", "ops.platform", "program", "quantization"),
     "program": (),  # what crosses from the builder to the executors of programs
     "program.reference": ("attention", "attention.base", "ops", "program"),  # what each operation means
@@ -122,6 +127,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "kv_cache.tensors": ("attention.base", "ops"),
     "sampling": ("ops", "engine.plan"),
     "models": ("layers", "attention.base", "parallel", "quantization"),
+    "models.step_costs": ("models", "program"),  # what a model's parts move and compute; no torch
+    "models.linear_kernels": ("models", "models.step_costs", "ops.linear_plan"),  # before there is a GPU; no torch
     "layers": ("ops", "attention.base", "quantization", "parallel"),
     "attention": ("ops", "ops.platform", "attention.base"),
     "attention.base": (),

@@ -52,6 +52,7 @@ class AttentionMetadata:
         query_lens: the rows' token counts, on the host.
         kv_lens_host: `kv_lens` on the host; may be empty where `max_kv_len` is given and the backend needs no more.
         max_kv_len: upper bound of `kv_lens`; None: their maximum.
+        parts: the same rows, told apart on the device; a backend that knows it needs no more. None: the host knows.
 
     A CUDA graph captured from a step holds all that the host knew then (shapes, `num_decode_rows`, `query_lens`,
     `max_kv_len`) and reads the tensors anew: with decode rows only it can be replayed for any lengths up to
@@ -66,11 +67,31 @@ class AttentionMetadata:
     query_lens: tuple[int, ...]
     kv_lens_host: tuple[int, ...]
     max_kv_len: int | None = None
+    parts: RowParts | None = None
 
     @property
     def kv_len_bound(self) -> int:
         """No row has more cached tokens."""
         return max(self.kv_lens_host) if self.max_kv_len is None else self.max_kv_len
+
+
+@dataclass(frozen=True, slots=True)
+class RowParts:
+    """The rows of a step by what takes them, each part with as many rows as it has at most: for CUDA graphs.
+
+    Which rows of the step a part has is known on the device alone; `query_start` counts all tokens of the step. Rows
+    that pad a part have no tokens.
+
+    Args:
+        decode: rows of one token, the step's first; row r is token r. A row that pads has length 0, and its token is
+            another row's: that must have written the same key and value to its slot, and its result later.
+        with_history: rows of several tokens, of which any may have cached tokens from before.
+        without_history: rows of several tokens that have none; the step's last.
+    """
+
+    decode: AttentionMetadata
+    with_history: AttentionMetadata
+    without_history: AttentionMetadata
 
 
 class AttentionBackend(Protocol):

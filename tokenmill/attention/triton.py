@@ -1,8 +1,8 @@
 """`triton`: attention over the paged cache on NVIDIA GPUs. `select.py` makes it; layers call it.
 
 Rows of one token go to the decode kernel, which also writes their keys and values; the rest are written by one launch
-and attended to by another. A step of decode rows alone depends on the host only through shapes and `max_kv_len`: it can
-be captured in a CUDA graph and replayed with other lengths, blocks and slots.
+and attended to by one or two others. A step of decode rows alone, or one with `RowParts`, depends on the host only
+through shapes and `max_kv_len`: it can be captured in a CUDA graph and replayed with other lengths, blocks and slots.
 """
 
 from __future__ import annotations
@@ -61,30 +61,32 @@ class TritonAttention:
         if self.batch_invariant:
             invariant_attention(spec, query, key, value, cache, metadata, Result(output, None, sinks))
             return output
-        num_decode = metadata.num_decode_rows
-        if num_decode:
-            rows = slice(num_decode)
-            angles = None if turning is None else Turning(*turning)
-            result = Result(output[rows], None, sinks)
-            self._decode(spec, query[rows], key[rows], value[rows], angles, cache, metadata, result)
-        if len(metadata.query_lens) > num_decode:
-            assert turning is None, "prompts are turned before"
-            rest = slice(num_decode, None)
-            keys, values = write_kv_triton(spec, key[rest], value[rest], cache, metadata.slot_mapping[rest])
-            self._prefill(spec, query[rest], keys, values, cache, metadata, Result(output[rest], None, sinks))
+        angles = None if turning is None else Turning(*turning)
+        result = Result(output, None, sinks)
+        has_prompts = len(metadata.query_lens) > metadata.num_decode_rows
+        if has_prompts:
+            keys, values = write_kv_triton(spec, key, value, cache, metadata.slot_mapping, angles)
+        decode = metadata if metadata.parts is None else metadata.parts.decode
+        if decode.num_decode_rows:
+            rows = slice(decode.num_decode_rows)
+            of_rows = Result(output[rows], None, sinks)
+            self._decode(spec, query[rows], key[rows], value[rows], angles, cache, decode, of_rows)
+        if has_prompts:  # behind the decode rows: some that pad them have written to prompts' results
+            self._prefill(spec, query, angles, keys, values, cache, metadata, result)
         return output
 
     def turns_heads(self, metadata: AttentionMetadata) -> bool:
-        """Steps of decode rows alone: turning costs their kernel less than a launch of its own.
+        """All but invariant rows: each query and each key is loaded once, so turning it there saves a pass of its own.
 
-        A last bit may differ from `ops.rope`, which turns the rows of other steps; invariant rows are left to that.
+        A last bit may differ from `ops.rope`.
         """
-        return not self.batch_invariant and metadata.num_decode_rows == len(metadata.query_lens)
+        return not self.batch_invariant
 
     def _prefill(
         self,
         spec: AttentionSpec,
         query: torch.Tensor,
+        turning: Turning | None,
         key: torch.Tensor,
         value: torch.Tensor,
         cache: LayerCache,
@@ -93,24 +95,15 @@ class TritonAttention:
     ) -> None:
         """Rows with history and rows without it in a launch each, as far as those without stand at the end."""
         first, num_rows = metadata.num_decode_rows, len(metadata.query_lens)
-        first_new = first_row_without_history(metadata)
-        num_tokens = sum(metadata.query_lens[first:first_new]) if first_new < num_rows else query.shape[0]
-        for rows, tokens, has_history in (
-            (slice(first, first_new), slice(0, num_tokens), True),
-            (slice(first_new, num_rows), slice(num_tokens, None), False),
-        ):
-            if rows.start < rows.stop:
+        if metadata.parts is None:
+            first_new = first_row_without_history(metadata)
+            groups = ((metadata, slice(first, first_new)), (metadata, slice(first_new, num_rows)))
+        else:
+            groups = ((metadata.parts.with_history, slice(None)), (metadata.parts.without_history, slice(None)))
+        for (group, rows), has_history in zip(groups, (True, False), strict=True):
+            if group.query_lens[rows]:
                 prefill_attention(
-                    spec,
-                    query[tokens],
-                    key[tokens],
-                    value[tokens],
-                    cache,
-                    metadata,
-                    result._replace(output=result.output[tokens]),
-                    rows=rows,
-                    has_history=has_history,
-                    max_query_len=max(metadata.query_lens[rows]),
+                    spec, query, key, value, cache, group, result, rows=rows, has_history=has_history, turning=turning
                 )
 
     def _decode(
@@ -127,9 +120,9 @@ class TritonAttention:
         max_kv_len = metadata.kv_len_bound
         if spec.sliding_window is not None:
             max_kv_len = min(max_kv_len, spec.sliding_window)
-        tiles = decode_tiles(spec.head_dim, cache[0].element_size())
-        num_programs = query.shape[0] * spec.num_kv_heads
-        num_splits = choose_num_splits(num_programs, max_kv_len, num_multiprocessors(query.device), tiles)
+        size = query.shape[0] * spec.num_kv_heads, max_kv_len, num_multiprocessors(query.device)
+        tiles = decode_tiles(spec.head_dim, cache[0].element_size(), *size)
+        num_splits = choose_num_splits(*size, tiles)
         decode_attention(
             spec, query, key, value, cache, metadata, result, num_splits=num_splits, tiles=tiles, turning=turning
         )

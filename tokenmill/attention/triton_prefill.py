@@ -21,6 +21,7 @@ from tokenmill.attention.triton_common import (
     Result,
     Scoring,
     StridedHeads,
+    Turning,
     cache_slots,
     load_blocks,
     load_tile,
@@ -54,9 +55,7 @@ class PrefillTiles(NamedTuple):
     max_registers: int | None = None
 
 
-def prefill_tiles(
-    head_dim: int, rows_needed: int, operand_itemsize: int, cache_itemsize: int, has_history: bool
-) -> PrefillTiles:
+def prefill_tiles(head_dim: int, rows_needed: int, operand_itemsize: int, has_history: bool) -> PrefillTiles:
     """Tiles, found on an H100 with `benchmarks.gpu.attention --tune`.
 
     Without history all tiles are fetched by the bulk copy engine, which leaves registers enough for two programs of 8
@@ -65,7 +64,7 @@ def prefill_tiles(
     Args:
         head_dim: D.
         rows_needed: queries times heads of a key/value head of the longest row.
-        operand_itemsize, cache_itemsize: bytes of a number that is multiplied and of one in the cache.
+        operand_itemsize: bytes of a number that is multiplied.
         has_history: whether rows may have cached tokens.
     """
     if operand_itemsize == 4:  # no matrix units: larger tiles only spill
@@ -74,8 +73,6 @@ def prefill_tiles(
         return PrefillTiles(64, 64 if head_dim <= 128 else 32, 4, 3)
     if head_dim > 128:
         return PrefillTiles(128, 64, 8, 2)
-    if has_history and cache_itemsize == 1:
-        return PrefillTiles(64, 64, 4, 3)
     if has_history or head_dim != triton.next_power_of_2(head_dim):
         return PrefillTiles(128, 64, 8, 3)
     if rows_needed <= 512:
@@ -218,12 +215,76 @@ def _attend_step(
     return values, maximum, total
 
 
+@triton.jit
+def _store_turned(
+    heads: StridedHeads,
+    turning: Turning,
+    rows: tl.tensor,  # [block_m] offset of each query
+    tokens: tl.tensor,  # [block_m]
+    is_query: tl.tensor,  # [block_m]
+    places: tl.tensor,  # [block_m] pointers
+    head_dim: tl.constexpr,
+    block_d: tl.constexpr,
+) -> None:
+    """Turn queries, round them as between two ops and store them at their places."""
+    half: tl.constexpr = head_dim // 2
+    pairs = tl.arange(0, block_d // 2)[None, :]
+    is_pair = is_query[:, None] & (pairs < half)
+    first = heads.data + rows[:, None] + pairs
+    x1 = tl.load(first, mask=is_pair, other=0.0).to(tl.float32)
+    x2 = tl.load(first + half, mask=is_pair, other=0.0).to(tl.float32)
+    angles = tokens[:, None] * head_dim + pairs
+    cosines = tl.load(turning.cos + angles, mask=is_pair, other=0.0)
+    sines = tl.load(turning.signed_sin + half + angles, mask=is_pair, other=0.0)
+    rounded: tl.constexpr = heads.data.dtype.element_ty  # type: ignore[attr-defined]
+    tl.store(places[:, None] + pairs, (x1 * cosines - x2 * sines).to(rounded), mask=is_pair)
+    tl.store(places[:, None] + half + pairs, (x2 * cosines + x1 * sines).to(rounded), mask=is_pair)
+
+
+@triton.jit
+def _load_queries(
+    heads: StridedHeads,
+    turning: Turning | None,
+    rows: tl.tensor,  # [block_m] offset of each query
+    tokens: tl.tensor,  # [block_m]
+    is_query: tl.tensor,  # [block_m]
+    output: tl.tensor,  # pointer
+    output_rows: tl.tensor,  # [block_m] offset of each query's result
+    operands: tl.constexpr,
+    head_dim: tl.constexpr,
+    block_d: tl.constexpr,
+) -> tl.tensor:
+    """[block_m, block_d] queries as operands of products; zero where not `is_query`.
+
+    What has just been loaded the compiler gives to the products in shared memory. What comes from arithmetic it holds
+    in registers, and two programs on a multiprocessor have none to spare. So queries that are turned or converted pass
+    through the place of this program's results, which nobody reads before they are there.
+    """
+    fits: tl.constexpr = output.dtype.element_ty.primitive_bitwidth == operands.primitive_bitwidth
+    place_type: tl.constexpr = operands if fits else output.dtype.element_ty
+    place = output.to(tl.pointer_type(place_type), bitcast=True)
+    if turning is not None:
+        _store_turned(heads, turning, rows, tokens, is_query, place + output_rows, head_dim, block_d)
+        tl.debug_barrier()
+        tile = load_tile(place, output_rows, is_query, head_dim, block_d, True)
+    else:
+        tile = load_tile(heads.data, rows, is_query, head_dim, block_d, True)
+        if fits and tile.dtype != operands:
+            dims = tl.arange(0, block_d)
+            is_element = is_query[:, None] & (dims < head_dim)[None, :]
+            tl.store(place + output_rows[:, None] + dims[None, :], tile.to(operands), mask=is_element)
+            tl.debug_barrier()
+            tile = load_tile(place, output_rows, is_query, head_dim, block_d, True)
+    return tile.to(operands)
+
+
 @triton.jit(
     do_not_specialize=["table_stride", "num_rows", "num_tiles"],
     do_not_specialize_on_alignment=["query_start", "kv_lens", "block_tables"],
 )
 def _prefill_kernel(
     query: StridedHeads,
+    turning: Turning | None,
     key: StridedHeads,
     value: StridedHeads,
     key_descriptor: tl.tensor_descriptor | None,
@@ -262,9 +323,13 @@ def _prefill_kernel(
         lanes = tl.arange(0, block_m)
         indices, heads = first + lanes // group, kv_head * group + lanes % group
         is_query = (lanes < queries_per_tile * group) & (indices < query_len)
-        token = (row_start - step_start).to(tl.int64)
+        token = row_start.to(tl.int64)
+        places = (token + indices) * (num_kv_heads * group) + heads
         rows = (token + indices) * query.token_stride + heads * query.head_stride
-        q = load_tile(query.data, rows, is_query, head_dim, block_d, True).to(operands)
+        q = _load_queries(
+            query, turning, rows, token + indices, is_query, result.output, places * head_dim, operands, head_dim,
+            block_d,
+        )  # fmt: skip
         history = tl.load(kv_lens + row) - query_len
         table = block_tables + row.to(tl.int64) * table_stride
         values, maximum, total = _attend(
@@ -272,7 +337,6 @@ def _prefill_kernel(
             value, key_descriptor, value_descriptor, token, score.factor, num_kv_heads, head_dim, tokens_per_block,
             window, cap, has_history, block_m, block_n, block_d,
         )  # fmt: skip
-        places = (token + indices) * (num_kv_heads * group) + heads
         store_result(values, maximum, total, places, heads, is_query, result, score.value_scale, head_dim, block_d)
 
 
@@ -362,40 +426,35 @@ def prefill_attention(
     *,
     rows: slice,
     has_history: bool,
-    max_query_len: int,
     tiles: PrefillTiles | None = None,
+    turning: Turning | None = None,
 ) -> None:
     """Attend causally over history and this step's tokens of some neighbouring rows. Writes no cache.
 
     Args:
-        query: [T, H, D], tokens of these rows only, any strides but 1 along D.
+        query: [T, H, D], all tokens of the step, any strides but 1 along D.
         key, value: [T, G, D], likewise; as a later step will read them but for the scales (see `write_kv_triton`).
         cache: two tensors [N, B, G, D] with the rows' history.
-        metadata: its `query_start`, `kv_lens`, `block_tables` are read.
+        metadata: its `query_start`, `kv_lens`, `block_tables` are read; of `query_lens` upper bounds will do.
         rows: which rows of the step.
         has_history: whether any of them may have cached tokens from before.
-        max_query_len: of these rows; chooses the tiles, so an upper bound will do.
         tiles: for tuning.
+        turning: queries are turned by these angles first; None: they are as they should be. Keys always are.
     """
-    num_tokens, num_heads, head_dim = query.shape
-    block_tables, num_rows = metadata.block_tables[rows], len(metadata.query_lens[rows])
+    _, num_heads, head_dim = query.shape
+    query_lens, block_tables = metadata.query_lens[rows], metadata.block_tables[rows]
+    num_rows, num_tokens = len(query_lens), min(sum(query_lens), query.shape[0])
     group = num_heads // spec.num_kv_heads
     operands = operand_type(query.dtype, cache[0].dtype)
-    tiles = tiles or prefill_tiles(head_dim, max_query_len * group, operands.itemsize, cache[0].itemsize, has_history)
+    tiles = tiles or prefill_tiles(head_dim, max(query_lens) * group, operands.itemsize, has_history)
     block_m = max(tiles.block_m, triton.next_power_of_2(group))
     num_tiles = num_tokens // (block_m // group) + num_rows
     _prefill_kernel[(num_tiles * spec.num_kv_heads,)](
-        *map(strided, (query, key, value)),
+        *(strided(query), turning, strided(key), strided(value)),
         *(_describe(heads, tiles.block_n) for heads in (key, value)),
         paged(cache),
-        metadata.query_start[rows],
-        metadata.kv_lens[rows],
-        block_tables,
-        block_tables.stride(0),
-        result,
-        scoring(spec),
-        num_rows,
-        num_tiles,
+        *(metadata.query_start[rows], metadata.kv_lens[rows], block_tables, block_tables.stride(0)),
+        *(result, scoring(spec), num_rows, num_tiles),
         num_kv_heads=spec.num_kv_heads,
         group=group,
         head_dim=head_dim,

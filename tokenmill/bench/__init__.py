@@ -1,1 +1,1 @@
-"""What `tokenmill bench` runs: workloads, a client that drives `LLM` and measures it, reports."""
+"""What `tokenmill bench` runs: workloads, a client that drives `LLM` and measures it, reports, profiles."""

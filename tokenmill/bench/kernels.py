@@ -1,7 +1,7 @@
 """Which operation of the model a GPU kernel belongs to, and what it reaches of the device's limits.
 
 Kernels are told by their names, and linear layers, which share kernels, by their order in a step. What an operation
-moves and computes comes from `step_costs`. Called by `profile` and by the scripts in `benchmarks/`.
+moves and computes comes from `models.step_costs`. Called by `profile` and by the scripts in `benchmarks/`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from rich.table import Table
 
 from tokenmill.bench.limits import DeviceLimits
 from tokenmill.models.config import ModelConfig
+from tokenmill.models.step_costs import linear_order, step_costs
 from tokenmill.program.costs import Cost, StepSize
-from tokenmill.step_costs import linear_order, step_costs
 
 COMPANIONS: Final = ("_combine_kernel", "_splits_kernel", "splitKreduce")
 """Kernels that end what the kernel before them began."""

@@ -11,21 +11,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import torch
 
 from tokenmill.builder.capture import capture
 from tokenmill.builder.config import BuildConfig
 from tokenmill.builder.engine import Engine
+from tokenmill.builder.engine_picture import draw
 from tokenmill.builder.formats import FormatChoice, choose_formats
 from tokenmill.builder.graph import Graph, assign_formats
 from tokenmill.builder.lowering import lower
 from tokenmill.builder.memory_plan import memory_report, plan_memory
 from tokenmill.builder.packing import choose_layouts, pack_weights
-from tokenmill.builder.pass_selection import disabled_passes
-from tokenmill.builder.passes import PassReport, Target, run_passes
-from tokenmill.builder.picture import graph_html
+from tokenmill.builder.pass_selection import disabled_passes, pass_target
+from tokenmill.builder.passes import PassReport, run_passes
 from tokenmill.builder.report import BuildReport, count_kinds, weight_bytes
 from tokenmill.builder.tokenizer_files import tokenizer_files
 from tokenmill.builder.tune_program import tune_program
@@ -35,7 +35,6 @@ from tokenmill.checkpoints.resolve import resolve_model
 from tokenmill.env import read_environment
 from tokenmill.errors import InvalidParameterError, did_you_mean
 from tokenmill.models.config import ModelConfig
-from tokenmill.ops.cpu.packing import FORMATS as INTEGER_KERNEL_FORMATS
 from tokenmill.program.checks import check_program
 from tokenmill.program.engine_config import EngineConfig, LimitsRecord, ModelRecord, TargetRecord, is_engine
 from tokenmill.program.package import PICTURE_NAME, TIMING_CACHE_NAME, FileContent
@@ -43,11 +42,8 @@ from tokenmill.program.program import Program
 from tokenmill.program.timing_cache import TimingCache
 from tokenmill.version import __version__
 
-PHASES: Final = ("resolve", "capture", "passes", "lower", "tune", "pack")
-"""What `on_progress` is told, in order."""
-
 ProgressCallback = Callable[[str, int, int], None]
-"""Called with the phase, what is done of it, and all of it."""
+"""Called with the phase, what is done of it, and all of it. Phases: resolve, capture, passes, lower, tune, pack."""
 
 
 def build(
@@ -94,7 +90,7 @@ def build(
     engine = builder.engine(checkpoint, settings, program, choice, weights)
     files: dict[str, FileContent] = {} if timings is None else {TIMING_CACHE_NAME: timings.encode()}
     if config.picture and builder.passes:
-        files[PICTURE_NAME] = builder.picture(engine).encode()
+        files[PICTURE_NAME] = draw(engine.config, builder.passes).encode()
     return engine.with_files(files)
 
 
@@ -144,7 +140,9 @@ class _Builder:
             graph = assign_formats(graph, choice.formats)
             self.num_nodes["captured"] = len(graph.nodes)
         with self.phase("passes"):
-            graph, reports = run_passes(graph, disabled=disabled_passes(self.config), target=_target(settings))
+            graph, reports = run_passes(
+                graph, disabled=disabled_passes(self.config), target=pass_target(settings.device)
+            )
             self.num_nodes["after_passes"] = len(graph.nodes)
             if on_passes is not None:
                 on_passes(reports)
@@ -168,17 +166,6 @@ class _Builder:
         report = tune_program(self.config, program, settings.limits, lambda done, of: self.tell("tune", done, of))
         self.tuned = {"measured": report.num_measured, "reused": report.num_reused}
         return report.cache if report.cache.times else None
-
-    def picture(self, engine: Engine) -> str:
-        """The network before and after the passes as a page."""
-        limits, report = engine.config.limits, engine.config.report
-        weights = [f"{nbytes / 1e6:.1f} MB {name}" for name, nbytes in report["weight_bytes"].items()]
-        facts = {
-            "Weights": ", ".join(weights),
-            "Memory of a step": f"{report['arena_bytes'] / 1e6:.2f} MB for {limits.max_num_tokens} tokens, "
-            f"{report['arena_sum_bytes'] / 1e6:.0f} MB if every value had its own",
-        }
-        return graph_html(Path(self.model).name, self.passes[0].before, self.passes[-1].after, self.passes, facts=facts)
 
     def engine(
         self,
@@ -206,7 +193,7 @@ class _Builder:
             arena_sum_bytes=memory.sum_bytes,
             kernels=self.tuned,
             seconds=self.seconds,
-            notices=list(choice.notices),
+            notices=[*choice.notices, *_notices(self.config)],
         )
         tokenizer, files = tokenizer_files(checkpoint)
         config = EngineConfig(
@@ -277,9 +264,11 @@ def _settings(config: BuildConfig, checkpoint: Checkpoint, model: ModelConfig) -
     return _Settings(device, dtype, cache, limits)
 
 
-def _target(settings: _Settings) -> Target:
-    """Integer products are what the CPU's kernels do; on a GPU weights are decoded."""
-    return Target(frozenset(INTEGER_KERNEL_FORMATS)) if settings.device == "cpu" else Target()
+def _notices(config: BuildConfig) -> list[str]:
+    """What is done in another way than the caller asked for, with the same results."""
+    if config.kv_cache_type == "continuous":
+        return ["kv_cache_type 'continuous' is served by the paged cache"]
+    return []
 
 
 def _constants_only(program: Program) -> Program:

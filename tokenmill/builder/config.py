@@ -25,7 +25,7 @@ class BuildConfig(StrictModel):
     max_seq_len: int | None = Field(default=None, ge=2)
     """Longest prompt plus answer, in tokens; None: the model's context."""
     max_beam_width: int = Field(default=1, ge=1)
-    """Beams of a sequence; this version runs 1."""
+    """Beams of a sequence. This version has no beam search: more than 1 is refused."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of weights that are not quantized; auto: bfloat16 if the checkpoint is, else float32. Intermediate results
     are float32 on a CPU."""
@@ -33,7 +33,8 @@ class BuildConfig(StrictModel):
     """Format of linear weights; auto: the checkpoint's own. `int8` is `int8_group32`: a scale for 32 values of a row;
     `int8_channel` has one for a row. The others are ggml's block types; `none` decodes what is quantized."""
     kv_cache_type: Literal["paged", "continuous", "disabled"] = "paged"
-    """How keys and values are kept; this version has the paged cache."""
+    """How keys and values are kept. Engines have a paged cache, which also serves `continuous`, with a notice: one
+    piece for each sequence is another place for the same values. Without a cache (`disabled`) nothing is generated."""
     kv_cache_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of cached keys and values; auto: the weights' type on a GPU; on a CPU bfloat16 beside quantized
     weights, else float32."""
@@ -83,13 +84,13 @@ class BuildConfig(StrictModel):
             raise UnsupportedFeatureError(
                 f"max_beam_width={self.max_beam_width}: this version has no beam search.",
                 field="max_beam_width",
-                remedy="Set it to 1; SamplingParams(n=..., best_of=...) gives several answers.",
+                remedy="Set it to 1; SamplingParams(n=..., best_of=...) draws several answers and keeps the likeliest.",
             )
-        if self.kv_cache_type != "paged":
+        if self.kv_cache_type == "disabled":
             raise UnsupportedFeatureError(
-                f"kv_cache_type={self.kv_cache_type!r}: engines have a paged cache.",
+                "kv_cache_type='disabled': engines generate, and need a cache for it.",
                 field="kv_cache_type",
-                remedy="Set it to 'paged'.",
+                remedy="Set it to 'paged'; a small KvCacheConfig.max_tokens keeps the cache small.",
             )
         if self.max_num_tokens < self.max_batch_size:
             raise InvalidParameterError(

@@ -1,8 +1,8 @@
 """`Graph`: a model between capture and program. Nodes compute values; every value is written once.
 
 A value is [rows, columns]: heads lie side by side in the columns. Kinds of nodes are those of `program.OPERATIONS` and
-four that only a graph has: `slice` and `concat` of columns, `add_bias` folded or not, and `offset_weight`, arithmetic
-on a weight alone. `capture.py` makes a graph, `passes/` rewrite it, `lowering.py` turns it into a `Program`.
+three that only a graph has: `slice` and `concat` of columns, and `offset_weight`, arithmetic on a weight alone.
+`capture.py` makes a graph, `passes/` rewrite it, `lowering.py` turns it into a `Program`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ GRAPH_KINDS: Final[Mapping[str, OperationKind]] = {
     ),
 }
 """Kinds of nodes that no program holds: lowering turns them into views, copies and weights."""
-
-VIEW_KINDS: Final = ("slice", "concat")
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,10 +15,10 @@ from typing import Final
 import numpy as np
 
 from tokenmill.builder.weight_source import WeightSource
-from tokenmill.ops.cpu.packing import BLOCK_READERS, pack_blocks, pack_floats
-from tokenmill.program.formats import WEIGHT_FORMATS
+from tokenmill.ops.cpu.packing import BLOCK_READERS, pack_blocks, pack_floats, packed_bytes
+from tokenmill.program.formats import WEIGHT_FORMATS, rows_nbytes
 from tokenmill.program.program import Operation, Program, Weight
-from tokenmill.program.weight_file import Bytes
+from tokenmill.program.weight_file import ALIGNMENT, Bytes
 
 ROWS: Final = "rows"
 PACKED: Final = "packed"
@@ -105,6 +105,20 @@ def pack_weights(
         if on_progress is not None:
             on_progress(weight.name, done, total)
     return packed
+
+
+def packed_nbytes(weight: Weight) -> int:
+    """Bytes of a weight in its format and layout, before it is packed; filled up as it lies in engines and memory."""
+    if weight.layout == ROWS:
+        num_bytes = rows_nbytes(weight.format, weight.shape)
+    else:
+        gated = weight.layout in (PACKED_GATED, PACKED_GATED_EXPERTS)
+        count = 1
+        if weight.layout in _EXPERT_LAYOUTS.values():
+            count = len(weight.parts) // (2 if gated else 1)
+        num_rows, num_columns = weight.shape
+        num_bytes = count * packed_bytes(weight.format, num_rows // count, num_columns, gated=gated)
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
 def pack_constant(values: tuple[float, ...]) -> Bytes:

@@ -1,12 +1,13 @@
-"""Which passes a `BuildConfig` runs."""
+"""Which passes a `BuildConfig` runs, and for what."""
 
 from __future__ import annotations
 
 from typing import Final
 
 from tokenmill.builder.config import BuildConfig
-from tokenmill.builder.passes import PASSES
+from tokenmill.builder.passes import PASSES, Target
 from tokenmill.errors import InvalidParameterError, did_you_mean
+from tokenmill.ops.cpu.packing import FORMATS as INTEGER_KERNEL_FORMATS
 
 NEEDED: Final = ("quantize_activations",)
 """What programs for the CPU's integer kernels cannot do without, at any `opt_level`."""
@@ -38,3 +39,8 @@ def disabled_passes(config: BuildConfig) -> tuple[str, ...]:
         chosen = set(NEEDED) if config.opt_level == 0 else set(names)
     chosen -= set(config.disabled_passes)
     return tuple(name for name in names if name not in chosen)
+
+
+def pass_target(device: str) -> Target:
+    """What the passes compile for. Integer products are what the CPU's kernels do; on a GPU weights are decoded."""
+    return Target(frozenset(INTEGER_KERNEL_FORMATS)) if device == "cpu" else Target()

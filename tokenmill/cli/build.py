@@ -13,7 +13,7 @@ from rich.table import Table
 
 from tokenmill.cli.build_options import BuildOptions
 from tokenmill.cli.build_summary import print_summary
-from tokenmill.cli.command import command, examples
+from tokenmill.cli.command import command, ended_by_signals, examples
 from tokenmill.cli.console import print_note, print_warning, progress, stderr_console, stdout_console
 from tokenmill.errors import InvalidParameterError, UserError
 
@@ -72,11 +72,14 @@ def build(
         raise UserError("The model is missing.", remedy="Try: tokenmill build smollm2:135m -o engine")
     if output is None:
         raise InvalidParameterError("Say where the engine goes.", field="output", remedy="Add -o DIRECTORY.")
+    from tokenmill.program.engine_writing import check_output  # imports numpy, which --help need not wait for
+
+    check_output(output)
     with progress("Starting"):
         from tokenmill.builder.build import build as build_engine  # imports torch: after the arguments were checked
         from tokenmill.builder.config import BuildConfig
     config = BuildConfig(**options.build_arguments())
-    with _progress_bar() as on_progress:
+    with ended_by_signals(), _progress_bar() as on_progress:
         engine = build_engine(
             model,
             config,

@@ -1,6 +1,7 @@
 """How a function becomes a command: option groups are expanded, and errors end in one line and an exit code.
 
-Exit codes: 0 success, 1 failure of the engine or the machine, 2 the user can mend it, 130 Ctrl-C, 141 closed pipe.
+Exit codes: 0 success, 1 failure of the engine or the machine, 2 the user can mend it, 130 Ctrl-C, 141 closed pipe;
+129 and 143 for a closed terminal and SIGTERM, where a command has something to clean up.
 """
 
 from __future__ import annotations
@@ -9,8 +10,12 @@ import dataclasses
 import functools
 import inspect
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -23,6 +28,8 @@ EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
+SIGNAL_EXITS = tuple(128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM))
+"""Exit codes of commands that a signal ended."""
 
 _DEBUG_OPTION = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
 
@@ -104,6 +111,41 @@ def _with_error_boundary(function: Callable[..., None]) -> Callable[..., None]:
         inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_DEBUG_OPTION)
     )
     return _with_parameters(guarded, parameters)
+
+
+class _Ended(BaseException):
+    """A signal asks the process to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.exit_code = 128 + number
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """While the block runs, SIGTERM and a closed terminal end it as Ctrl-C does: what it had begun is cleaned up.
+
+    Signals that somebody ignores (`nohup`) or handles are left alone.
+
+    Raises:
+        typer.Exit: with the exit code that shells give to processes ended by the signal.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise _Ended(number)
+
+    numbers = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) == signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []  # only that one can handle signals
+    try:
+        for number in numbers:
+            signal.signal(number, end)
+        yield
+    except _Ended as ended:
+        raise typer.Exit(ended.exit_code) from None
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def run_guarded(function: Callable[[], None], *, debug: bool = False) -> None:

@@ -12,14 +12,27 @@ from rich.text import Text
 
 from tokenmill.cli.command import command, examples
 from tokenmill.cli.console import print_warning, progress, readable_size, stdout_console
-from tokenmill.cli.inspect_engine import print_engine
+from tokenmill.cli.inspect_engine import EngineView, print_engine
 from tokenmill.cli.options import ModelOptions
+from tokenmill.errors import InvalidParameterError
 from tokenmill.program.engine_config import is_engine
 
 if TYPE_CHECKING:
     from tokenmill.inspection import ModelReport
 
 _ENGINE_PANEL = "Built engines"
+
+_Profile = Annotated[
+    bool, typer.Option("--profile", help="Measure the operations on this machine.", rich_help_panel=_ENGINE_PANEL)
+]
+_Picture = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Draw the network to an HTML page; with --profile, its times.",
+        rich_help_panel=_ENGINE_PANEL,
+    ),
+]
 
 _EPILOG = examples(
     ("The demo model on this machine", "tokenmill inspect smollm2:135m"),
@@ -29,6 +42,7 @@ _EPILOG = examples(
     ),
     ("What multiplies its matrices on a GPU", "tokenmill inspect Qwen/Qwen3-0.6B --kernels --quantization fp8"),
     ("The operations of a built engine", "tokenmill inspect engines/smollm2 --step-tokens 16"),
+    ("Where its time goes, as a table and a page", "tokenmill inspect engines/smollm2 --profile --picture times.html"),
     ("For a program", "tokenmill inspect path/to/model.gguf --json"),
 )
 
@@ -50,23 +64,38 @@ def inspect(
         typer.Option(metavar="N", min=1, help="Tokens of the step that costs are for.", rich_help_panel=_ENGINE_PANEL),
     ] = 1,
     context: Annotated[
-        int,
-        typer.Option(metavar="N", min=1, help="Cached tokens at the end of it.", rich_help_panel=_ENGINE_PANEL),
-    ] = 512,
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Cached tokens at the end of it.",
+            show_default="512",
+            rich_help_panel=_ENGINE_PANEL,
+        ),
+    ] = None,
     every_layer: Annotated[
         bool,
         typer.Option("--every-layer", help="A line for each operation of each layer.", rich_help_panel=_ENGINE_PANEL),
     ] = False,
+    profile: _Profile = False,
+    picture: _Picture = None,
     model_options: ModelOptions,
 ) -> None:
     """Say what a model is and how much memory it takes. No weight is loaded.
 
-    The memory plan is the one that the engine makes at start, for the free memory of this machine. Of an engine that
-    tokenmill build wrote, the operations are listed, with the bytes that each moves and what it computes in a step.
+    The memory plan is the one that is made at start, for the backend that would run the model and the free memory of
+    this machine. Of an engine that tokenmill build wrote, the operations are listed, with the bytes that each moves,
+    what it computes in a step, and with --profile what it takes.
     """
     if is_engine(Path(model)):
-        print_engine(Path(model), num_tokens=step_tokens, context_len=context, every_layer=every_layer, as_json=as_json)
+        print_engine(Path(model), EngineView(step_tokens, context, every_layer, as_json, profile, picture))
         return
+    if profile or picture is not None:
+        raise InvalidParameterError(
+            f"{model} is no built engine.",
+            field="profile" if profile else "picture",
+            remedy="Build one first: tokenmill build MODEL -o DIRECTORY.",
+        )
     arguments = model_options.llm_arguments(model)
     with progress("Starting"):
         from tokenmill.inspection import inspect_model
@@ -74,11 +103,10 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2))
         return
+    tables = [_model_table(report), _memory_table(report), *([_kernel_table(report)] if kernels else [])]
     console = stdout_console()
-    console.print(_model_table(report))
-    console.print(_memory_table(report))
-    if kernels:
-        console.print(_kernel_table(report))
+    for table in tables:
+        console.print(table)
     if report.shortage is not None:
         print_warning(f"It does not fit this machine: {report.shortage}")
 
@@ -111,10 +139,18 @@ def _model_table(report: ModelReport) -> Table:
         row("Chat template", "yes" if report.tokenizer.has_chat_template else "no")
         ends = ", ".join(f"{text!r} ({token_id})" for token_id, text in report.tokenizer.end_tokens)
         row("End tokens", ends or "none")
-    others = [name for name in report.attn_backends if name != report.attn_backend]
-    row("Attention backend", report.attn_backend + (f" (there are also: {', '.join(others)})" if others else ""))
+    row("Backend", _backend(report))
+    if report.backend == "torch":
+        others = [name for name in report.attn_backends if name != report.attn_backend]
+        row("Attention backend", report.attn_backend + (f" (there are also: {', '.join(others)})" if others else ""))
     row("Files", checkpoint.path)
     return table
+
+
+def _backend(report: ModelReport) -> str:
+    if report.backend == "engine":
+        return "engine: the model is compiled to a program"
+    return "torch" if report.backend_reason is None else f"torch, not engine: {report.backend_reason}"
 
 
 def _windows(report: ModelReport) -> str:
@@ -124,7 +160,7 @@ def _windows(report: ModelReport) -> str:
 
 def _memory_table(report: ModelReport) -> Table:
     memory = report.memory
-    title = f"Memory on {report.device} in {report.dtype}"
+    title = f"Memory on {report.device} in {report.weight_formats}"
     table = Table(title=title, title_justify="left", title_style="bold", show_header=False)
     table.add_column()
     table.add_column(justify="right")
@@ -133,7 +169,10 @@ def _memory_table(report: ModelReport) -> Table:
     def row(name: str, num_bytes: int, note: str = "", style: str = "") -> None:
         table.add_row(name, readable_size(num_bytes), note, style=style)
 
-    row("Weights", memory.weights, f"{report.num_parameters:,} parameters")
+    note = f"{report.num_parameters:,} parameters"
+    if report.backend == "engine" and report.weight_formats != report.dtype:
+        note += f", as the program reads them; what is not quantized is {report.dtype}"
+    row("Weights", memory.weights, note)
     row(
         "KV cache",
         memory.kv_cache,
@@ -153,17 +192,18 @@ def _memory_table(report: ModelReport) -> Table:
 def _kernel_table(report: ModelReport) -> Table:
     """What multiplies on an NVIDIA GPU; known without having one."""
     table = Table(title="Linear layers on an NVIDIA GPU", title_justify="left", title_style="bold")
-    for heading in ("Layer", "Weight", "Rows", "Kernel"):
+    for heading in ("Layers, weight", "Rows", "Kernel"):
         table.add_column(heading, justify="right" if heading == "Rows" else "left", no_wrap=True)
     table.add_column("Tile", overflow="fold")
     before = None
     for one in report.linear_kernels:
         is_new = one.layer != before
+        if is_new and before is not None:
+            table.add_section()
         before = one.layer
         rows = str(one.first_rows) if one.first_rows == one.last_rows else f"{one.first_rows} to {one.last_rows:,}"
         table.add_row(
-            f"{one.layer} ({one.count})" if is_new else "",
-            f"{one.out_features:,} x {one.in_features:,}, {one.weights}" if is_new else "",
+            f"{one.count} {one.layer}\n{one.out_features:,} x {one.in_features:,}, {one.weights}" if is_new else "",
             rows,
             one.kernel,
             one.plan,

@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from tokenmill.cli import bench, build, chat, inspect, refit, run, serve
-from tokenmill.cli.command import EXIT_INTERRUPTED, examples
+from tokenmill.cli.command import EXIT_INTERRUPTED, SIGNAL_EXITS, examples
 from tokenmill.version import __version__
 
 _EPILOG = examples(
@@ -65,15 +65,16 @@ def main() -> None:
     except KeyboardInterrupt:
         _end_at_once()
     except SystemExit as ending:
-        if ending.code == EXIT_INTERRUPTED:
-            _end_at_once()
+        if isinstance(ending.code, int) and ending.code in SIGNAL_EXITS:
+            _end_at_once(ending.code)
         raise
 
 
-def _end_at_once() -> NoReturn:
-    """End the process after Ctrl-C. What there was to close is closed; other threads may still be loading or compiling,
-    and the interpreter's own end, which takes most of a second, could find them in code that cannot be ended."""
+def _end_at_once(code: int = EXIT_INTERRUPTED) -> NoReturn:
+    """End the process after Ctrl-C or another signal. What there was to close is closed; other threads may still be
+    loading or compiling, and the interpreter's own end, which takes most of a second, could find them in code that
+    cannot be ended."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):  # nobody reads it any more
             stream.flush()
-    os._exit(EXIT_INTERRUPTED)
+    os._exit(code)

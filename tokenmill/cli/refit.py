@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tokenmill.cli.build_summary import print_summary
-from tokenmill.cli.command import command, examples
+from tokenmill.cli.command import command, ended_by_signals, examples
 from tokenmill.cli.console import progress
 
 _EPILOG = examples(
@@ -46,8 +46,10 @@ def refit(
     """
     with progress("Starting"):
         from tokenmill.builder.engine import Engine
+        from tokenmill.program.engine_writing import check_output
     opened = Engine.load(engine)
-    with progress("Packing weights"):
+    check_output(engine if output is None else output)
+    with ended_by_signals(), progress("Packing weights"):
         refitted = opened.refit(weights)
         folder = refitted.save(engine if output is None else output)
     print_summary(refitted, folder)

@@ -8,7 +8,7 @@ from typing import Final, Literal, NamedTuple
 import torch
 
 from tokenmill.config import LlmArgs
-from tokenmill.errors import UnsupportedFeatureError
+from tokenmill.errors import InvalidParameterError, UnsupportedFeatureError
 from tokenmill.models.config import ModelConfig
 
 ENGINE_QUANTIZATIONS: Final = ("int8", "int8_channel", "q4_0", "q4_1", "q5_0", "q8_0")
@@ -52,6 +52,49 @@ def choose_backend(
     if device.type != "cpu":
         return BackendChoice("torch")
     return BackendChoice("engine") if reason is None else BackendChoice("torch", reason)
+
+
+def check_built_engine(args: LlmArgs, *, device: str, dtype: str, quantization: str) -> None:
+    """Refuse arguments that ask for another engine than the built one that `args.model` names.
+
+    Args:
+        args: how to serve.
+        device, dtype, quantization: of the engine, as its configuration says.
+
+    Raises:
+        UnsupportedFeatureError: the torch backend, or random weights.
+        InvalidParameterError: other formats than the engine's.
+    """
+    if args.backend in ("torch", "pytorch"):
+        raise UnsupportedFeatureError(
+            "A built engine cannot run on the torch backend.",
+            field="backend",
+            remedy="Leave the backend out, or give the checkpoint instead of the engine.",
+        )
+    if args.load_format == "dummy":
+        raise UnsupportedFeatureError(
+            "A built engine has its own weights.", field="load_format", remedy="Leave load_format out."
+        )
+    if args.attn_backend != "auto" and device == "cpu":
+        raise UnsupportedFeatureError(
+            "Engines for a CPU have attention kernels of their own.",
+            field="attn_backend",
+            remedy="Leave attn_backend out, or give the checkpoint and backend='torch'.",
+        )
+    wanted = {"int8": "int8_group32"}.get(args.quantization or "", args.quantization)
+    if wanted is not None and wanted != quantization.partition("+")[0]:
+        raise InvalidParameterError(
+            f"The engine's weights are {'not quantized' if quantization == 'none' else quantization}, "
+            f"and '{args.quantization}' is asked for.",
+            field="quantization",
+            remedy=f"Leave it out, or build an engine with quantization='{args.quantization}'.",
+        )
+    if args.dtype not in ("auto", dtype):
+        raise InvalidParameterError(
+            f"The engine's dtype is {dtype}, and '{args.dtype}' is asked for.",
+            field="dtype",
+            remedy=f"Leave it out, or build an engine with dtype='{args.dtype}'.",
+        )
 
 
 def _reason_against_engine(args: LlmArgs, device: torch.device, model: ModelConfig) -> str | None:

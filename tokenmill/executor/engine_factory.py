@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from tokenmill.attention.select import select_backend
+from tokenmill.attention.select import captures_graphs, check_backend, select_backend
 from tokenmill.checkpoints.base import Checkpoint, open_checkpoint
 from tokenmill.config import LlmArgs
 from tokenmill.engine.core import EngineCore
 from tokenmill.errors import UnsupportedFeatureError
-from tokenmill.executor.backend_choice import choose_backend
+from tokenmill.executor.backend_choice import check_built_engine, choose_backend
 from tokenmill.executor.description import EngineDescription
 from tokenmill.executor.engine_source import EngineTarget, open_engine
 from tokenmill.executor.program_factory import build_program_engine
@@ -42,6 +42,7 @@ from tokenmill.runtime.model_loader import (
 )
 from tokenmill.runtime.model_runner import ModelRunner
 from tokenmill.runtime.slot_state import SlotState
+from tokenmill.runtime.step_sizes import MAX_CAPTURED_TOKENS
 from tokenmill.runtime.warm_up import run_together
 from tokenmill.sampling.slot_params import SlotSamplingParams
 
@@ -72,6 +73,8 @@ def build_engine(
         torch.set_num_threads(args.num_threads)
     if is_engine(Path(args.model)):
         package = EnginePackage.load(args.model) if read is None else read()
+        built = package.config
+        check_built_engine(args, device=built.target.device, dtype=built.dtype, quantization=built.quantization)
         return build_program_engine(args, package, on_progress, num_sharing=num_sharing)
     device = resolve_device(args.device)
     if device.type == "cuda":  # what an engine before this one left unused is free, too
@@ -105,6 +108,7 @@ def _build_torch_engine(
     max_seq_len = resolve_max_seq_len(args, config)
     check_deterministic(args, "torch", device, dtype)
     backend = select_backend(args.attn_backend, device, batch_invariant=args.deterministic)
+    check_backend(backend.name, head_dim=config.head_dim, dtype=dtype, cache_dtype=cache_dtype)
     request = MemoryRequest(
         weight_bytes=dtype.itemsize,
         cache_bytes=cache_dtype.itemsize,
@@ -159,13 +163,19 @@ def _make_runner(
     caches = make_caches(num_blocks=1 if is_gpu else memory.num_blocks)
     # One more for the scratch slot.
     sampling = SlotSamplingParams(args.max_batch_size + 1, config.vocab_size, device)
-    runner = ModelRunner(model, caches, slots, sampling, use_graphs=args.enable_cuda_graphs)
+    max_num_tokens, max_batch_size = description.max_num_tokens, args.max_batch_size
+    max_graph_tokens = min(max_num_tokens, MAX_CAPTURED_TOKENS)
+    use_graphs = captures_graphs(description.attn_backend, wanted=args.enable_cuda_graphs)
+    runner = ModelRunner(model, caches, slots, sampling, use_graphs=use_graphs, max_graph_tokens=max_graph_tokens)
     if is_gpu:
-        largest = largest_step(model, caches, slots, description.max_num_tokens, args.max_batch_size)
-        decode = None
-        if args.enable_cuda_graphs:
-            decode = largest_decode_step(model, caches, slots, args.max_batch_size)
-        measured = _run_and_measure(runner, largest, decode, args.max_batch_size * config.vocab_size, device)
+        largest = largest_step(model, caches, slots, max_num_tokens, max_batch_size)
+        captured = []
+        if use_graphs:
+            of_prompts = largest
+            if max_graph_tokens < max_num_tokens:
+                of_prompts = largest_step(model, caches, slots, max_graph_tokens, max_batch_size)
+            captured = [of_prompts, largest_decode_step(model, caches, slots, max_batch_size)]
+        measured = _run_and_measure(runner, largest, captured, max_batch_size * config.vocab_size, device)
         free = free_memory(device) // num_sharing + measured.weights
         memory = plan_memory(config, request, args.kv_cache_config, free, measured)
         description = replace(description, memory=memory)
@@ -177,7 +187,7 @@ def _make_runner(
 def _run_and_measure(
     runner: ModelRunner,
     largest: Callable[[], None],
-    decode: Callable[[], None] | None,
+    captured: Sequence[Callable[[], None]],
     num_logits: int,
     device: torch.device,
 ) -> MeasuredMemory:
@@ -185,14 +195,15 @@ def _run_and_measure(
 
     Args:
         largest: the largest step of prompts.
-        decode: the largest step of a graph; None: there are no graphs.
+        captured: the largest steps of graphs, which share their memory; none if there are no graphs.
         num_logits: of the largest batch.
     """
     torch.cuda.empty_cache()
     weights = torch.cuda.memory_allocated(device)
     run_together([largest, *runner.first_runs()], device)
-    activations = max(peak_bytes(largest, device), sampling_bytes(num_logits))
-    return MeasuredMemory(weights, activations, 0 if decode is None else GRAPHS_ROOM + peak_bytes(decode, device))
+    peak = peak_bytes(largest, device)
+    peaks = [peak if step is largest else peak_bytes(step, device) for step in captured]
+    return MeasuredMemory(weights, max(peak, sampling_bytes(num_logits)), GRAPHS_ROOM + max(peaks) if peaks else 0)
 
 
 def _refuse_unsupported(args: LlmArgs) -> None:

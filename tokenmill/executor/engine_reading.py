@@ -15,6 +15,7 @@ from pathlib import Path
 from tokenmill.ops.cpu.memory import huge_page_memory
 from tokenmill.program.engine_config import is_engine
 from tokenmill.program.package import EnginePackage
+from tokenmill.program.program import Program
 from tokenmill.program.weight_file import ALIGNMENT
 
 
@@ -42,14 +43,28 @@ def in_huge_pages(package: EnginePackage) -> EnginePackage:
     """The engine with its weights in huge pages, if it is for a CPU."""
     if package.config.target.device != "cpu":
         return package
-    ends = list(
-        itertools.accumulate(-(-content.nbytes // ALIGNMENT) * ALIGNMENT for content in package.weights.values())
-    )
+    repacked = _repacked(package.program)
+    used = {name: content for name, content in package.weights.items() if name not in repacked}
+    ends = list(itertools.accumulate(-(-content.nbytes // ALIGNMENT) * ALIGNMENT for content in used.values()))
     if not ends:
         return package
     region = huge_page_memory(ends[-1])
-    weights = {}
-    for (name, content), begin in zip(package.weights.items(), [0, *ends], strict=False):
+    weights = dict(package.weights)
+    for (name, content), begin in zip(used.items(), [0, *ends], strict=False):
         weights[name] = region[begin : begin + content.nbytes]
         weights[name][:] = content  # other threads run meanwhile
     return replace(package, weights=weights, region=region)
+
+
+def _repacked(program: Program) -> set[str]:
+    """Names of the float matrices that products read. The executor makes packed copies of them; another copy of the
+    rows would stay in memory beside those, read by nobody."""
+    floats = {weight.name for weight in program.weights if weight.format in ("float32", "bfloat16")}
+    matrices = {
+        name
+        for operation in program.operations
+        if operation.kind in ("linear", "experts")
+        for role, name in operation.weights.items()
+        if role != "bias"
+    }
+    return floats & matrices

@@ -26,6 +26,7 @@ from tokenmill.env import read_environment
 from tokenmill.errors import TokenmillError
 from tokenmill.executor.description import EngineDescription
 from tokenmill.program.engine_config import LimitsRecord, is_engine
+from tokenmill.program.engine_writing import check_output, remove_unless_in_use
 from tokenmill.program.package import EnginePackage
 from tokenmill.version import __version__
 
@@ -91,6 +92,7 @@ def saved_engine(args: LlmArgs, description: EngineDescription, path: Path) -> P
     Raises:
         InvalidParameterError: something else is there, or nothing can be written there.
     """
+    check_output(path)
     device = description.device.partition(":")[0]
     target = EngineTarget(device, description.max_batch_size, description.max_num_tokens, description.max_seq_len)
     return open_engine(args, target).save(path)
@@ -189,8 +191,13 @@ def _store(package: EnginePackage, folder: Path) -> None:
 
 
 def _make_room(parent: Path, num_bytes: int) -> None:
-    """Remove the engines that were used longest ago until the others take at most so many bytes."""
-    engines = sorted((one for one in parent.iterdir() if is_engine(one)), key=lambda one: one.stat().st_mtime)
+    """Remove what killed processes left, and the engines that were used longest ago until the others take at most so
+    many bytes."""
+    found = list(parent.iterdir())
+    for unfinished in (one for one in found if one.name.startswith(".")):
+        remove_unless_in_use(unfinished)
+    engines = [one for one in found if is_engine(one) and not one.name.startswith(".")]
+    engines.sort(key=lambda one: one.stat().st_mtime)
     sizes = [sum(file.stat().st_size for file in one.rglob("*") if file.is_file()) for one in engines]
     total = sum(sizes)
     for engine, size in zip(engines, sizes, strict=True):

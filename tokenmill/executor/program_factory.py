@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tokenmill.attention.select import select_backend
+from tokenmill.attention.select import captures_graphs, check_backend, select_backend
 from tokenmill.config import LlmArgs
 from tokenmill.engine.core import EngineCore
 from tokenmill.errors import InvalidParameterError
@@ -14,7 +14,9 @@ from tokenmill.executor.description import EngineDescription
 from tokenmill.executor.scheduling import make_core
 from tokenmill.models.config import ModelConfig
 from tokenmill.ops.platform import free_memory
+from tokenmill.program.engine_config import MIN_LOGIT_ROWS
 from tokenmill.program.package import EnginePackage
+from tokenmill.runtime.cpu_memory import step_nbytes
 from tokenmill.runtime.memory_planner import MeasuredMemory, MemoryRequest, plan_memory
 from tokenmill.runtime.model_loader import (
     check_deterministic,
@@ -33,6 +35,7 @@ from tokenmill.runtime.program_loading import (
 from tokenmill.runtime.program_runner import ProgramRunner
 from tokenmill.runtime.slot_runner import SlotRunner
 from tokenmill.runtime.slot_state import SlotState
+from tokenmill.runtime.step_sizes import SHORT_TOKENS
 from tokenmill.sampling.slot_params import SlotSamplingParams
 
 
@@ -65,6 +68,30 @@ def build_program_engine(
             field="device",
             remedy="Leave the device out, or build the engine for it.",
         )
+    description = describe_program_engine(
+        args, package, device, package.weight_nbytes, free_memory(device) // num_sharing
+    )
+    cache_dtype = getattr(torch, description.cache_dtype)
+    runner = _make_runner(args, package, description, cache_dtype, device, on_progress)
+    return make_core(args, description, runner, overlap=device.type == "cuda"), description
+
+
+def describe_program_engine(
+    args: LlmArgs, package: EnginePackage, device: torch.device, weight_nbytes: int, free: int | None
+) -> EngineDescription:
+    """What `build_program_engine` will run, its memory plan included, without allocating anything.
+
+    Args:
+        args: how to serve.
+        package: the engine; its weights are not looked at.
+        device: of the engine.
+        weight_nbytes: of all weights.
+        free: bytes of memory; None plans the cache that all sequences of the longest length need.
+
+    Raises:
+        UserError: a parameter does not fit the engine.
+        OutOfMemoryError: the cache does not fit.
+    """
     config = ModelConfig.from_hf(package.config.model.hf_config)
     sizes = _sizes(args, package, device)
     dtype = getattr(torch, package.config.dtype)
@@ -79,12 +106,15 @@ def build_program_engine(
         max_seq_len=sizes.max_seq_len,
         is_cpu=device.type == "cpu",
     )
-    measured = MeasuredMemory(package.weight_nbytes, package.program.arena_bytes)
-    memory = plan_memory(config, request, args.kv_cache_config, free_memory(device) // num_sharing, measured)
+    step = package.program.arena_bytes
+    if device.type == "cpu":
+        step = step_nbytes(package.program, sizes.max_num_tokens, max(sizes.max_batch_size, MIN_LOGIT_ROWS))
+    memory = plan_memory(config, request, args.kv_cache_config, free, MeasuredMemory(weight_nbytes, step))
     is_16_bit = all(buffer.dtype != "float32" for buffer in package.program.buffers)  # what products read
     check_deterministic(args, "engine", device, dtype if is_16_bit else torch.float32)
     attn_backend = select_backend(args.attn_backend, device).name
-    description = EngineDescription(
+    check_backend(attn_backend, head_dim=config.head_dim, dtype=dtype, cache_dtype=cache_dtype)
+    return EngineDescription(
         model=config,
         device=str(device),
         dtype=package.config.dtype,
@@ -98,8 +128,6 @@ def build_program_engine(
         backend="engine",
         max_input_len=package.config.limits.max_input_len,
     )
-    runner = _make_runner(args, package, description, cache_dtype, device, on_progress)
-    return make_core(args, description, runner, overlap=device.type == "cuda"), description
 
 
 def _sizes(args: LlmArgs, package: EnginePackage, device: torch.device) -> _Sizes:
@@ -136,7 +164,9 @@ def _make_runner(
         caches = allocate_program_caches(
             package.program, memory.num_blocks, memory.tokens_per_block, cache_dtype, device
         )
-        return ModelRunner(program, caches, slots, sampling, use_graphs=args.enable_cuda_graphs)
+        max_graph_tokens = min(description.max_num_tokens, SHORT_TOKENS[-1])
+        use_graphs = captures_graphs(description.attn_backend, wanted=args.enable_cuda_graphs)
+        return ModelRunner(program, caches, slots, sampling, use_graphs=use_graphs, max_graph_tokens=max_graph_tokens)
     # What is left to torch (sampling, log-probabilities) is small; its threads would only get in the kernels' way.
     torch.set_num_threads(1)
     limits = StepLimits(

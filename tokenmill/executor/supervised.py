@@ -259,11 +259,6 @@ class SupervisedProcess:
             stats=stats,
         )
 
-    @property
-    def start_error(self) -> TokenmillError | None:
-        """Why it could not start, in its own words."""
-        return self._start_error
-
     def _backoff(self) -> float:
         if self._num_quick_deaths <= 1:
             return 0.0

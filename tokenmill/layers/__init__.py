@@ -1,1 +1,1 @@
-"""What models are made of: linear, norm, rope, embedding, attention."""
+"""What models are made of: linear, norm, rope, embedding, attention, MLP and experts."""

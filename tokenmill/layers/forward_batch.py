@@ -18,9 +18,17 @@ class ForwardBatch:
         positions: [T] int64, each token's position in its sequence.
         attention: the step as attention sees it.
         caches: keys and values of each layer.
+        wanted: [n] int64, indices of the tokens whose hidden states are returned; None: all. Behind the last layer's
+            attention nothing is computed of the others.
     """
 
     input_ids: torch.Tensor
     positions: torch.Tensor
     attention: AttentionMetadata
     caches: tuple[LayerCache, ...]
+    wanted: torch.Tensor | None = None
+
+
+def wanted_rows(x: torch.Tensor, wanted: torch.Tensor | None) -> torch.Tensor:
+    """The rows of x [T, ...] at `wanted` [n]; None: x itself."""
+    return x if wanted is None else x.index_select(0, wanted)

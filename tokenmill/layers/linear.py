@@ -195,11 +195,6 @@ class QKVLinear(LinearBase):
         product = self._product(x, self.bias)
         return product.view(product.shape[0], self.num_heads + 2 * self.num_kv_heads, self.head_dim)
 
-    def split_heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[T, H + 2 G, D] to query [T, H, D], key [T, G, D] and value [T, G, D]; views."""
-        num_rotated = self.num_heads + self.num_kv_heads
-        return qkv[:, : self.num_heads], qkv[:, self.num_heads : num_rotated], qkv[:, num_rotated:]
-
     def named_weight_targets(self, prefix: str) -> Iterator[tuple[str, WeightTarget]]:
         """`q_proj`, `k_proj` and `v_proj`, named beside this module."""
         yield from _merged_targets(self, self._parts, prefix)

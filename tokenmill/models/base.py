@@ -49,7 +49,7 @@ class CausalLM(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Hidden states after the final norm [T, hidden_size]; writes the step's keys and values to the caches."""
+        """Hidden states of the wanted tokens after the final norm [n, hidden_size]; fills the caches."""
 
     @abstractmethod
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from torch import nn
 from tokenmill.attention.base import AttentionMetadata, LayerCache
 from tokenmill.layers.context import LayerContext
 from tokenmill.layers.embedding import LMHead, VocabParallelEmbedding
-from tokenmill.layers.forward_batch import ForwardBatch
+from tokenmill.layers.forward_batch import ForwardBatch, wanted_rows
 from tokenmill.layers.mlp import GatedMLP
 from tokenmill.layers.norm import GemmaRMSNorm
 from tokenmill.layers.rope import RotaryEmbedding, Rotation
@@ -55,11 +55,12 @@ class Gemma3DecoderLayer(nn.Module):
         rotation: Rotation,
         metadata: AttentionMetadata,
         cache: LayerCache,
+        wanted: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(what the MLP adds, residual stream), [T, hidden_size] each; the next norm adds them up."""
+        """(what the MLP adds, residual stream) of the rows at `wanted` [n, hidden_size]; the next norm adds them."""
         rows, residual = self.input_layernorm.add_and_norm_for(self.self_attn.qkv_proj, x, residual)
-        x = self.post_attention_layernorm(self.self_attn(rows, rotation, metadata, cache))
-        rows, residual = self.pre_feedforward_layernorm.add_and_norm_for(self.mlp, x, residual)
+        x = self.post_attention_layernorm(self.self_attn(rows, rotation, metadata, cache, wanted))
+        rows, residual = self.pre_feedforward_layernorm.add_and_norm_for(self.mlp, x, wanted_rows(residual, wanted))
         return self.post_feedforward_layernorm(self.mlp(rows)), residual
 
 
@@ -81,12 +82,13 @@ class Gemma3Model(nn.Module):
         self.is_local = [layer_type == "sliding_attention" for layer_type in config.layer_types]
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Normalized hidden states [T, hidden_size]."""
+        """Normalized hidden states of the wanted tokens [n, hidden_size]."""
         x = self.embed_tokens(batch.input_ids) * self.embedding_scale
         residual: torch.Tensor | None = None
         full, local = self.rotary(batch.positions), self.local_rotary(batch.positions)
         for layer, cache, is_local in zip(self.layers, batch.caches, self.is_local, strict=True):
-            x, residual = layer(x, residual, local if is_local else full, batch.attention, cache)
+            wanted = batch.wanted if layer is self.layers[-1] else None
+            x, residual = layer(x, residual, local if is_local else full, batch.attention, cache, wanted)
         return self.norm.add_and_norm(x, residual)[0]
 
 
@@ -117,7 +119,7 @@ class Gemma3ForCausalLM(CausalLM):
         return name.removeprefix("language_model.")
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Hidden states after the final norm [T, hidden_size]; writes the step's keys and values to the caches."""
+        """Hidden states of the wanted tokens after the final norm [n, hidden_size]; fills the caches."""
         return self.model(batch)  # type: ignore[no-any-return]
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:

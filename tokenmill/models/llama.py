@@ -1,8 +1,8 @@
 """Llama (https://arxiv.org/abs/2302.13971, https://arxiv.org/abs/2407.21783) and models of its shape, such as SmolLM2.
 
 Biases and sliding windows come from the configuration, so that `mistral` and `qwen2` are this model with other numbers;
-`qwen3` has attention of its own.
-Module names are those of Hugging Face; query, key and value, and gate and up projections are merged.
+`qwen3` brings attention of its own. Module names are those of Hugging Face; query, key and value, and gate and up
+projections are merged.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tokenmill.attention.base import AttentionMetadata, AttentionSpec, LayerCach
 from tokenmill.layers.attention import Attention
 from tokenmill.layers.context import LayerContext
 from tokenmill.layers.embedding import LMHead, VocabParallelEmbedding
-from tokenmill.layers.forward_batch import ForwardBatch
+from tokenmill.layers.forward_batch import ForwardBatch, wanted_rows
 from tokenmill.layers.linear import QKVLinear, RowParallelLinear
 from tokenmill.layers.norm import RMSNorm
 from tokenmill.layers.rope import RotaryEmbedding, Rotation
@@ -55,10 +55,18 @@ class LlamaAttention(nn.Module):
         )
         self.attention = Attention(spec, context)
 
-    def forward(self, x: Rows, rotation: Rotation, metadata: AttentionMetadata, cache: LayerCache) -> torch.Tensor:
-        """[T, hidden_size] to [T, hidden_size]."""
+    def forward(
+        self,
+        x: Rows,
+        rotation: Rotation,
+        metadata: AttentionMetadata,
+        cache: LayerCache,
+        wanted: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """[T, hidden_size] to the rows at `wanted` [n, hidden_size]."""
         qkv = self.qkv_proj(x)  # [T, H + 2 G, D]
-        return self.o_proj(self.attention.turn_and_attend(qkv, rotation, metadata, cache))  # type: ignore[no-any-return]
+        attended = self.attention.turn_and_attend(qkv, rotation, metadata, cache)
+        return self.o_proj(wanted_rows(attended, wanted))  # type: ignore[no-any-return]
 
 
 class LlamaDecoderLayer(nn.Module):
@@ -80,11 +88,12 @@ class LlamaDecoderLayer(nn.Module):
         rotation: Rotation,
         metadata: AttentionMetadata,
         cache: LayerCache,
+        wanted: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(what the MLP adds, residual stream), [T, hidden_size] each; the next norm adds them up."""
+        """(what the MLP adds, residual stream) of the rows at `wanted` [n, hidden_size]; the next norm adds them."""
         rows, residual = self.input_layernorm.add_and_norm_for(self.self_attn.qkv_proj, x, residual)
-        x = self.self_attn(rows, rotation, metadata, cache)
-        rows, residual = self.post_attention_layernorm.add_and_norm_for(self.mlp, x, residual)
+        x = self.self_attn(rows, rotation, metadata, cache, wanted)
+        rows, residual = self.post_attention_layernorm.add_and_norm_for(self.mlp, x, wanted_rows(residual, wanted))
         return self.mlp(rows), residual
 
 
@@ -102,12 +111,13 @@ class LlamaModel(nn.Module):
         self.rotary = RotaryEmbedding(config.rope, config.head_dim, context.device)
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Normalized hidden states [T, hidden_size]."""
+        """Normalized hidden states of the wanted tokens [n, hidden_size]."""
         x = self.embed_tokens(batch.input_ids)
         residual: torch.Tensor | None = None
         rotation = self.rotary(batch.positions)
         for layer, cache in zip(self.layers, batch.caches, strict=True):
-            x, residual = layer(x, residual, rotation, batch.attention, cache)
+            wanted = batch.wanted if layer is self.layers[-1] else None
+            x, residual = layer(x, residual, rotation, batch.attention, cache, wanted)
         return self.norm.add_and_norm(x, residual)[0]
 
 
@@ -131,7 +141,7 @@ class LlamaForCausalLM(CausalLM):
         )
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Hidden states after the final norm [T, hidden_size]; writes the step's keys and values to the caches."""
+        """Hidden states of the wanted tokens after the final norm [n, hidden_size]; fills the caches."""
         return self.model(batch)  # type: ignore[no-any-return]
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:

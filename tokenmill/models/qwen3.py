@@ -8,6 +8,7 @@ import torch
 
 from tokenmill.attention.base import AttentionMetadata, LayerCache
 from tokenmill.layers.context import LayerContext
+from tokenmill.layers.forward_batch import wanted_rows
 from tokenmill.layers.norm import RMSNorm
 from tokenmill.layers.rope import Rotation
 from tokenmill.models.config import ModelConfig
@@ -30,14 +31,22 @@ class Qwen3Attention(LlamaAttention):
         self.k_norm = self.norm_class(config.head_dim, config.rms_norm_eps, context)
         self.num_rotated_heads = self.qkv_proj.num_heads + self.qkv_proj.num_kv_heads
 
-    def forward(self, x: Rows, rotation: Rotation, metadata: AttentionMetadata, cache: LayerCache) -> torch.Tensor:
-        """[T, hidden_size] to [T, hidden_size]."""
+    def forward(
+        self,
+        x: Rows,
+        rotation: Rotation,
+        metadata: AttentionMetadata,
+        cache: LayerCache,
+        wanted: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """[T, hidden_size] to the rows at `wanted` [n, hidden_size]."""
         heads = self.qkv_proj(x)  # [T, H + 2 G, D]
         value = heads[:, self.num_rotated_heads :]
         query, key = rotation.normalize_and_apply(
             heads[:, : self.num_rotated_heads], self.qkv_proj.num_heads, self.q_norm, self.k_norm
         )
-        return self.o_proj(self.attention(query, key, value, metadata, cache))  # type: ignore[no-any-return]
+        attended = self.attention(query, key, value, metadata, cache)
+        return self.o_proj(wanted_rows(attended, wanted))  # type: ignore[no-any-return]
 
 
 class Qwen3ForCausalLM(LlamaForCausalLM):

@@ -1,9 +1,9 @@
 """Which kernel multiplies a few rows with a weight on a GPU, and its block sizes. Pure arithmetic: no torch, no triton.
 
-`matvec` and `small_batch` are the kernels of `ops.triton.linear`; `library` is the vendor's product. The numbers were
-found by `python -m benchmarks.gpu.tune_linear` on an H100 (docs/log.md, 2026-11-22): for each type and number of rows
-one choice of blocks is good for every layer of an 8B model, so there is a rule and no table of shapes. Called by
-`ops.linear` and `ops.fp8`.
+`matvec` is the product of `ops.triton.row_product`, `small_batch` that of `ops.triton.linear`, `library` the vendor's.
+The numbers were found by `python -m benchmarks.gpu.tune_linear` on an H100 (docs/log.md, 2026-11-22): one choice of
+blocks for each type and number of rows is good for nearly every layer of an 8B model, so there are rules and no table
+of shapes. Called by `ops.linear`, `ops.fp8` and `ops.row_product`.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import tempfile
-import uuid
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from typing import Final, Self, TypeAlias
 import msgspec
 import numpy as np
 
-from tokenmill.errors import EngineFileError, InvalidParameterError
+from tokenmill.errors import EngineFileError
 from tokenmill.program.checks import check_program
 from tokenmill.program.checksums import checksum
 from tokenmill.program.encoding import decode_program, encode_program
@@ -31,9 +30,9 @@ from tokenmill.program.engine_config import (
     FileRecord,
     decode_config,
     encode_config,
-    is_engine,
 )
 from tokenmill.program.engine_files import EngineFiles, FilesInBuffer, FilesInFolder, write_buffer
+from tokenmill.program.engine_writing import FolderWriter, new_folder
 from tokenmill.program.formats import rows_nbytes
 from tokenmill.program.machine import INSTRUCTION_SETS, Processor, read_processor
 from tokenmill.program.program import Program
@@ -96,26 +95,11 @@ class EnginePackage:
         """Write the engine to the directory `path`, whole or not at all. An engine that is there is replaced.
 
         Raises:
-            InvalidParameterError: something else is there, or nothing can be written there.
+            InvalidParameterError: something else is there, or nothing can be written there, or the disk is full.
         """
-        target = Path(path).expanduser()
-        if target.exists() and not (is_engine(target) or (target.is_dir() and not any(target.iterdir()))):
-            raise InvalidParameterError(
-                f"{target} exists and is not an engine.", field="output", remedy="Name a new or an empty directory."
-            )
-        try:
-            folder = _unused_path(target)
-            folder.mkdir(parents=True)
-            try:
-                self._write(_FolderWriter(folder))
-                _replace(target, folder)
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
-        except OSError as error:
-            raise InvalidParameterError(
-                f"The engine cannot be written to {target}: {error.strerror or error}.", field="output"
-            ) from error
-        return target
+        with new_folder(path) as folder:
+            self._write(FolderWriter(folder))
+        return Path(path).expanduser()
 
     def to_buffer(self) -> bytes:
         """The engine as one buffer: a tar archive of the directory that `save` writes."""
@@ -159,7 +143,16 @@ class EnginePackage:
                 field="engine",
                 remedy="Give a directory that `tokenmill build` wrote.",
             )
-        return cls._read(FilesInFolder(folder), verify)
+        while True:
+            identity = _identity(folder)
+            try:
+                found = cls._read(FilesInFolder(folder), verify)
+            except EngineFileError:
+                if _identity(folder) == identity:
+                    raise
+                continue  # another engine came to this place while it was read, and its files do not fit the others
+            if _identity(folder) == identity:
+                return found
 
     @classmethod
     def from_buffer(cls, buffer: bytes | bytearray | memoryview, *, verify: bool = True) -> Self:
@@ -207,8 +200,8 @@ class EnginePackage:
 
     @property
     def weight_nbytes(self) -> int:
-        """Bytes of all weights."""
-        return sum(content.nbytes for content in self.weights.values())
+        """Bytes of all weights in memory, each with what fills it up."""
+        return sum(-(-content.nbytes // ALIGNMENT) * ALIGNMENT for content in self.weights.values())
 
     def check_runnable(self) -> None:
         """Raise if the engine cannot be run as it is.
@@ -254,45 +247,17 @@ def check_target(config: EngineConfig, processor: Processor, source: str) -> Non
         )
 
 
-class _FolderWriter:
-    """Writes files into a new directory and says what they are."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def __call__(self, name: str, chunks: Iterable[Bytes]) -> FileRecord:
-        """Write `chunks` one after the other to the file `name`."""
-        path = self._folder / name
-        path.parent.mkdir(exist_ok=True)
-        with path.open("xb") as file:
-            for chunk in chunks:
-                file.write(chunk.data)
-        content = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
-        return FileRecord(num_bytes=content.nbytes, checksum=checksum(content))
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Of the directory that is there now; None if there is none."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _bytes(content: bytes) -> Bytes:
     return np.frombuffer(content, np.uint8)
-
-
-def _replace(target: Path, folder: Path) -> None:
-    """Put `folder` in the place of `target`, which may be there; its old content goes only when the new is there."""
-    if not target.exists():
-        folder.rename(target)
-        return
-    old = _unused_path(target)
-    target.rename(old)
-    try:
-        folder.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _unused_path(target: Path) -> Path:
-    """A name beside `target`, on the same file system, that nobody else uses."""
-    return target.with_name(f".{target.name}.{uuid.uuid4().hex}")
 
 
 def _check_names(config: EngineConfig, source: str) -> None:

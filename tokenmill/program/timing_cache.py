@@ -95,7 +95,9 @@ class TimingCache:
             return TimingCache()
         except OSError as error:
             raise EngineFileError(
-                f"{path} cannot be read: {error.strerror or error}.", field="timing_cache", remedy=_REMEDY
+                f"{path} cannot be read: {error.strerror or error}.",
+                field="timing_cache",
+                remedy="Name another file in timing_cache.",
             ) from error
 
     def save_into(self, path: Path) -> None:
@@ -110,8 +112,11 @@ class TimingCache:
                 together = TimingCache.load(path)
                 together.merge(self)
                 partial = path.with_name(f".{path.name}.partial")
-                partial.write_bytes(together.encode())
-                partial.replace(path)
+                try:
+                    partial.write_bytes(together.encode())
+                    partial.replace(path)
+                finally:
+                    partial.unlink(missing_ok=True)
         except OSError as error:
             raise EngineFileError(
                 f"{path} cannot be written: {error.strerror or error}.",

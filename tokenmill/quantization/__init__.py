@@ -1,1 +1,1 @@
-"""How a linear layer stores and applies its weights: one file per format."""
+"""How linear layers and experts store and apply their weights: one file per format."""

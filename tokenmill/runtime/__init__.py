@@ -1,1 +1,1 @@
-"""Runs batch plans: model loading, memory plan, per-slot state on the device, the model runner."""
+"""Runs batch plans: loading, memory plan, state by slot, runners of models and of programs; and `Session`."""

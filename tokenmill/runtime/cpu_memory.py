@@ -10,6 +10,7 @@ import numpy as np
 from tokenmill.ops.cpu.layout import GROUP_BYTES, GROUP_SIZE, int8_group32_bytes, panel_width
 from tokenmill.program.program import Buffer, Operand, Program
 from tokenmill.runtime.huge_pages import Bytes, HugePages
+from tokenmill.runtime.program_parts import split_program
 from tokenmill.runtime.step_arrays import StepArrays
 
 FLOAT_BYTES: Final = 4
@@ -36,21 +37,13 @@ class ProgramMemory:
         self._contents: dict[str, Bytes] = {name: array.view(np.uint8) for name, array in inputs.items()}
         arena = self.pages.take(program.arena_bytes)
         for buffer in (*program.buffers, program.output):
-            size = self.num_bytes(buffer)
+            size = _num_bytes(buffer, arrays.max_num_tokens, arrays.max_num_rows)
             if buffer.offset is None or buffer.name in apart:
                 self._contents[buffer.name] = self.pages.take(size)
             else:
                 assert buffer.offset + size <= len(arena), f"{buffer.name} does not fit its place in the arena"
                 self._contents[buffer.name] = arena[buffer.offset : buffer.offset + size]
         self._addresses = {name: content.ctypes.data for name, content in self._contents.items()}
-
-    def num_bytes(self, buffer: Buffer) -> int:
-        """Bytes of a buffer at the largest step."""
-        sizes: Mapping[int | str, int] = {"tokens": self.arrays.max_num_tokens, "rows": self.arrays.max_num_rows}
-        rows = sizes[buffer.rows] if isinstance(buffer.rows, str) else buffer.rows
-        if buffer.dtype == "int8_group32":
-            return int8_group32_bytes(rows, buffer.columns)
-        return rows * buffer.columns * FLOAT_BYTES
 
     def address(self, operand: Operand) -> int:
         """Of the operand's first column, in a buffer of 4-byte values."""
@@ -94,6 +87,27 @@ class ProgramMemory:
         columns = self.buffers[name].columns
         values: Floats = self._contents[name].view(np.float32)
         return values[: num_rows * columns].reshape(num_rows, columns)
+
+
+def step_nbytes(program: Program, max_num_tokens: int, max_num_rows: int) -> int:
+    """Bytes that `ProgramMemory` takes for the results of the largest step: the arena, the logits, and what the head
+    reads, which the executor keeps apart. The kernels' scratch memory, some MB, is not counted.
+
+    Args:
+        program: with a memory plan.
+        max_num_tokens, max_num_rows: of the largest step.
+    """
+    apart = (*split_program(program).hidden, program.output)
+    return program.arena_bytes + sum(_num_bytes(buffer, max_num_tokens, max_num_rows) for buffer in apart)
+
+
+def _num_bytes(buffer: Buffer, max_num_tokens: int, max_num_rows: int) -> int:
+    """Bytes of a buffer at the largest step."""
+    sizes: Mapping[int | str, int] = {"tokens": max_num_tokens, "rows": max_num_rows}
+    rows = sizes[buffer.rows] if isinstance(buffer.rows, str) else buffer.rows
+    if buffer.dtype == "int8_group32":
+        return int8_group32_bytes(rows, buffer.columns)
+    return rows * buffer.columns * FLOAT_BYTES
 
 
 def _decode_int8(content: Bytes, num_tokens: int, num_columns: int) -> Floats:

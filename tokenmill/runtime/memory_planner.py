@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from tokenmill.config import KvCacheConfig
 from tokenmill.errors import OutOfMemoryError
 from tokenmill.models.config import ModelConfig
+from tokenmill.runtime.step_sizes import MAX_CAPTURED_TOKENS
 
 CPU_CACHE_SHARE = 0.25
 """Share of free memory that the cache takes on a CPU when the user sets no size: the machine runs other things too."""
@@ -24,7 +25,7 @@ class MemoryPlan:
         kv_cache: all blocks of all layers.
         slots: tokens and block tables of the running sequences.
         activations: the largest tensors that live at the same time in the largest step, logits and sampling included.
-        graphs: memory of its own that captured decode steps share, on a GPU.
+        graphs: memory of their own that captured steps share, on a GPU.
         num_blocks: cache blocks, the reserved block 0 included.
         tokens_per_block: tokens in one block.
         kv_bytes_per_token: keys and values of one token, all layers.
@@ -160,10 +161,11 @@ def _activation_bytes(model: ModelConfig, request: MemoryRequest) -> int:
 
 
 def _graph_bytes(model: ModelConfig, request: MemoryRequest) -> int:
-    """The same of the largest decode step, whose graph has memory of its own; logits in the model's type."""
+    """The same of the largest captured step, whose graph has memory of its own; logits in the model's type."""
     if request.is_cpu:
         return 0
-    return request.max_batch_size * (_layer_width(model) + model.vocab_size) * request.weight_bytes
+    num_tokens = max(min(request.max_num_tokens, MAX_CAPTURED_TOKENS), request.max_batch_size)
+    return (num_tokens * _layer_width(model) + request.max_batch_size * model.vocab_size) * request.weight_bytes
 
 
 def _layer_width(model: ModelConfig) -> int:

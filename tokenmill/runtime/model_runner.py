@@ -24,8 +24,9 @@ from tokenmill.runtime.device_errors import device_errors
 from tokenmill.runtime.phases import phase
 from tokenmill.runtime.slot_runner import LaunchedStep, SlotRunner
 from tokenmill.runtime.slot_state import SlotState
-from tokenmill.runtime.step_graphs import StepGraphs, StepResult, StepSize, batch_bucket
+from tokenmill.runtime.step_graphs import StepGraphs, StepResult
 from tokenmill.runtime.step_inputs import StepInputs, inputs_of_rows
+from tokenmill.runtime.step_sizes import SHORT_TOKENS, StepSize, batch_bucket
 from tokenmill.sampling.sampled_tokens import TokenReadback
 from tokenmill.sampling.slot_params import SlotSamplingParams
 
@@ -34,7 +35,7 @@ class StepModel(Protocol):
     """What computes a step: `models.base.CausalLM`, or `TorchProgram`."""
 
     def __call__(self, batch: ForwardBatch) -> torch.Tensor:
-        """What `compute_logits` needs of each token, [T, columns]; writes keys and values to the caches."""
+        """What `compute_logits` needs of each wanted token, [n, columns]; writes keys and values to the caches."""
         ...
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -50,7 +51,8 @@ class ModelRunner(SlotRunner):
         caches: keys and values of each layer.
         slots: tokens and block tables by slot.
         sampling: sampling parameters by slot.
-        use_graphs: replay decode steps from CUDA graphs, on a GPU.
+        use_graphs: replay steps from CUDA graphs, on a GPU.
+        max_graph_tokens: of the largest step with prompts that is captured; see `step_sizes`.
     """
 
     def __init__(
@@ -61,21 +63,22 @@ class ModelRunner(SlotRunner):
         sampling: SlotSamplingParams,
         *,
         use_graphs: bool = True,
+        max_graph_tokens: int = SHORT_TOKENS[-1],
     ) -> None:
         super().__init__(slots, sampling)
         self._model = model
         self._caches = caches
         self._graphs: StepGraphs | None = None
         if slots.device.type == "cuda" and use_graphs:
-            self._graphs = StepGraphs(self._step, slots, max_batch_size=slots.scratch_slot)
+            self._graphs = StepGraphs(self._step, slots, slots.scratch_slot, max_graph_tokens)
 
     def first_runs(self) -> list[Callable[[], object]]:
         """Steps between which kernels differ, each to be run once, beside each other, by `run_together`.
 
         They are those of the scratch slot, whose tokens and cache block 0 are nobody's.
         """
-        decode_steps = [] if self._graphs is None else self._graphs.first_runs()
-        return [*(partial(self._run_prompts, rows) for rows in self._prompts()), *decode_steps]
+        captured_steps = [] if self._graphs is None else self._graphs.first_runs()
+        return [*(partial(self._run_prompts, rows) for rows in self._prompts()), *captured_steps]
 
     def use_caches(self, caches: tuple[LayerCache, ...]) -> None:
         """Take these caches in the place of those that first runs have seen; before the first plan and `warm_up`."""
@@ -83,9 +86,9 @@ class ModelRunner(SlotRunner):
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Capture decode steps, so that no request waits for it; once, after the first runs, before the first plan."""
+        """Capture steps, so that no request waits for it; once, after the first runs, before the first plan."""
         if self._graphs is not None:
-            self._graphs.capture_decode_steps()
+            self._graphs.capture_at_start()
 
     def _prompts(self) -> list[list[Row]]:
         """Prompts between which kernels differ: long and short, with and without history."""
@@ -95,7 +98,7 @@ class ModelRunner(SlotRunner):
 
     def _run_prompts(self, rows: list[Row]) -> None:
         inputs = inputs_of_rows(rows, self._slots)
-        self._sampler.most_likely(self._model.compute_logits(inputs.last_of_rows(self._forward(inputs))))
+        self._sampler.most_likely(self._model.compute_logits(self._last_hidden(inputs)))
 
     @torch.inference_mode()
     def launch(self, plan: BatchPlan) -> LaunchedStep:
@@ -111,13 +114,19 @@ class ModelRunner(SlotRunner):
             if size is not None:
                 return self._launch_graph(plan, self._graphs, size)
         inputs = inputs_of_rows(plan.rows, self._slots)
-        hidden = self._forward(inputs)
         sampled_rows = tuple(index for index, row in enumerate(plan.rows) if row.sample)
+        prompt_logprobs = {}
+        if any(row.prompt_logprobs for row in plan.rows):
+            hidden = self._forward(inputs)
+            prompt_logprobs = self._prompt_logprobs(plan.rows, hidden, self._model.compute_logits)
+            hidden = inputs.last_of_rows(hidden)
+        else:
+            hidden = self._last_hidden(inputs)
         return LaunchedStep(
             plan=plan,
             sampled_rows=sampled_rows,
             readback=self._sample(plan.rows, sampled_rows, inputs, hidden) if sampled_rows else None,
-            prompt_logprobs=self._prompt_logprobs(plan.rows, hidden, self._model.compute_logits),
+            prompt_logprobs=prompt_logprobs,
         )
 
     # ---- parts of a launch -----------------------------------------------------------------------------------
@@ -127,30 +136,40 @@ class ModelRunner(SlotRunner):
         source, destination = upload(pairs, self._slots.device).unbind(1)
         copy_blocks(self._caches, source, destination)
 
-    def _forward(self, inputs: StepInputs) -> torch.Tensor:  # [T, hidden]
+    def _forward(self, inputs: StepInputs, wanted: torch.Tensor | None = None) -> torch.Tensor:  # [n, hidden]
         with phase("model"):
-            return self._model(ForwardBatch(inputs.input_ids, inputs.positions, inputs.attention, self._caches))
+            return self._model(ForwardBatch(inputs.input_ids, inputs.positions, inputs.attention, self._caches, wanted))
+
+    def _last_hidden(self, inputs: StepInputs) -> torch.Tensor:  # [R, hidden]
+        """Of each row's last token; of the others the last layer computes keys and values alone."""
+        num_rows = inputs.last_token_index.shape[0]
+        if inputs.attention.num_decode_rows == num_rows:
+            return self._forward(inputs)
+        wanted = functional.pad(inputs.last_token_index, (0, self._num_more(num_rows)))
+        return self._forward(inputs, wanted)[:num_rows]
+
+    def _num_more(self, num_rows: int) -> int:
+        """Rows to add on a GPU, so that products have as many as a captured step has.
+
+        A library that meets a new number of rows may load another kernel, which holds up a step by a tenth of a second.
+        """
+        return 0 if self._graphs is None else batch_bucket(num_rows, self._slots.scratch_slot) - num_rows
 
     def _sample(
         self, rows: Sequence[Row], sampled_rows: tuple[int, ...], inputs: StepInputs, hidden: torch.Tensor
     ) -> TokenReadback:
-        """Tokens of the sampled rows, written to their slots as the next step's input."""
-        last, slots, positions = inputs.last_token_index, inputs.slots, inputs.next_positions
+        """Tokens of the sampled rows, written to their slots as the next step's input; hidden: [R, hidden_size]."""
+        slots, positions = inputs.slots, inputs.next_positions
         if len(sampled_rows) < len(rows):
             index = upload(np.array(sampled_rows, np.int64), slots.device)
-            last, slots, positions = last[index], slots[index], positions[index]
-        logits = self._logits(hidden[last])
+            hidden, slots, positions = hidden[index], slots[index], positions[index]
+        logits = self._logits(hidden)
         return self._choose(logits, slots, positions, [rows[row] for row in sampled_rows])
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:  # [n, V]
-        """Logits of n rows, on a GPU computed with as many rows as a captured step has.
-
-        A library that meets a new number of rows may load another kernel, which holds up a step by a tenth of a second.
-        """
+        """Logits of n rows, computed with `_num_more` rows more."""
         num_rows = hidden.shape[0]
-        num_more = 0 if self._graphs is None else batch_bucket(num_rows, self._slots.scratch_slot) - num_rows
-        if num_more:
-            hidden = functional.pad(hidden, (0, 0, 0, num_more))
+        hidden = functional.pad(hidden, (0, 0, 0, self._num_more(num_rows)))
         return self._model.compute_logits(hidden)[:num_rows]
 
     # ---- steps from graphs -----------------------------------------------------------------------------------
@@ -168,7 +187,7 @@ class ModelRunner(SlotRunner):
             return LaunchedStep(plan, sampled_rows, TokenReadback(result.sampled.first(len(rows))), {}, reads_all=True)
         assert result.hidden is not None
         index = upload(np.array(sampled_rows, np.int64), self._slots.device)
-        slots, positions = result.inputs.slots[index], result.inputs.next_positions[index]
+        slots, positions = result.slots[index], result.next_positions[index]
         logits = self._logits(result.hidden[index])
         readback = self._choose(logits, slots, positions, [rows[row] for row in sampled_rows])
         return LaunchedStep(plan, sampled_rows, readback, {})
@@ -178,8 +197,9 @@ class ModelRunner(SlotRunner):
 
         Logits for a sampler are not: a graph holds on to what it returns, and they are half a gigabyte for 1,000 rows.
         """
-        hidden = inputs.last_of_rows(self._forward(inputs))
+        hidden = self._last_hidden(inputs)
         if not greedy:
-            return StepResult(inputs, hidden, None)
+            return StepResult(inputs.slots, inputs.next_positions, hidden, None)
         places = TokenPlaces(self._slots.token_ids, inputs.target_slots, inputs.next_positions)
-        return StepResult(inputs, None, self._sampler.most_likely(self._model.compute_logits(hidden), places))
+        sampled = self._sampler.most_likely(self._model.compute_logits(hidden), places)
+        return StepResult(inputs.slots, inputs.next_positions, None, sampled)

@@ -115,7 +115,7 @@ class Session:
     def outputs(self) -> tuple[TensorInfo, ...]:
         """What `run` gives: the logits, and the debug outputs that the engine was built with."""
         program = self.engine.program
-        buffers = {buffer.name: buffer for buffer in program.buffers}
+        buffers = {buffer.name: buffer for buffer in (*program.buffers, program.output)}
         kept = (
             TensorInfo(name, (buffers[buffer].rows, buffers[buffer].columns), "float32", f"result of {name}")
             for name, buffer in self.engine.config.debug_outputs.items()

@@ -1,20 +1,18 @@
-"""`StepGraphs`: steps captured as CUDA graphs by their size and replayed, so that small steps cost the host one launch.
+"""`StepGraphs`: steps captured as CUDA graphs by their size and replayed, so that a step costs the host one launch.
 
-Two kinds of steps are captured: one token for each row (decode), and a few short prompts. A step is padded up to the
-next size: decode rows with the scratch slot, tokens of prompts with tokens of a scratch row; the longest context is
-rounded up to a power of two. What differs from step to step lies in one small input tensor and in the slots, both read
-on the device. A size runs eagerly the first time (kernels compile, libraries start) and is captured the second time;
-greedy decode steps are captured when the engine starts.
+A step is padded up to the next size (`step_sizes`): rows with those of the scratch slot, tokens of prompts with tokens
+of a scratch row. What differs from step to step lies in one small input tensor and in the slots, both read on the
+device. Greedy decode steps and the largest step with prompts are captured when the engine starts. Another size runs as
+a larger one if one is captured, else eagerly (kernels compile, libraries start); when it comes again it is captured.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,24 +20,30 @@ import torch
 
 from tokenmill.engine.plan import Row
 from tokenmill.ops.upload import upload
+from tokenmill.runtime import step_sizes
 from tokenmill.runtime.slot_state import SlotState
-from tokenmill.runtime.step_inputs import StepInputs, inputs_of_decode, inputs_of_prompts
+from tokenmill.runtime.step_inputs import (
+    DECODE,
+    PADDING,
+    WITH_HISTORY,
+    WITHOUT_HISTORY,
+    StepInputs,
+    inputs_of_decode,
+    inputs_of_prompts,
+)
+from tokenmill.runtime.step_sizes import StepSize, batch_bucket, kv_bucket, step_size
 from tokenmill.sampling.sampled_tokens import SampledTokens
 
-SMALLEST_KV_BOUND = 1024
-"""Contexts up to this many tokens share graphs."""
-
-MANY_ROWS = 64
-"""From so many decode rows on there is one graph for all contexts: they fill the device without being split."""
+logger = logging.getLogger(__name__)
 
 COMPILED_ROWS = (1, 2, 4, 16, 32, 64, 128, 256)
 """Numbers of decode rows from which on other kernels are used, or other blocks, or arguments of other divisors."""
 
-PROMPT_TOKENS = (16, 32, 64, 128, 192, 256, 384, 512)
-"""Tokens of captured steps with prompts; longer steps keep the device busy without graphs."""
+MAX_PROMPT_GRAPHS = 48
+"""Of steps with prompts, of all sizes: what each takes beside the memory that all share is small, but not nothing."""
 
-PROMPT_ROWS = (1, 2, 4, 8, 16)
-"""Rows of captured steps with prompts."""
+RUNS_IN_LARGER = (1, 3)
+"""How often a size, of decode and of prompts, runs as a larger one that is captured before it is captured itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +51,14 @@ class StepResult:
     """What a step leaves; of a captured one, overwritten by the next replay of the same graph.
 
     Args:
-        inputs: of all rows, padding included.
+        slots: [R] of all rows, padding included.
+        next_positions: [R], where each row's token goes.
         hidden: [R, hidden_size] of each row's last token, for a sampler; None if the tokens were chosen in the step.
         sampled: the chosen tokens, written to their slots already; None if a sampler has to choose.
     """
 
-    inputs: StepInputs
+    slots: torch.Tensor
+    next_positions: torch.Tensor
     hidden: torch.Tensor | None
     sampled: SampledTokens | None
 
@@ -61,26 +67,10 @@ Step = Callable[[StepInputs, bool], StepResult]
 """Runs the model on inputs; with True it also takes the most likely tokens."""
 
 
-class StepSize(NamedTuple):
-    """What a graph is captured for.
-
-    Args:
-        num_rows: rows, padding included.
-        num_tokens: tokens of prompts, padding included; 0: each row computes one token.
-        max_kv_len: longest context.
-        greedy: whether the tokens are chosen in the graph.
-    """
-
-    num_rows: int
-    num_tokens: int
-    max_kv_len: int
-    greedy: bool
-
-
 @dataclass(frozen=True, slots=True)
 class _Captured:
     graph: torch.cuda.CUDAGraph
-    rows: torch.Tensor  # [columns, R] int64: see `_host_rows`
+    rows: torch.Tensor  # [columns, R] int64: see `host_rows`
     result: StepResult
 
 
@@ -91,33 +81,65 @@ class StepGraphs:
         step: what is captured.
         state: the slots.
         max_batch_size: most rows of a step.
+        max_tokens: of the largest step with prompts that is captured.
     """
 
-    def __init__(self, step: Step, state: SlotState, max_batch_size: int) -> None:
+    def __init__(
+        self, step: Step, state: SlotState, max_batch_size: int, max_tokens: int = step_sizes.SHORT_TOKENS[-1]
+    ) -> None:
         self._step = step
         self._state = state
         self._max_batch_size = max_batch_size
-        self._captured: dict[StepSize, _Captured | None] = {}  # None: has run once
+        self._max_tokens = max_tokens
+        self._captured: dict[StepSize, _Captured] = {}
+        self._has_run: set[StepSize] = set()
+        self._num_in_larger: dict[StepSize, int] = {}
+        self._captures_prompts = True
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(state.device)  # type: ignore[no-untyped-call]
 
     def size_of(self, rows: Sequence[Row], *, greedy: bool) -> StepSize | None:
         """The size under which a step with these rows runs; None if it is not one to capture."""
-        return step_size(rows, self._max_batch_size, self._state.max_seq_len, greedy=greedy)
+        state = self._state
+        size = step_size(rows, self._max_batch_size, state.max_seq_len, self._max_tokens, greedy=greedy)
+        if size is None or size in self._captured or self._may_capture(size) or self._larger(size) is not None:
+            return size
+        return None
+
+    def next_run(self, size: StepSize) -> tuple[str, StepSize]:
+        """How the next step of this size runs: `first` (eagerly), `capture` or `replay`, and under which size."""
+        if size in self._captured:
+            return "replay", size
+        larger = self._larger(size)
+        if larger is not None:
+            num_runs = self._num_in_larger.get(size, 0)
+            if num_runs < RUNS_IN_LARGER[bool(size.num_tokens)] or not self._may_capture(size):
+                return "replay", larger
+        return ("capture" if size in self._has_run else "first"), size
 
     def first_runs(self) -> list[Callable[[], object]]:
-        """Decode steps between which kernels differ, to be run once. Their rows are padding: nothing is changed."""
+        """Steps between which kernels differ, to be run once. Their rows are padding: nothing is changed."""
         sizes = self._decode_sizes()
-        return [partial(self.run, (), size) for size in sizes if size.num_rows in COMPILED_ROWS or size == sizes[0]]
+        few = [size for size in sizes if size.num_rows in COMPILED_ROWS or size == sizes[0]]
+        return [partial(self._run_first, size) for size in (*self._largest_with_prompts(), *few)]
 
-    def capture_decode_steps(self) -> None:
-        """Capture greedy decode steps of all numbers of rows, of short contexts where that makes a difference.
+    def capture_at_start(self) -> None:
+        """Capture the largest step with prompts, and greedy decode steps of all numbers of rows, of short contexts
+        where that makes a difference.
 
         Largest first, so that the others find room in its memory.
         """
-        for size in self._decode_sizes():
-            while self._captured.get(size) is None:
-                self.run((), size)
+        for size in (*self._largest_with_prompts(), *self._decode_sizes()):
+            if size not in self._has_run:
+                self._run_first(size)
+            self._try_capture(size)
+
+    def _largest_with_prompts(self) -> list[StepSize]:
+        """It, or nothing if only short steps with prompts are captured."""
+        if self._max_tokens <= step_sizes.SHORT_TOKENS[-1]:
+            return []
+        batch, state = self._max_batch_size, self._state
+        return [step_sizes.large_size(batch, self._max_tokens, batch, state.max_seq_len, greedy=True)]
 
     def _decode_sizes(self) -> list[StepSize]:
         """Largest first."""
@@ -128,24 +150,55 @@ class StepGraphs:
             for num_rows in sorted(buckets, reverse=True)
         ]
 
+    def _may_capture(self, size: StepSize) -> bool:
+        if not size.num_tokens:
+            return True
+        return self._captures_prompts and sum(bool(one.num_tokens) for one in self._captured) < MAX_PROMPT_GRAPHS
+
+    def _larger(self, size: StepSize) -> StepSize | None:
+        """The smallest captured size that this one can run in."""
+        return min((one for one in self._captured if one.holds(size)), default=None)
+
     def run(self, rows: Sequence[Row], size: StepSize) -> StepResult:
         """Run the step of these rows."""
-        host = _host_rows(rows, size, self._state.scratch_slot)
-        if size not in self._captured:
-            self._captured[size] = None
-            return self._run_step(upload(host, self._state.device), size)
-        captured = self._captured[size] or self._capture(size, host.shape[0])
+        how, to_run = self.next_run(size)
+        if to_run != size:
+            self._num_in_larger[size] = self._num_in_larger.get(size, 0) + 1
+        host = host_rows(rows, to_run, self._state.scratch_slot)
+        if how == "first" or (how == "capture" and not self._try_capture(to_run)):
+            self._has_run.add(to_run)
+            return self._run_step(upload(host, self._state.device), to_run)
+        captured = self._captured[to_run]
         captured.rows.copy_(torch.from_numpy(host).pin_memory(), non_blocking=True)
         captured.graph.replay()
         return captured.result
 
-    def _capture(self, size: StepSize, num_columns: int) -> _Captured:
+    def _run_first(self, size: StepSize) -> None:
+        """Run a step of padding alone."""
+        self._has_run.add(size)
+        self._run_step(upload(host_rows((), size, self._state.scratch_slot), self._state.device), size)
+
+    def _try_capture(self, size: StepSize) -> bool:
+        """Capture, if it can be done. When a step with prompts fails, such steps stay eager from then on.
+
+        A decode step that finds no memory raises: with fewer rows it may.
+        """
+        try:
+            self._captured[size] = self._capture(size)
+        except RuntimeError as error:
+            if not size.num_tokens:
+                raise
+            logger.warning("Steps with prompts are not captured any more: %s", error)
+            self._captures_prompts = False
+        return size in self._captured
+
+    def _capture(self, size: StepSize) -> _Captured:
         """Capture while the device goes on with the steps before.
 
         Not by `torch.cuda.graph`: it waits for the device, collects garbage and gives all unused memory back, which
         takes longer than many steps when a thousand sequences run.
         """
-        rows = torch.zeros(num_columns, size.num_rows, dtype=torch.int64, device=self._state.device)
+        rows = torch.zeros(_num_columns(size), size.num_rows, dtype=torch.int64, device=self._state.device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
@@ -157,62 +210,47 @@ class StepGraphs:
                     graph.capture_end()
                 raise
             graph.capture_end()
-        captured = self._captured[size] = _Captured(graph, rows, result)
-        return captured
+        return _Captured(graph, rows, result)
 
     def _run_step(self, rows: torch.Tensor, size: StepSize) -> StepResult:
         if size.num_tokens:
-            inputs = inputs_of_prompts(rows, size.num_tokens, self._state, size.max_kv_len)
+            inputs = inputs_of_prompts(rows, size.num_tokens, self._state, size.max_kv_len, size.num_prompts)
         else:
             inputs = inputs_of_decode(rows, self._state, size.max_kv_len)
         return self._step(inputs, size.greedy)
 
 
-def step_size(rows: Sequence[Row], max_batch_size: int, max_seq_len: int, *, greedy: bool) -> StepSize | None:
-    """See `StepGraphs.size_of`."""
-    if any(row.prompt_logprobs for row in rows):
-        return None
-    kv_len = max(row.start + row.num_tokens for row in rows)
-    if all(row.num_tokens == 1 and row.sample for row in rows):
-        num_rows = batch_bucket(len(rows), max_batch_size)
-        return StepSize(num_rows, 0, kv_bucket(kv_len, max_seq_len, num_rows), greedy)
-    num_tokens = sum(row.num_tokens for row in rows)
-    if num_tokens > PROMPT_TOKENS[-1] or len(rows) > PROMPT_ROWS[-1]:
-        return None
-    num_rows, num_tokens = _next(PROMPT_ROWS, len(rows)), _next(PROMPT_TOKENS, num_tokens)
-    return StepSize(num_rows, num_tokens, kv_bucket(kv_len, max_seq_len, num_rows), greedy)
+def _num_columns(size: StepSize) -> int:
+    if not size.num_tokens:
+        return 2
+    return 5 if size.num_prompts else 4
 
 
-def batch_bucket(num_rows: int, max_batch_size: int) -> int:
-    """Rows of the step that runs `num_rows` decode rows: 1, 2, 4, then multiples of about an eighth."""
-    if num_rows <= 2:
-        return num_rows
-    step = max(4, 1 << max(0, (num_rows - 1).bit_length() - 3))
-    return min(-(-num_rows // step) * step, max(max_batch_size, num_rows))
-
-
-def kv_bucket(kv_len: int, max_seq_len: int, num_rows: int) -> int:
-    """Longest context of the step that runs rows of up to `kv_len` tokens."""
-    if num_rows >= MANY_ROWS:
-        return max_seq_len
-    return min(max(SMALLEST_KV_BOUND, 1 << (kv_len - 1).bit_length()), max_seq_len)
-
-
-def _next(sizes: Sequence[int], value: int) -> int:
-    return sizes[bisect_left(sizes, value)]
-
-
-def _host_rows(rows: Sequence[Row], size: StepSize, scratch_slot: int) -> npt.NDArray[np.int64]:
-    """[2, R] slots and starts of decode rows (padding starts at -1), or [4, R] slots, starts, lengths, target slots."""
+def host_rows(rows: Sequence[Row], size: StepSize, scratch_slot: int) -> npt.NDArray[np.int64]:
+    """[2, R] slots and starts of decode rows (padding starts at -1), or [4, R] slots, starts, lengths, target slots,
+    or [5, R] with kinds of rows too."""
     count = len(rows)
-    host = np.zeros((4 if size.num_tokens else 2, size.num_rows), np.int64)
+    host = np.zeros((_num_columns(size), size.num_rows), np.int64)
     host[0] = scratch_slot
     host[0, :count] = [row.slot for row in rows]
     host[1, :count] = [row.start for row in rows]
-    if size.num_tokens:
-        host[2, :count] = [row.num_tokens for row in rows]
-        host[3] = scratch_slot
-        host[3, :count] = [row.slot if row.sample else scratch_slot for row in rows]
-    else:
+    if not size.num_tokens:
         host[1, count:] = -1
+        return host
+    host[2, :count] = [row.num_tokens for row in rows]
+    host[3] = scratch_slot
+    host[3, :count] = [row.slot if row.sample else scratch_slot for row in rows]
+    if size.num_prompts:
+        host[4] = PADDING
+        host[4, :count] = _kinds(rows)
     return host
+
+
+def _kinds(rows: Sequence[Row]) -> list[int]:
+    """Of a plan's rows, in their order: only those at the end are told to have no history."""
+    kinds = [DECODE if row.num_tokens == 1 else WITH_HISTORY for row in rows]
+    for index in reversed(range(len(rows))):
+        if kinds[index] == DECODE or rows[index].start:
+            break
+        kinds[index] = WITHOUT_HISTORY
+    return kinds

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
 import torch
 
-from tokenmill.attention.base import AttentionMetadata
+from tokenmill.attention.base import AttentionMetadata, RowParts
 from tokenmill.engine.plan import Row
 from tokenmill.ops.decode_inputs import decode_inputs
 from tokenmill.ops.upload import upload
 from tokenmill.runtime.slot_state import SlotState
+
+DECODE: Final = 0
+WITH_HISTORY: Final = 1
+WITHOUT_HISTORY: Final = 2
+PADDING: Final = 3
+"""Kinds of rows of a large step, which stand in this order: one token, several with cached ones before, several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,16 +110,20 @@ def inputs_of_decode(rows: torch.Tensor, state: SlotState, max_kv_len: int) -> S
     return StepInputs(slots, slots, found.next_positions, found.row_index, found.input_ids, found.positions, attention)
 
 
-def inputs_of_prompts(rows: torch.Tensor, num_tokens: int, state: SlotState, max_kv_len: int) -> StepInputs:
+def inputs_of_prompts(
+    rows: torch.Tensor, num_tokens: int, state: SlotState, max_kv_len: int, num_prompts: int = 0
+) -> StepInputs:
     """Inputs of a step with prompts, padded to `num_tokens`, from device tensors alone; for CUDA graphs.
 
     Args:
         rows: [4, R] int64: slots, starts, lengths and target slots; a row of the scratch slot and length 0 is padding.
+            [5, R]: with `num_prompts`, the rows' kinds too.
         num_tokens: T, at least the sum of the lengths; the tokens beyond it are computed for nobody.
         state: the slots.
         max_kv_len: no row has more tokens, its new ones included.
+        num_prompts: most rows of several tokens with history, and most without; 0: rows are not told apart.
     """
-    slots, starts, lens, target_slots = rows
+    slots, starts, lens, target_slots = rows[:4]
     ends = lens.cumsum(0)
     index = torch.arange(num_tokens, device=slots.device)
     is_padding = index >= ends[-1]
@@ -133,5 +144,36 @@ def inputs_of_prompts(rows: torch.Tensor, num_tokens: int, state: SlotState, max
         kv_lens_host=(),
         max_kv_len=max_kv_len,
     )
+    if num_prompts:
+        attention = replace(attention, parts=_row_parts(attention, rows[4], num_prompts))
     token_ids = state.token_ids[token_slots, positions]
     return StepInputs(slots, target_slots, kv_lens, (ends - 1).clamp(min=0), token_ids, positions, attention)
+
+
+def _row_parts(step: AttentionMetadata, kinds: torch.Tensor, num_prompts: int) -> RowParts:
+    """The rows of a step by their kinds [R], on the device."""
+    num_rows, num_tokens = kinds.shape[0], step.slot_mapping.shape[0]
+    ends = [(kinds <= kind).sum() for kind in (DECODE, WITH_HISTORY, WITHOUT_HISTORY)]
+    offsets = torch.arange(num_prompts + 1, device=kinds.device)
+
+    def of_prompts(first: torch.Tensor, end: torch.Tensor) -> AttentionMetadata:
+        rows = torch.minimum(first + offsets, end)  # behind the last one there are rows without tokens
+        existing = rows[:-1].clamp(max=num_rows - 1)
+        return replace(
+            step,
+            query_start=step.query_start[rows],
+            kv_lens=step.kv_lens[existing],
+            block_tables=step.block_tables[existing],
+            query_lens=(num_tokens,) * num_prompts,
+        )
+
+    num_decode = min(num_rows, num_tokens)
+    decode = replace(
+        step,
+        kv_lens=step.kv_lens.masked_fill(kinds != DECODE, 0)[:num_decode],
+        block_tables=step.block_tables[:num_decode],
+        slot_mapping=step.slot_mapping[:num_decode],
+        num_decode_rows=num_decode,
+        query_lens=(1,) * num_decode,
+    )
+    return RowParts(decode, of_prompts(ends[0], ends[1]), of_prompts(ends[1], ends[2]))

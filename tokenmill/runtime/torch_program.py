@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 
 from tokenmill.attention.base import AttentionBackend
-from tokenmill.layers.forward_batch import ForwardBatch
+from tokenmill.layers.forward_batch import ForwardBatch, wanted_rows
 from tokenmill.program.program import Operand, Operation, Program
 from tokenmill.runtime.program_parts import split_program
 from tokenmill.runtime.torch_operations import PREPARE, Execute, Preparation, TorchStep, Values
@@ -55,8 +55,8 @@ class TorchProgram:
 
     @torch.inference_mode()
     def __call__(self, batch: ForwardBatch) -> torch.Tensor:
-        """What the head needs of each token [T, columns]; writes the step's keys and values to the caches."""
-        return self._hidden_of(self._run_body(batch))
+        """What the head needs of the wanted tokens [n, columns]; writes the step's keys and values to the caches."""
+        return wanted_rows(self._hidden_of(self._run_body(batch)), batch.wanted)
 
     @torch.inference_mode()
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -40,7 +40,6 @@ class Need(IntFlag):
     BAD_WORDS = auto()
     MIN_TOKENS = auto()
 
-    DRAWING = RANDOM | TOP_K | TOP_P | MIN_P
     EDITS = REPETITION | COUNTS | BIAS | BAD_WORDS | MIN_TOKENS
     PENALTIES = REPETITION | COUNTS
 

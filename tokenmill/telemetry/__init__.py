@@ -1,1 +1,1 @@
-"""Statistics, Prometheus metrics, profiler hooks."""
+"""Statistics, summaries of latencies, Prometheus metrics."""

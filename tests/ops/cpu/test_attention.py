@@ -8,14 +8,14 @@ from functools import partial
 import pytest
 import torch
 
-from tests.support.native_cache import NativeCache, clear_partners
+from tests.support.native_cache import NativeCache, clear_partners, pack_cache, unpack_cache
 from tests.support.native_ops import matrix, nans, run_equally, run_ops
 from tests.support.paged_cache import PagedSequences
 from tokenmill.attention.base import AttentionMetadata, AttentionSpec
 from tokenmill.attention.reference import ReferenceAttention
 from tokenmill.errors import UnsupportedFeatureError
 from tokenmill.ops.cpu.attention import AttentionOp, attention, attention_combine, partial_bytes, scratch_bytes
-from tokenmill.ops.cpu.cache_layout import cache_shapes, pack_cache, unpack_cache
+from tokenmill.ops.cpu.cache_layout import cache_shapes
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 

@@ -44,6 +44,19 @@ def scale(thread: int, num_threads: int, row: int) -> None:
         store_f32(place, load_f32(place) * float_argument(row, FIRST_ARGUMENT + 1))
 
 
+@kernel
+def write_late(thread: int, num_threads: int, row: int) -> None:
+    if thread == num_threads - 1:
+        for _ in range(200_000):
+            fetch_add(argument(row, FIRST_ARGUMENT), 1)
+
+
+@kernel
+def read_first(thread: int, num_threads: int, row: int) -> None:
+    if thread == 0:
+        store_i64(argument(row, FIRST_ARGUMENT + 1), load_i64(argument(row, FIRST_ARGUMENT)))
+
+
 def shifts(num_ops: int) -> tuple[OpList, np.ndarray, np.ndarray]:
     first, second = np.zeros(COUNT, np.int64), np.zeros(COUNT, np.int64)
     ops = OpList(num_ops)
@@ -111,6 +124,18 @@ def test_ops_are_timed() -> None:
     assert (nanoseconds >= 0).all()
     assert nanoseconds.sum() > 0
     assert (first == 10).all()
+    pool.close()
+
+
+def test_a_timed_op_is_over_when_its_time_is() -> None:
+    """All threads meet after it, though the next one need not wait: what the last thread still does is its own time."""
+    pool = ThreadPool(2)
+    values = np.zeros(2, np.int64)
+    ops = OpList(2)
+    ops.append(write_late, values.ctypes.data, barrier=False)
+    ops.append(read_first, values.ctypes.data, values.ctypes.data + 8)
+    pool.run_timed(ops)
+    assert values.tolist() == [200_000, 200_000]
     pool.close()
 
 

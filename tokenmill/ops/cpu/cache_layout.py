@@ -103,30 +103,6 @@ def cache_shapes(
     )
 
 
-def pack_cache(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The layout of [N, B, G, D] keys and values, which are float32 or bfloat16; padding is zero."""
-    num_blocks, tokens_per_block, num_kv_heads, head_dim = keys.shape
-    cache_shapes(num_blocks, tokens_per_block, num_kv_heads, head_dim, keys.dtype)  # checks
-    padding = (0, round_up(head_dim) - head_dim, 0, 0, 0, round_up(tokens_per_block) - tokens_per_block)
-    keys, values = (torch.nn.functional.pad(part, padding).transpose(1, 2) for part in (keys, values))  # [N, G, B, D]
-    if keys.dtype == torch.float32:
-        return keys.transpose(2, 3).contiguous(), values.contiguous()
-    paired_keys = keys.reshape(*keys.shape[:3], -1, 2).permute(0, 1, 3, 2, 4)
-    paired_values = values.reshape(*values.shape[:2], -1, 2, values.shape[3]).permute(0, 1, 2, 4, 3)
-    return paired_keys.contiguous(), paired_values.contiguous()
-
-
-def unpack_cache(
-    keys: torch.Tensor, values: torch.Tensor, tokens_per_block: int, head_dim: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `pack_cache` was given."""
-    if keys.dtype == torch.bfloat16:
-        keys = keys.permute(0, 1, 2, 4, 3).flatten(2, 3)
-        values = values.permute(0, 1, 2, 4, 3).flatten(2, 3)
-    keys, values = keys.permute(0, 3, 1, 2), values.transpose(1, 2)
-    return tuple(part[:, :tokens_per_block, :, :head_dim].contiguous() for part in (keys, values))  # type: ignore[return-value]
-
-
 @device
 def query_start(step: int, row: int) -> int:
     """First token of a row in the step."""

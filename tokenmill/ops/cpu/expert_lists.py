@@ -54,7 +54,6 @@ ROWS: Final = FIRST_ARGUMENT + 6
 LOGITS: Final = FIRST_ARGUMENT + 7  # address of float32 [T, E]
 LOGITS_STRIDE: Final = FIRST_ARGUMENT + 8  # bytes from token to token
 NORMALIZE: Final = FIRST_ARGUMENT + 9  # 1: shares of a token sum up to 1
-NUM_ARGUMENTS: Final = 10
 
 # Byte offsets in the header, and in the entry of an expert.
 NUM_PAIRS: Final = 0

@@ -32,12 +32,6 @@ def store_i32(builder: ir.IRBuilder, address: ir.Value, value: ir.Value) -> None
     builder.store(builder.trunc(value, I32), builder.inttoptr(address, I32.as_pointer()), align=4)
 
 
-@operation(none, int64, int64)
-def store_i16(builder: ir.IRBuilder, address: ir.Value, value: ir.Value) -> None:
-    """Write the low 16 bits."""
-    builder.store(builder.trunc(value, I16), builder.inttoptr(address, I16.as_pointer()), align=2)
-
-
 @operation(int64, int64)
 def load_u16(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
     """The unsigned 16-bit number at an address."""

@@ -204,12 +204,6 @@ def broadcast(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
     return splat(builder, value)
 
 
-@operation(int32x16, int64)
-def broadcast_int(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
-    """All lanes the low 32 bits of `value`."""
-    return splat(builder, builder.trunc(value, I32))
-
-
 @operation(float32x16, float32x16, float32x16)
 def add(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
     """a + b."""
@@ -271,19 +265,6 @@ def keep_lanes(builder: ir.IRBuilder, a: ir.Value, first: ir.Value, end: ir.Valu
     return builder.select(inside, a, splat(builder, other))
 
 
-@operation(float32x16, float32x16, float32x16)
-def scale_by_power_of_two(builder: ir.IRBuilder, a: ir.Value, exponent: ir.Value) -> ir.Value:
-    """a * 2^exponent for whole exponents from -126 to 127."""
-    bits = builder.shl(builder.add(builder.fptosi(exponent, I32X16), constant(I32, 127)), constant(I32, 23))
-    return builder.fmul(a, builder.bitcast(bits, F32X16))
-
-
-@operation(float32x16, float32x16, float32x16, float32x16)
-def zero_where_below(builder: ir.IRBuilder, a: ir.Value, x: ir.Value, bound: ir.Value) -> ir.Value:
-    """0 in lanes with x < bound, else a."""
-    return builder.select(builder.fcmp_ordered("<", x, bound), constant(F32, 0.0), a)
-
-
 @operation(float32, float32x16)
 def reduce_add(builder: ir.IRBuilder, a: ir.Value) -> ir.Value:
     """Sum of the lanes, as a tree."""
@@ -311,26 +292,7 @@ def reduce_tree(builder: ir.IRBuilder, a: ir.Value, combine: Callable[[ir.Value,
     return builder.extract_element(a, I32(0))
 
 
-# bfloat16 and small integers.
-
-
-@operation(float32x16, int32x16)
-def low_bfloat16(builder: ir.IRBuilder, pairs: ir.Value) -> ir.Value:
-    """The first of each pair of bfloat16, as float32."""
-    return builder.bitcast(builder.shl(pairs, constant(I32, 16)), F32X16)
-
-
-@operation(float32x16, int32x16)
-def high_bfloat16(builder: ir.IRBuilder, pairs: ir.Value) -> ir.Value:
-    """The second of each pair of bfloat16, as float32."""
-    return builder.bitcast(builder.and_(pairs, constant(I32, 0xFFFF0000)), F32X16)
-
-
-@operation(float32x16, int64)
-def load_bfloat16(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
-    """16 bfloat16 at an address, as float32."""
-    wide = builder.zext(load_vector(builder, address, I16), I32X16)
-    return builder.bitcast(builder.shl(wide, constant(I32, 16)), F32X16)
+# bfloat16.
 
 
 def bfloat16_bits(builder: ir.IRBuilder, a: ir.Value) -> ir.Value:
@@ -352,15 +314,3 @@ def bfloat16_pairs(builder: ir.IRBuilder, low: ir.Value, high: ir.Value) -> ir.V
 def store_bfloat16(builder: ir.IRBuilder, address: ir.Value, a: ir.Value) -> None:
     """Write 16 bfloat16."""
     store_vector(builder, address, builder.trunc(bfloat16_bits(builder, a), ir.VectorType(I16, LANES)))
-
-
-@operation(none, int64, float32x16)
-def store_int8(builder: ir.IRBuilder, address: ir.Value, a: ir.Value) -> None:
-    """Write 16 whole numbers from -128 to 127 as int8."""
-    store_vector(builder, address, builder.trunc(builder.fptosi(a, I32X16), ir.VectorType(I8, LANES)))
-
-
-@operation(float32x16, int64)
-def load_int8(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
-    """16 int8 at an address, as float32."""
-    return builder.sitofp(load_vector(builder, address, I8), F32X16)

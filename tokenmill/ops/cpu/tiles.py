@@ -20,8 +20,6 @@ from tokenmill.ops.cpu.simd import F32, F32X16, I32, I64, call, constant, load_v
 
 ElementKind: TypeAlias = Literal["float32", "bfloat16_pair", "mixed_pair"]
 
-ELEMENT_BYTES: Final = 4
-
 
 def has_wide_registers() -> bool:
     """Whether a vector of 16 lanes is one register, of which there are 32."""

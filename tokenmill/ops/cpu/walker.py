@@ -68,12 +68,14 @@ def walk(control: int, thread: int, num_threads: int) -> None:
     """Do one thread's part of all ops."""
     row = load_acquire(control + OPS)
     num_ops = load_acquire(control + NUM_OPS)
-    times = load_acquire(control + TIMES) if thread == 0 else 0
+    is_timed = load_acquire(control + TIMES)
+    times = is_timed if thread == 0 else 0
     for index in range(num_ops):
         if times != 0:
             store_release(times + 8 * index, cycle_count())
         call_kernel(argument(row, COLUMN_KERNEL), thread, num_threads, row)
-        if argument(row, COLUMN_BARRIER) != 0:
+        # A timed op is over when all threads are: else the leader's time for the next one would hold the wait for it.
+        if argument(row, COLUMN_BARRIER) | is_timed != 0:
             barrier(control, num_threads)
         row += ROW_BYTES
     barrier(control, num_threads)

@@ -27,6 +27,20 @@ def activated(gate: tl.tensor, is_silu: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
+def _load_gated(
+    row: tl.tensor,  # pointer to the row's first gate
+    columns: tl.tensor,
+    size: tl.tensor,
+    is_silu: tl.constexpr,
+) -> tl.tensor:
+    """float32 of the activated gates in some columns, times their ups; zeros from column `size` on."""
+    inside = columns < size
+    gate = tl.load(row + columns, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(row + size + columns, mask=inside, other=0.0).to(tl.float32)
+    return activated(gate, is_silu) * up
+
+
+@triton.jit
 def _gated_kernel(
     gate_up: tl.tensor,
     out: tl.tensor,
@@ -42,10 +56,8 @@ def _gated_kernel(
         gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * block_size + tl.arange(0, block_size)
-    inside = columns < size
-    gate = tl.load(gate_up + row * row_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * row_stride + size + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * size + columns, (activated(gate, is_silu) * up).to(out.dtype.element_ty), mask=inside)
+    gated = _load_gated(gate_up + row * row_stride, columns, size, is_silu)
+    tl.store(out + row * size + columns, gated.to(out.dtype.element_ty), mask=columns < size)
 
 
 @triton.jit
@@ -64,12 +76,9 @@ def _gated_fp8_kernel(
         gdc_launch_dependents()
         gdc_wait()
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, block_size)
-    inside = columns < size
-    gate = tl.load(gate_up + row * row_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * row_stride + size + columns, mask=inside, other=0.0).to(tl.float32)
+    gated = _load_gated(gate_up + row * row_stride, tl.arange(0, block_size), size, is_silu)
     # Rounded to the input's type first, so that the fused and the separate quantization agree.
-    rounded = (activated(gate, is_silu) * up).to(gate_up.dtype.element_ty).to(tl.float32)
+    rounded = gated.to(gate_up.dtype.element_ty).to(tl.float32)
     store_quantized(rounded, values, scales, row, size, block_size)
 
 

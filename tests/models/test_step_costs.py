@@ -11,8 +11,8 @@ from tests.models.test_logits import CASES
 from tests.support.tiny_models import tiny_hf_model
 from tokenmill.builder.build import build
 from tokenmill.models.config import ModelConfig
+from tokenmill.models.step_costs import linear_order, linear_shapes, step_costs
 from tokenmill.program.costs import Cost, StepSize, operation_rows
-from tokenmill.step_costs import linear_order, linear_shapes, step_costs
 
 STEP = StepSize(num_tokens=8, num_rows=8, num_sequences=2, context_len=50, cache_nbytes=2)
 

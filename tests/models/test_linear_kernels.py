@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tokenmill.linear_kernels import KernelChoice, linear_kernels
 from tokenmill.models.config import ModelConfig
+from tokenmill.models.linear_kernels import KernelChoice, linear_kernels
 from tokenmill.ops.linear_plan import small_batch_plan
 
 pytestmark = pytest.mark.spec("C6")

@@ -11,8 +11,8 @@ from itertools import groupby
 from typing import Final
 
 from tokenmill.models.config import ModelConfig
+from tokenmill.models.step_costs import LinearShape, linear_shapes
 from tokenmill.ops.linear_plan import InvariantPlan, StreamPlan, invariant_plan, matvec_plan, small_batch_plan
-from tokenmill.step_costs import LinearShape, linear_shapes
 
 LISTED_ROWS: Final = (1, 2, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 1024, 8192)
 """Numbers of rows around which choices change."""
