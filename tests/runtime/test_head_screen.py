@@ -21,6 +21,7 @@ from tokenmill.errors import ModelNotFoundError
 from tokenmill.ops.cpu.cpu_features import best_dot_product
 from tokenmill.ops.cpu.head_screen import can_screen
 from tokenmill.runtime import head_screen
+from tokenmill.runtime.cpu_memory import ProgramMemory
 from tokenmill.runtime.cpu_program import CpuExecutor
 from tokenmill.runtime.head_screen import MEASURED_STEPS
 from tokenmill.runtime.program_loading import StepLimits
@@ -171,4 +172,26 @@ def test_real_models_read_a_few_tiles(alias: str, num_prompts: int) -> None:
                 shares.append(executor.screen.share)
     assert len(shares) == 150 * num_prompts - MEASURED_STEPS
     assert np.mean(shares) < 0.03
+    executor.close()
+
+
+@pytest.mark.parametrize("quantization", ["int8", None])
+def test_the_memory_of_a_screen_is_known_before(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, quantization: str | None
+) -> None:
+    """It is a part of the engine's memory plan; a float head has none."""
+    reserved: list[int] = []
+    reserve = ProgramMemory.reserve
+
+    def noted(memory: ProgramMemory, num_bytes: int) -> int:
+        reserved.append(num_bytes)
+        return reserve(memory, num_bytes)
+
+    monkeypatch.setattr(ProgramMemory, "reserve", noted)
+    options = {} if quantization is None else {"quantization": quantization}
+    package = build(model_dir, device="cpu", capture="dispatch", opt_level=1, max_seq_len=320, **options)
+    executor = CpuExecutor(package, LIMITS.arrays(), LIMITS.num_blocks, torch.bfloat16, 1)
+    expected = head_screen.screen_nbytes(package.program)
+    assert (executor.screen is not None) == (expected > 0) == (quantization is not None)
+    assert expected == 0 or expected in reserved
     executor.close()

@@ -16,7 +16,6 @@ from tokenmill.models.config import ModelConfig
 from tokenmill.ops.platform import free_memory
 from tokenmill.program.engine_config import MIN_LOGIT_ROWS
 from tokenmill.program.package import EnginePackage
-from tokenmill.runtime.cpu_memory import step_nbytes
 from tokenmill.runtime.memory_planner import MeasuredMemory, MemoryRequest, plan_memory
 from tokenmill.runtime.model_loader import (
     check_deterministic,
@@ -29,6 +28,7 @@ from tokenmill.runtime.program_executor import ProgressCallback
 from tokenmill.runtime.program_loading import (
     StepLimits,
     allocate_program_caches,
+    cpu_step_nbytes,
     load_executor,
     load_torch_program,
 )
@@ -108,7 +108,7 @@ def describe_program_engine(
     )
     step = package.program.arena_bytes
     if device.type == "cpu":
-        step = step_nbytes(package.program, sizes.max_num_tokens, max(sizes.max_batch_size, MIN_LOGIT_ROWS))
+        step = cpu_step_nbytes(package.program, sizes.max_num_tokens, max(sizes.max_batch_size, MIN_LOGIT_ROWS))
     memory = plan_memory(config, request, args.kv_cache_config, free, MeasuredMemory(weight_nbytes, step))
     is_16_bit = all(buffer.dtype != "float32" for buffer in package.program.buffers)  # what products read
     check_deterministic(args, "engine", device, dtype if is_16_bit else torch.float32)

@@ -30,6 +30,7 @@ from tokenmill.ops.cpu.threads import OpList, ThreadPool
 from tokenmill.program.program import Operation, Program
 from tokenmill.runtime.cpu_operations import Op, OpWriter, linear_input
 from tokenmill.runtime.huge_pages import Bytes
+from tokenmill.runtime.program_parts import split_program
 from tokenmill.runtime.step_arrays import MAX_STEPS
 
 MEASURED_STEPS: Final = 6
@@ -67,17 +68,7 @@ class ScreenedHead:
     @staticmethod
     def of(program: Program, operation: Operation, writer: OpWriter) -> ScreenedHead | None:
         """The last operation of a program, if there is a screen for it: a plain product of 8-bit values."""
-        y = operation.outputs["y"]
-        is_plain = operation.kind == "linear" and "activation" not in operation.attributes
-        if (
-            not is_plain
-            or y.buffer != program.output.name
-            or set(operation.inputs) | set(operation.weights)
-            != {
-                "x",
-                "weight",
-            }
-        ):
+        if not _is_plain_head(program, operation):
             return None
         name = operation.weights["weight"]
         if writer.weights[name].format not in FORMATS:
@@ -106,7 +97,7 @@ class HeadScreen:
 
     def __init__(self, head: ScreenedHead, writer: OpWriter, token: int) -> None:
         rows, columns = head.weight.num_rows, head.weight.num_columns
-        num_quads = max(2, columns // (4 * EXACT_SHARE) // 2 * 2)
+        num_quads = _num_exact_quads(columns)
         pages, groups = writer.memory.pages, num_groups(columns)
         self._exact = ExactQuads.of(np.arange(num_quads), groups)
         self._counts = pages.take(16).view(np.int64)  # tiles and tokens
@@ -196,3 +187,27 @@ class HeadScreen:
         pool.run(self._pack)
         self._average = 0.0
         self.is_ready = True
+
+
+def screen_nbytes(program: Program) -> int:
+    """Memory that the screen of a program's head takes on this processor, once greedy steps use it; 0 without one."""
+    head = split_program(program).head[-1]
+    if not _is_plain_head(program, head):
+        return 0
+    weight = next(one for one in program.weights if one.name == head.weights["weight"])
+    if weight.format not in FORMATS or not can_screen(weight.format, best_dot_product()):
+        return 0
+    num_rows, num_columns = weight.shape
+    return screen_bytes(num_rows, num_columns, _num_exact_quads(num_columns))
+
+
+def _is_plain_head(program: Program, operation: Operation) -> bool:
+    """Whether the operation's products are the program's logits as they are."""
+    roles = set(operation.inputs) | set(operation.weights)
+    is_product = operation.kind == "linear" and roles == {"x", "weight"} and "activation" not in operation.attributes
+    return is_product and operation.outputs["y"].buffer == program.output.name
+
+
+def _num_exact_quads(num_columns: int) -> int:
+    """An even number."""
+    return max(2, num_columns // (4 * EXACT_SHARE) // 2 * 2)

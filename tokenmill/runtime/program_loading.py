@@ -78,6 +78,14 @@ def load_torch_program(
     return TorchProgram(package.program, weights, backend, keep=keep, batch_invariant=deterministic)
 
 
+def cpu_step_nbytes(program: Program, max_num_tokens: int, max_num_rows: int) -> int:
+    """Bytes that an executor on a CPU takes for the results of the largest step and for the screen of the head."""
+    from tokenmill.runtime.cpu_memory import step_nbytes
+    from tokenmill.runtime.head_screen import screen_nbytes
+
+    return step_nbytes(program, max_num_tokens, max_num_rows) + screen_nbytes(program)
+
+
 def allocate_program_caches(
     program: Program, num_blocks: int, tokens_per_block: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[LayerCache, ...]:
