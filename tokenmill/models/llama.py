@@ -64,9 +64,14 @@ class LlamaAttention(nn.Module):
         wanted: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """[T, hidden_size] to the rows at `wanted` [n, hidden_size]."""
-        qkv = self.qkv_proj(x)  # [T, H + 2 G, D]
-        attended = self.attention.turn_and_attend(qkv, rotation, metadata, cache)
+        attended = self.attend(self.qkv_proj(x), rotation, metadata, cache)
         return self.o_proj(wanted_rows(attended, wanted))  # type: ignore[no-any-return]
+
+    def attend(
+        self, qkv: torch.Tensor, rotation: Rotation, metadata: AttentionMetadata, cache: LayerCache
+    ) -> torch.Tensor:
+        """Heads [T, H + 2 G, D] of queries, keys and values to [T, H * D]; keys and values go to the cache."""
+        return self.attention.turn_and_attend(qkv, rotation, metadata, cache)
 
 
 class LlamaDecoderLayer(nn.Module):

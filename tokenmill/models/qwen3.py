@@ -8,12 +8,10 @@ import torch
 
 from tokenmill.attention.base import AttentionMetadata, LayerCache
 from tokenmill.layers.context import LayerContext
-from tokenmill.layers.forward_batch import wanted_rows
 from tokenmill.layers.norm import RMSNorm
 from tokenmill.layers.rope import Rotation
 from tokenmill.models.config import ModelConfig
 from tokenmill.models.llama import LlamaAttention, LlamaForCausalLM
-from tokenmill.quantization.base import Rows
 
 
 class Qwen3Attention(LlamaAttention):
@@ -31,22 +29,15 @@ class Qwen3Attention(LlamaAttention):
         self.k_norm = self.norm_class(config.head_dim, config.rms_norm_eps, context)
         self.num_rotated_heads = self.qkv_proj.num_heads + self.qkv_proj.num_kv_heads
 
-    def forward(
-        self,
-        x: Rows,
-        rotation: Rotation,
-        metadata: AttentionMetadata,
-        cache: LayerCache,
-        wanted: torch.Tensor | None = None,
+    def attend(
+        self, qkv: torch.Tensor, rotation: Rotation, metadata: AttentionMetadata, cache: LayerCache
     ) -> torch.Tensor:
-        """[T, hidden_size] to the rows at `wanted` [n, hidden_size]."""
-        heads = self.qkv_proj(x)  # [T, H + 2 G, D]
-        value = heads[:, self.num_rotated_heads :]
+        """Heads [T, H + 2 G, D] of queries, keys and values to [T, H * D]; keys and values go to the cache."""
         query, key = rotation.normalize_and_apply(
-            heads[:, : self.num_rotated_heads], self.qkv_proj.num_heads, self.q_norm, self.k_norm
+            qkv[:, : self.num_rotated_heads], self.qkv_proj.num_heads, self.q_norm, self.k_norm
         )
-        attended = self.attention(query, key, value, metadata, cache)
-        return self.o_proj(wanted_rows(attended, wanted))  # type: ignore[no-any-return]
+        value = qkv[:, self.num_rotated_heads :]
+        return self.attention(query, key, value, metadata, cache)  # type: ignore[no-any-return]
 
 
 class Qwen3ForCausalLM(LlamaForCausalLM):
