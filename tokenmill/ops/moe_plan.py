@@ -76,6 +76,23 @@ def max_row_blocks(num_pairs: int, num_experts: int, block_rows: int) -> int:
     return num_pairs // block_rows + num_experts
 
 
+ROUTER_BLOCK_ROWS: Final = 16
+ROUTER_BLOCK_IN: Final = 256
+ROUTER_WARPS: Final = 4
+"""Rows and columns of the weight of a program that multiplies with a router's weight, and its warps."""
+MIN_ROUTED_TOKENS: Final = 5
+MAX_ROUTED_TOKENS: Final = 512
+"""Steps of so many tokens have a router's product and its choice in one launch."""
+MAX_ROUTED_EXPERTS: Final = 256
+MAX_ROUTED_FEATURES: Final = 4096
+"""Of larger routers the last program, which adds up and chooses, would have too much to do."""
+
+
+def takes_one_launch(num_experts: int, hidden: int) -> bool:
+    """Whether there is a launch for product and choice of a router's weight [E, H]."""
+    return num_experts <= MAX_ROUTED_EXPERTS and hidden <= MAX_ROUTED_FEATURES
+
+
 PAIR_ELEMENTS: Final = (2048, 1024)
 """Weights that a program holds of the first product's gate (and as many of up), and of one step of the second."""
 PAIR_ELEMENTS_PER_WARP: Final = 1024

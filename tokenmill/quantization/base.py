@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import nn
 
+from tokenmill.ops.expert_sum import PendingSum
 from tokenmill.ops.fp8 import QuantizedRows
 from tokenmill.ops.moe import Routing
 from tokenmill.ops.row_product import OneRow, PendingNorm
@@ -153,8 +154,8 @@ class ExpertsMethod(Protocol):
         """PLAIN_AND_QUANTIZED if `apply` would quantize x [T, H] with a scale for each row; else PLAIN."""
         ...
 
-    def apply(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """[T, H] to [T, H]: what this rank's experts add, see `ops.moe.run_experts`."""
+    def apply(self, x: torch.Tensor, routing: Routing) -> torch.Tensor | PendingSum:
+        """[T, H] to [T, H]: what this rank's experts add, see `ops.moe.expert_products`."""
         ...
 
 
@@ -162,7 +163,7 @@ class ExpertsMethod(Protocol):
 class TakesQuantizedExpertRows(Protocol):
     """An `ExpertsMethod` whose `row_form` may be PLAIN_AND_QUANTIZED."""
 
-    def apply_quantized(self, x: torch.Tensor, quantized: QuantizedRows, routing: Routing) -> torch.Tensor:
+    def apply_quantized(self, x: torch.Tensor, quantized: QuantizedRows, routing: Routing) -> torch.Tensor | PendingSum:
         """`apply`, with x quantized already."""
         ...
 

@@ -58,7 +58,7 @@ def _store_heads(
     x2 *= tl.load(weight_scale + head * 2 * half + half + pairs)[:, None] * of_rows
     dtype = out.dtype.element_ty
     mask = (pairs >= 0)[:, None] & is_row[None, :]
-    if turns:
+    if turns:  # noqa: SIM102  (known when it is compiled)
         if head < num_turned:
             # Rounded as between separate launches.
             x1, x2 = x1.to(dtype).to(tl.float32), x2.to(dtype).to(tl.float32)

@@ -11,13 +11,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from tokenmill.ops.moe_plan import ROUTER_BLOCK_IN, ROUTER_BLOCK_ROWS, ROUTER_WARPS
 from tokenmill.ops.triton.launch import can_overlap, is_interpreted
 from tokenmill.ops.triton.linear import arrive
-
-BLOCK_ROWS = 16
-BLOCK_IN = 256
-"""Columns of the weight that a program holds."""
-NUM_WARPS = 4
 
 
 @triton.jit
@@ -106,20 +102,15 @@ def _router_kernel(
     _store_choice(logits, rows, is_row, num_experts, experts_out, shares_out, top_k, normalize, block_experts)
 
 
-def num_router_arrivals(num_tokens: int) -> int:
-    """Counters that `route_rows` of so many tokens needs."""
-    return triton.cdiv(num_tokens, BLOCK_ROWS)
-
-
 def route_rows(
     x: torch.Tensor, weight: torch.Tensor, arrivals: torch.Tensor, top_k: int, normalize: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Experts [T, K] int32 and their shares [T, K] float32 of rows x [T, H], T > 0, with a router's weight [E, H].
 
-    `arrivals`: int32 zeros, `num_router_arrivals(T)` or more; zeros again afterwards.
+    `arrivals`: int32 zeros, one for each `ROUTER_BLOCK_ROWS` tokens; zeros again afterwards.
     """
     (num_rows, size), num_experts = x.shape, weight.shape[0]
-    num_splits, num_row_blocks = triton.cdiv(size, BLOCK_IN), triton.cdiv(num_rows, BLOCK_ROWS)
+    num_splits, num_row_blocks = triton.cdiv(size, ROUTER_BLOCK_IN), triton.cdiv(num_rows, ROUTER_BLOCK_ROWS)
     assert x.stride(1) == 1 and weight.is_contiguous() and weight.dtype == x.dtype
     assert arrivals.numel() >= num_row_blocks, "too few arrival counters"
     block_experts = max(16, triton.next_power_of_2(num_experts))
@@ -141,12 +132,12 @@ def route_rows(
         top_k=top_k,
         normalize=normalize,
         num_splits=num_splits,
-        block_rows=BLOCK_ROWS,
+        block_rows=ROUTER_BLOCK_ROWS,
         block_experts=block_experts,
-        block_in=BLOCK_IN,
+        block_in=ROUTER_BLOCK_IN,
         is_interpreted=is_interpreted(),
         overlaps=overlaps,
-        num_warps=NUM_WARPS,
+        num_warps=ROUTER_WARPS,
         launch_pdl=overlaps,
     )
     return experts, shares

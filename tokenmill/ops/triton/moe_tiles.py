@@ -13,13 +13,14 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from tokenmill.ops.expert_sum import PendingSum
 from tokenmill.ops.fp8 import QuantizedRows, per_token_quantize_fp8, static_quantize_fp8
 from tokenmill.ops.moe import ExpertMatrix, ExpertWeights, Routing
 from tokenmill.ops.moe_plan import SCALE_GROUP, GroupedPlan, grouped_plan
 from tokenmill.ops.triton.activation import activated
 from tokenmill.ops.triton.fp8 import FP8_MAX, INVERSE_FP8_MAX, MIN_SCALE
 from tokenmill.ops.triton.launch import can_overlap, is_interpreted
-from tokenmill.ops.triton.moe_routing import RowBlocks, combine, sort_pairs
+from tokenmill.ops.triton.moe_routing import RowBlocks, sort_pairs
 from tokenmill.ops.triton.moe_scales import (
     BLOCK_SCALES,
     FEATURE_SCALES,
@@ -289,7 +290,18 @@ def run_tiles(
     plan: GroupedPlan,
     quantized: QuantizedRows | None = None,
 ) -> torch.Tensor:
-    """[T, H]: quantize if the weights are float8 and x was not `quantized` yet, sort, multiply, multiply, add up."""
+    """[T, H]: `tile_products` added up."""
+    return tile_products(x, routing, weights, plan, quantized).total()
+
+
+def tile_products(
+    x: torch.Tensor,
+    routing: Routing,
+    weights: ExpertWeights,
+    plan: GroupedPlan,
+    quantized: QuantizedRows | None = None,
+) -> PendingSum:
+    """Quantize if the weights are float8 and x [T, H] was not `quantized` yet, sort, multiply, multiply."""
     num_pairs, num_experts = routing.experts.numel(), weights.num_experts
     blocks = sort_pairs(routing.experts, weights.first_expert, num_experts, plan.block_rows)
     by_token = weights.scales_inner_by_token(num_pairs)
@@ -300,7 +312,7 @@ def run_tiles(
         scales = weights.input_scales
         inner = per_token_quantize_fp8(inner) if scales is None else static_quantize_fp8(inner, scales[1])
     of_pairs = grouped_down(inner, routing, weights, blocks, plan, x.dtype)
-    return combine(of_pairs, routing.experts, weights.first_expert, num_experts)
+    return PendingSum(of_pairs, routing.experts, weights.first_expert, num_experts)
 
 
 def grouped_gate_up(

@@ -31,7 +31,7 @@ def store_normalized(
     dtype: tl.constexpr,
     quantizes: tl.constexpr,
 ) -> None:
-    """Store the norm of some rows: to `out`, or quantized to `out` and `scales` and, if it is given, also to `plain`."""
+    """Store the norm of some rows: to `out`, or quantized to `out` and `scales` and as it is to `plain`, if given."""
     columns = tl.arange(0, values.shape[1])
     mask = (rows < num_rows)[:, None] & (columns < size)[None, :]
     offsets = rows.to(tl.int64)[:, None] * size + columns[None, :]
