@@ -1,13 +1,14 @@
-"""A router's product and choice: one launch against the two definitions, and which steps take which way."""
+"""A router's product and choice: its launches against the definitions, and which steps take which way."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from tokenmill.ops.linear import pack_linear_weight
 from tokenmill.ops.moe import Routing, route_reference
-from tokenmill.ops.moe_plan import MAX_ROUTED_EXPERTS, MAX_ROUTED_FEATURES, takes_one_launch
-from tokenmill.ops.router import RouterWeight, choose_experts
+from tokenmill.ops.moe_plan import MAX_ROUTER_EXPERTS, MAX_ROUTER_FEATURES, has_router_kernel
+from tokenmill.ops.router import choose_experts
 
 pytest.importorskip("triton")
 from tokenmill.ops.triton.moe_router import route_rows
@@ -17,14 +18,13 @@ SHAPES = [(1, 4, 40, 2), (5, 6, 300, 3), (33, 20, 600, 4)]  # tokens, experts, f
 REAL = [pytest.param((tokens, 128, 2048, 8), marks=pytest.mark.gpu) for tokens in (5, 16, 17, 256, 500)]
 
 
-def inputs(shape: tuple[int, int, int, int], device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(rows of a wider tensor, weight, counters)."""
+def inputs(shape: tuple[int, int, int, int], device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows of a wider tensor, weight)."""
     num_tokens, num_experts, size, _ = shape
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(num_tokens, size + 8, generator=generator)[:, :size]
     weight = torch.randn(num_experts, size, generator=generator) / size**0.5
-    arrivals = torch.zeros(-(-num_tokens // 16), dtype=torch.int32, device=device)
-    return x.to(device, torch.bfloat16), weight.to(device, torch.bfloat16), arrivals
+    return x.to(device, torch.bfloat16), weight.to(device, torch.bfloat16)
 
 
 def assert_same_choice(actual: Routing, logits: torch.Tensor, top_k: int, normalize: bool) -> None:
@@ -43,39 +43,37 @@ def assert_same_choice(actual: Routing, logits: torch.Tensor, top_k: int, normal
 
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("shape", [*SHAPES, *REAL])
-def test_one_launch(shape: tuple[int, int, int, int], normalize: bool, device: str) -> None:
-    """Parts add up in a fixed order, leave the counters at zero, and give the same result again."""
-    x, weight, arrivals = inputs(shape, device)
-    actual = Routing(*route_rows(x, weight, arrivals, shape[3], normalize))
+def test_route_rows(shape: tuple[int, int, int, int], normalize: bool, device: str) -> None:
+    """Parts add up in a fixed order: the result is the same again."""
+    x, weight = inputs(shape, device)
+    actual = Routing(*route_rows(x, weight, shape[3], normalize))
     logits = (x.double() @ weight.double().T).bfloat16()
     assert_same_choice(actual, logits, shape[3], normalize)
-    assert not arrivals.any()
-    again = route_rows(x, weight, arrivals, shape[3], normalize)
+    again = route_rows(x, weight, shape[3], normalize)
     assert torch.equal(again[0], actual.experts) and torch.equal(again[1], actual.weights)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_broken_rows_stay_within_the_experts(device: str) -> None:
-    x, weight, arrivals = inputs((3, 5, 40, 3), device)
+    x, weight = inputs((3, 5, 40, 3), device)
     x[1] = float("nan")
-    experts, shares = route_rows(x, weight, arrivals, 3, True)
+    experts, shares = route_rows(x, weight, 3, True)
     assert bool(((experts >= 0) & (experts < 5)).all())
     assert bool(shares[0::2].isfinite().all())
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 4, 5, 512, 513])
 def test_each_number_of_tokens(num_tokens: int, device: str) -> None:
-    """Whichever way they go; on a CPU product and choice are apart."""
-    x, weight, _ = inputs((num_tokens, 6, 64, 2), device)
-    prepared = RouterWeight.of(weight)
-    assert (prepared.arrivals is None) == (device == "cpu")
-    actual = choose_experts(x, prepared, 2, normalize=True)
+    """Whichever way they go."""
+    x, weight = inputs((num_tokens, 6, 64, 2), device)
+    actual = choose_experts(x, pack_linear_weight(weight), 2, normalize=True)
     assert actual.experts.shape == (num_tokens, 2)
     if num_tokens:
         assert_same_choice(actual, (x.double() @ weight.double().T).bfloat16(), 2, True)
 
 
-def test_large_routers_are_two_launches() -> None:
-    assert takes_one_launch(128, 2048) and takes_one_launch(8, 4096)
-    assert not takes_one_launch(MAX_ROUTED_EXPERTS + 1, 2048)
-    assert not takes_one_launch(8, MAX_ROUTED_FEATURES + 1)
+def test_which_steps_have_launches_of_their_own() -> None:
+    assert has_router_kernel(256, 128, 2048) and has_router_kernel(5, 8, 4096)
+    assert not has_router_kernel(4, 128, 2048) and not has_router_kernel(513, 128, 2048)
+    assert not has_router_kernel(256, MAX_ROUTER_EXPERTS + 1, 2048)
+    assert not has_router_kernel(256, 8, MAX_ROUTER_FEATURES + 1)

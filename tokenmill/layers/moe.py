@@ -18,8 +18,9 @@ from tokenmill.layers.context import LayerContext
 from tokenmill.layers.weights import Shard, WeightTarget, join_name
 from tokenmill.ops.expert_sum import PendingSum, summed
 from tokenmill.ops.fp8 import QuantizedRows
+from tokenmill.ops.linear import PackedWeight, StreamedWeight, pack_linear_weight
 from tokenmill.ops.moe import Routing
-from tokenmill.ops.router import RouterWeight, choose_experts
+from tokenmill.ops.router import choose_experts
 from tokenmill.quantization.base import (
     ConvertsExpertsWhileLoading,
     ExpertParameter,
@@ -53,11 +54,11 @@ class Router(nn.Module):
         self._batch_invariant = context.batch_invariant
         weight = torch.empty(num_experts, hidden_size, dtype=context.dtype, device=context.device)
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self._prepared = RouterWeight(weight)
+        self._prepared: torch.Tensor | PackedWeight | StreamedWeight = weight
 
     def finalize_weights(self) -> None:
         """Prepare the weight for the device."""
-        self._prepared = RouterWeight.of(self.weight.data, batch_invariant=self._batch_invariant)
+        self._prepared = pack_linear_weight(self.weight.data, batch_invariant=self._batch_invariant)
 
     def forward(self, x: torch.Tensor) -> Routing:
         """The experts of tokens [T, hidden_size]."""

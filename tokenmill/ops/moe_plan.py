@@ -76,21 +76,32 @@ def max_row_blocks(num_pairs: int, num_experts: int, block_rows: int) -> int:
     return num_pairs // block_rows + num_experts
 
 
-ROUTER_BLOCK_ROWS: Final = 16
-ROUTER_BLOCK_IN: Final = 256
-ROUTER_WARPS: Final = 4
-"""Rows and columns of the weight of a program that multiplies with a router's weight, and its warps."""
-MIN_ROUTED_TOKENS: Final = 5
-MAX_ROUTED_TOKENS: Final = 512
-"""Steps of so many tokens have a router's product and its choice in one launch."""
-MAX_ROUTED_EXPERTS: Final = 256
-MAX_ROUTED_FEATURES: Final = 4096
-"""Of larger routers the last program, which adds up and chooses, would have too much to do."""
+class RouterPlan(NamedTuple):
+    """How a router's product is computed for some hundred tokens.
+
+    Args:
+        block_rows, block_in: tokens and input features of a program, which holds that part of the weight.
+        num_warps: of such a program.
+        choice_rows: tokens for which a program chooses, with a warp for each.
+    """
+
+    block_rows: int
+    block_in: int
+    num_warps: int
+    choice_rows: int
 
 
-def takes_one_launch(num_experts: int, hidden: int) -> bool:
-    """Whether there is a launch for product and choice of a router's weight [E, H]."""
-    return num_experts <= MAX_ROUTED_EXPERTS and hidden <= MAX_ROUTED_FEATURES
+ROUTER_PLAN: Final = RouterPlan(32, 128, 4, 1)
+ROUTER_TOKENS: Final = range(5, 513)
+"""Fewer are the matter of `matvec`, more that of cuBLAS."""
+MAX_ROUTER_EXPERTS: Final = 256
+MAX_ROUTER_FEATURES: Final = 4096
+"""Each number of parts is compiled, and they are added up in registers."""
+
+
+def has_router_kernel(num_tokens: int, num_experts: int, hidden: int) -> bool:
+    """Whether a router's weight [E, H] has launches of its own for so many tokens."""
+    return num_tokens in ROUTER_TOKENS and num_experts <= MAX_ROUTER_EXPERTS and hidden <= MAX_ROUTER_FEATURES
 
 
 PAIR_ELEMENTS: Final = (2048, 1024)

@@ -64,7 +64,7 @@ def _prefetch(features: tl.tensor, first: tl.tensor, in_features: tl.tensor) -> 
 
 
 @triton.jit
-def arrive(
+def _arrive(
     parts: tl.tensor,
     total: tl.tensor,
     mask: tl.tensor,
@@ -145,7 +145,7 @@ def _small_batch_kernel(
     if partials is not None:
         parts = partials + offsets
         counter = arrivals + tile * tl.num_programs(0) + tl.program_id(0)
-        if not arrive(parts, total, mask, counter, split, num_splits, num_rows * out_features):
+        if not _arrive(parts, total, mask, counter, split, num_splits, num_rows * out_features):
             return
         total = _sum_of_parts(parts, mask, num_splits, num_rows * out_features)
     if x_scale is not None:
