@@ -110,7 +110,7 @@ def static_quantize_fp8(x: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Ten
             size,
             block_size=block_size,
             overlaps=overlaps,
-            num_warps=warps_for(block_size),
+            num_warps=warps_for(2 * block_size),
             launch_pdl=overlaps,
         )
     return values, scales
@@ -131,7 +131,7 @@ def per_token_quantize_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
             size,
             block_size=block_size,
             overlaps=can_overlap(x.device),
-            num_warps=warps_for(block_size),
+            num_warps=warps_for(2 * block_size),
             launch_pdl=can_overlap(x.device),
         )
     return values, scales
