@@ -16,12 +16,13 @@ from torch import nn
 
 from tokenmill.layers.context import LayerContext
 from tokenmill.layers.weights import Shard, WeightTarget, join_name
-from tokenmill.ops.expert_sum import PendingSum, summed
+from tokenmill.ops.expert_sum import summed
 from tokenmill.ops.fp8 import QuantizedRows
 from tokenmill.ops.linear import PackedWeight, StreamedWeight, pack_linear_weight
 from tokenmill.ops.moe import Routing
 from tokenmill.ops.router import choose_experts
 from tokenmill.quantization.base import (
+    Added,
     ConvertsExpertsWhileLoading,
     ExpertParameter,
     ExpertProjection,
@@ -104,9 +105,7 @@ class Experts(nn.Module):
         """The form in which rows like x [T, hidden_size] are best given."""
         return self.method.row_form(x)
 
-    def forward(
-        self, x: torch.Tensor, routing: Routing, quantized: QuantizedRows | None = None
-    ) -> torch.Tensor | PendingSum:
+    def forward(self, x: torch.Tensor, routing: Routing, quantized: QuantizedRows | None = None) -> Added:
         """[T, hidden_size] to [T, hidden_size], equal on all ranks."""
         if quantized is None:
             added = self.method.apply(x, routing)
@@ -174,7 +173,7 @@ class SparseMoe(nn.Module):
         """Plain rows, which the router reads, or those and quantized ones for the experts."""
         return self.experts.row_form(x)
 
-    def forward(self, x: torch.Tensor | PlainAndQuantized) -> torch.Tensor | PendingSum:
+    def forward(self, x: torch.Tensor | PlainAndQuantized) -> Added:
         """[T, hidden_size] to [T, hidden_size], which may be left to the norm behind it to add up."""
         x, quantized = x if isinstance(x, PlainAndQuantized) else (x, None)
         return self.experts(x, self.gate(x), quantized)  # type: ignore[no-any-return]

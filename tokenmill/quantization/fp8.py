@@ -12,7 +12,6 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from tokenmill.ops.expert_sum import PendingSum
 from tokenmill.ops.fp8 import (
     FP8_DTYPE,
     Fp8Weight,
@@ -23,7 +22,7 @@ from tokenmill.ops.fp8 import (
 )
 from tokenmill.ops.moe import ExpertMatrix, ExpertWeights, Routing, expert_products
 from tokenmill.ops.row_product import OneRow, can_fuse, row_product
-from tokenmill.quantization.base import ExpertParameter, ExpertProjection, ExpertSizes, ParameterAxes, RowForm
+from tokenmill.quantization.base import Added, ExpertParameter, ExpertProjection, ExpertSizes, ParameterAxes, RowForm
 from tokenmill.quantization.unquantized import register_experts
 
 BLOCK_ELEMENTS = 16 * 2**20
@@ -108,7 +107,7 @@ class FilledExperts:
         self._batch_invariant = batch_invariant
         self._weights: ExpertWeights | None = None
 
-    def apply(self, x: torch.Tensor, routing: Routing) -> torch.Tensor | PendingSum:
+    def apply(self, x: torch.Tensor, routing: Routing) -> Added:
         """[T, H] to [T, H]."""
         return expert_products(x, routing, self._filled)
 
@@ -116,7 +115,7 @@ class FilledExperts:
         """Plain rows for the router, and quantized ones where the experts quantize them row by row."""
         return RowForm.PLAIN_AND_QUANTIZED if self._filled.takes_quantized(x.shape[0]) else RowForm.PLAIN
 
-    def apply_quantized(self, x: torch.Tensor, quantized: QuantizedRows, routing: Routing) -> torch.Tensor | PendingSum:
+    def apply_quantized(self, x: torch.Tensor, quantized: QuantizedRows, routing: Routing) -> Added:
         """[T, H] to [T, H], with x quantized already."""
         return expert_products(x, routing, self._filled, quantized)
 

@@ -7,11 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from tokenmill.ops.expert_sum import PendingSum
 from tokenmill.ops.linear import PackedWeight, StreamedWeight, linear, pack_linear_weight
 from tokenmill.ops.moe import ExpertMatrix, ExpertWeights, Routing, expert_products
 from tokenmill.ops.row_product import OneRow, can_fuse, row_product
-from tokenmill.quantization.base import ExpertParameter, ExpertSizes, ParameterAxes, RowForm
+from tokenmill.quantization.base import Added, ExpertParameter, ExpertSizes, ParameterAxes, RowForm
 
 
 class UnquantizedLinear:
@@ -110,7 +109,7 @@ class UnquantizedExperts:
         """Plain rows."""
         return RowForm.PLAIN
 
-    def apply(self, x: torch.Tensor, routing: Routing) -> torch.Tensor | PendingSum:
+    def apply(self, x: torch.Tensor, routing: Routing) -> Added:
         """[T, H] to [T, H]."""
         assert self._weights is not None, "process_after_loading was not called"
         return expert_products(x, routing, self._weights)
