@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 from tokenmill.ops.triton.expert_sum import sum_and_norm
 from tokenmill.ops.triton.rms_norm import add_rms_norm, add_rms_norm_fp8
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.spec("E2")]
 SHAPES = [(1, 2, 16), (5, 3, 40), (3, 8, 64), (0, 2, 16)]  # tokens, experts of a token, features
 REAL = [pytest.param((tokens, 8, 2048), marks=pytest.mark.gpu) for tokens in (5, 256, 1000)]
 BF16 = torch.bfloat16

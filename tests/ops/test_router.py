@@ -13,7 +13,7 @@ from tokenmill.ops.router import choose_experts
 pytest.importorskip("triton")
 from tokenmill.ops.triton.moe_router import route_rows
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.spec("E2")]
 SHAPES = [(1, 4, 40, 2), (5, 6, 300, 3), (33, 20, 600, 4)]  # tokens, experts, features, experts of a token
 REAL = [pytest.param((tokens, 128, 2048, 8), marks=pytest.mark.gpu) for tokens in (5, 16, 17, 256, 500)]
 
