@@ -91,8 +91,8 @@ class RouterPlan(NamedTuple):
     choice_rows: int
 
 
-ROUTER_PLAN: Final = RouterPlan(32, 128, 4, 1)
-ROUTER_TOKENS: Final = range(5, 513)
+ROUTER_PLAN: Final = RouterPlan(16, 256, 8, 1)
+ROUTER_TOKENS: Final = range(5, 257)
 """Fewer are the matter of `matvec`, more that of cuBLAS."""
 MAX_ROUTER_EXPERTS: Final = 256
 MAX_ROUTER_FEATURES: Final = 4096

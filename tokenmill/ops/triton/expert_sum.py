@@ -20,7 +20,7 @@ ELEMENTS_PER_WARP = 256
 
 
 @triton.jit
-def _sum_and_norm_kernel(
+def _expert_sum_rms_norm_kernel(
     of_pairs: tl.tensor,
     residual: tl.tensor,
     weight: tl.tensor,
@@ -95,7 +95,7 @@ def sum_and_norm(
     if num_tokens:
         block_size = triton.next_power_of_2(size)
         overlaps = can_overlap(residual.device)
-        _sum_and_norm_kernel[(num_tokens,)](
+        _expert_sum_rms_norm_kernel[(num_tokens,)](
             of_pairs,
             residual if residual.is_contiguous() else residual.contiguous(),
             weight,

@@ -14,6 +14,7 @@ from tokenmill.ops.triton.launch import as_rows, can_overlap, warps_for
 
 FP8_MAX = tl.constexpr(448.0)
 INVERSE_FP8_MAX = tl.constexpr(1.0 / 448.0)
+MAX_FEW_ROWS = 512
 MIN_SCALE = tl.constexpr(1.1754943508222875e-38)  # the smallest normal float32: its inverse is finite
 
 
@@ -87,6 +88,11 @@ def _static_kernel(
     tl.store(scales + row, factor)
 
 
+def _row_warps(num_rows: int, block_size: int) -> int:
+    """Warps of a program for one row: twice as many where nothing but the time to fetch and store it counts."""
+    return warps_for(2 * block_size if num_rows <= MAX_FEW_ROWS else block_size)
+
+
 def new_quantized(num_rows: int, size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Room for values [T, D] float8_e4m3fn and scales [T] float32."""
     values = torch.empty(num_rows, size, dtype=torch.float8_e4m3fn, device=device)
@@ -110,7 +116,7 @@ def static_quantize_fp8(x: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Ten
             size,
             block_size=block_size,
             overlaps=overlaps,
-            num_warps=warps_for(2 * block_size),
+            num_warps=_row_warps(num_rows, block_size),
             launch_pdl=overlaps,
         )
     return values, scales
@@ -131,7 +137,7 @@ def per_token_quantize_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
             size,
             block_size=block_size,
             overlaps=can_overlap(x.device),
-            num_warps=warps_for(2 * block_size),
+            num_warps=_row_warps(num_rows, block_size),
             launch_pdl=can_overlap(x.device),
         )
     return values, scales

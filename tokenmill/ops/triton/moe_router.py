@@ -16,7 +16,7 @@ from tokenmill.ops.triton.launch import can_overlap, is_interpreted
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _parts_kernel(
+def _router_product_kernel(
     x: tl.tensor,
     weight: tl.tensor,
     parts: tl.tensor,
@@ -51,7 +51,7 @@ def _parts_kernel(
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _choice_kernel(
+def _choose_experts_kernel(
     parts: tl.tensor,
     experts_out: tl.tensor,
     shares_out: tl.tensor,
@@ -108,7 +108,7 @@ def route_rows(x: torch.Tensor, weight: torch.Tensor, top_k: int, normalize: boo
     experts = torch.empty(num_rows, top_k, dtype=torch.int32, device=x.device)
     shares = torch.empty(num_rows, top_k, dtype=torch.float32, device=x.device)
     overlaps = can_overlap(x.device)
-    _parts_kernel[(triton.cdiv(num_rows, plan.block_rows), num_splits)](
+    _router_product_kernel[(triton.cdiv(num_rows, plan.block_rows), num_splits)](
         x,
         weight,
         parts,
@@ -124,7 +124,7 @@ def route_rows(x: torch.Tensor, weight: torch.Tensor, top_k: int, normalize: boo
         num_warps=plan.num_warps,
         launch_pdl=overlaps,
     )
-    _choice_kernel[(triton.cdiv(num_rows, plan.choice_rows),)](
+    _choose_experts_kernel[(triton.cdiv(num_rows, plan.choice_rows),)](
         parts,
         experts,
         shares,

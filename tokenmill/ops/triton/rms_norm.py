@@ -183,6 +183,6 @@ def _launch(
         adds_residual=residual is not None,
         quantizes=scales is not None,
         overlaps=can_overlap(x.device),
-        num_warps=warps_for(2 * block_rows * block_size),  # little to do, and much to wait for
+        num_warps=warps_for(2 * block_rows * block_size),
         launch_pdl=can_overlap(x.device),
     )
