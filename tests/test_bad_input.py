@@ -72,6 +72,15 @@ BAD_REQUESTS: dict[str, tuple[Any, dict[str, Any], type[TokenmillError], str]] =
 }
 
 
+@pytest.mark.parametrize(
+    "priority", ["high", None, True, math.nan, 10**5000], ids=["text", "None", "boolean", "nan", "huge"]
+)
+def test_priority_is_a_number(llm: LLM, priority: Any) -> None:
+    with pytest.raises(InvalidParameterError, match="priority is") as caught:
+        llm.generate("a", priority=priority)
+    assert caught.value.field == "priority"
+
+
 @pytest.mark.parametrize("case", BAD_REQUESTS)
 def test_bad_request_is_refused_and_others_go_on(llm: LLM, case: str) -> None:
     prompt, values, error_class, field = BAD_REQUESTS[case]
@@ -106,6 +115,7 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], type[TokenmillError], str]] = {
     "nonsense device": ({"device": "abacus"}, InvalidParameterError, "device"),
     "unknown attention backend": ({"attn_backend": "cpuu"}, InvalidParameterError, "attn_backend"),
     "longer than the model's context": ({"max_seq_len": 10**6}, InvalidParameterError, "max_seq_len"),
+    "a boolean for a number": ({"max_batch_size": True}, InvalidParameterError, "max_batch_size"),
     "no batch": ({"max_batch_size": 0}, InvalidParameterError, "max_batch_size"),
     "cache beyond memory": ({"kv_cache_config": KvCacheConfig(max_tokens=10**12)}, OutOfMemoryError, "kv_cache_config"),
     "two ranks": ({"tensor_parallel_size": 2}, UnsupportedFeatureError, "tensor_parallel_size"),
