@@ -61,6 +61,21 @@ def build_program_engine(
         UserError: a parameter does not fit the engine.
         OutOfMemoryError: the cache does not fit.
     """
+    device = engine_device(args, package)
+    description = describe_program_engine(
+        args, package, device, package.weight_nbytes, free_memory(device) // num_sharing
+    )
+    cache_dtype = getattr(torch, description.cache_dtype)
+    runner = _make_runner(args, package, description, cache_dtype, device, on_progress)
+    return make_core(args, description, runner, overlap=device.type == "cuda"), description
+
+
+def engine_device(args: LlmArgs, package: EnginePackage) -> torch.device:
+    """The device that an engine runs on.
+
+    Raises:
+        InvalidParameterError: it is not here, or the caller wants another kind of device.
+    """
     device = resolve_device(package.config.target.device if args.device == "auto" else args.device)
     if device.type != package.config.target.device:
         raise InvalidParameterError(
@@ -68,12 +83,7 @@ def build_program_engine(
             field="device",
             remedy="Leave the device out, or build the engine for it.",
         )
-    description = describe_program_engine(
-        args, package, device, package.weight_nbytes, free_memory(device) // num_sharing
-    )
-    cache_dtype = getattr(torch, description.cache_dtype)
-    runner = _make_runner(args, package, description, cache_dtype, device, on_progress)
-    return make_core(args, description, runner, overlap=device.type == "cuda"), description
+    return device
 
 
 def describe_program_engine(
