@@ -199,6 +199,9 @@ def test_an_engine_for_a_gpu_is_planned_without_one(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     report = plan_engine(build(models["safetensors"], device="cuda", **BUILT), tmp_path)
     assert (report.device, report.memory.free) == ("cuda", None)
+    assert report.memory.weights == pytest.approx(report.num_parameters * 4, rel=0.01)
+    quantized = plan_engine(build(models["safetensors"], device="cuda", quantization="int8", **BUILT), tmp_path)
+    assert quantized.memory.weights == pytest.approx(report.memory.weights, rel=0.01)  # decoded for torch
     assert report.memory.cache_tokens >= 5 * 100
     with pytest.raises(InvalidParameterError, match="built for 'cuda'"):
         plan_engine(build(models["safetensors"], device="cuda", **BUILT), tmp_path, device="cpu")

@@ -36,6 +36,7 @@ from tokenmill.runtime.program_runner import ProgramRunner
 from tokenmill.runtime.slot_runner import SlotRunner
 from tokenmill.runtime.slot_state import SlotState
 from tokenmill.runtime.step_sizes import SHORT_TOKENS
+from tokenmill.runtime.weight_decoding import decoded_nbytes
 from tokenmill.sampling.slot_params import SlotSamplingParams
 
 
@@ -95,7 +96,7 @@ def describe_program_engine(
         args: how to serve.
         package: the engine; its weights are not looked at.
         device: of the engine.
-        weight_nbytes: of all weights.
+        weight_nbytes: of all weights in the engine; on a GPU they are decoded.
         free: bytes of memory; None plans the cache that all sequences of the longest length need.
 
     Raises:
@@ -116,9 +117,10 @@ def describe_program_engine(
         max_seq_len=sizes.max_seq_len,
         is_cpu=device.type == "cpu",
     )
-    step = package.program.arena_bytes
     if device.type == "cpu":
         step = cpu_step_nbytes(package.program, sizes.max_num_tokens, max(sizes.max_batch_size, MIN_LOGIT_ROWS))
+    else:
+        step, weight_nbytes = package.program.arena_bytes, decoded_nbytes(package.program)
     memory = plan_memory(config, request, args.kv_cache_config, free, MeasuredMemory(weight_nbytes, step))
     is_16_bit = all(buffer.dtype != "float32" for buffer in package.program.buffers)  # what products read
     check_deterministic(args, "engine", device, dtype if is_16_bit else torch.float32)
