@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from tests.support.tiny_checkpoint import VOCAB_SIZE
 from tokenmill import LLM, KvCacheConfig, SamplingParams
@@ -54,6 +56,12 @@ BAD_REQUESTS: dict[str, tuple[Any, dict[str, Any], type[TokenmillError], str]] =
     "token beyond the vocabulary": ([5, VOCAB_SIZE], {}, InvalidParameterError, "prompt_token_ids"),
     "negative token": ([5, -1], {}, InvalidParameterError, "prompt_token_ids"),
     "fractional token": ([5, 1.5], {}, InvalidParameterError, "prompt_token_ids"),
+    "fraction in a tensor": (torch.tensor([5.5]), {}, InvalidParameterError, "prompt_token_ids"),
+    "booleans in a tensor": (torch.tensor([True]), {}, InvalidParameterError, "prompt_token_ids"),
+    "rows of a matrix": (np.array([[5], [6]]), {}, InvalidParameterError, "prompt_token_ids"),
+    "a number as an array": (np.array(5), {}, InvalidParameterError, "prompt"),
+    "token too long to print": ([5, 10**5000], {}, InvalidParameterError, "prompt_token_ids"),
+    "tokens beside what is no text": ({"prompt": 5, "prompt_token_ids": [5]}, {}, InvalidParameterError, "prompt"),
     "a number": (7, {}, InvalidParameterError, "prompt"),
     "nothing": (None, {}, InvalidParameterError, "prompt"),
     "unknown key": ({"promt": "a"}, {}, UnknownParameterError, "promt"),
@@ -105,6 +113,27 @@ def test_one_bad_prompt_of_a_batch_leaves_nothing_running(llm: LLM) -> None:
 def test_numbers_of_parameters_and_prompts_differ(llm: LLM) -> None:
     with pytest.raises(InvalidParameterError, match="2 sampling_params for 3 prompts"):
         llm.generate(["a", "b", "c"], [SamplingParams()] * 2)
+
+
+@pytest.mark.parametrize("params", [3, {"max_tokens": 3}, "greedy", (SamplingParams() for _ in "ab")])
+def test_parameters_of_another_type_are_named(llm: LLM, params: Any) -> None:
+    with pytest.raises(InvalidParameterError, match="not SamplingParams or a list of them") as caught:
+        llm.generate(["a", "b"], params)
+    assert caught.value.field == "sampling_params"
+
+
+@pytest.mark.parametrize("messages", [None, 3, {"role": "user", "content": "a"}, "a"])
+def test_what_is_no_conversation_is_named(llm: LLM, messages: Any) -> None:
+    for chat in (llm.chat, llm.chat_async):
+        with pytest.raises(InvalidParameterError, match=f"got {type(messages).__name__}") as caught:
+            chat(messages)
+        assert caught.value.field == "messages"
+
+
+@pytest.mark.parametrize("request_", [None, "7", 7.0])
+def test_what_is_no_request_is_not_aborted(llm: LLM, request_: Any) -> None:
+    with pytest.raises(InvalidParameterError, match="not a result or its id"):
+        llm.abort(request_)
 
 
 BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], type[TokenmillError], str]] = {

@@ -57,7 +57,10 @@ def _unwrapped(text: str) -> str:
 
 def examples(*pairs: tuple[str, str]) -> str:
     """An epilog out of (what it does, command line) pairs."""
-    blocks = [f"[dim]{escape(purpose)}:[/dim]\n  {escape(line)}" for purpose, line in pairs]
+    headings = [purpose if purpose.endswith("?") else f"{purpose}:" for purpose, _ in pairs]
+    blocks = [
+        f"[dim]{escape(heading)}[/dim]\n  {escape(line)}" for heading, (_, line) in zip(headings, pairs, strict=True)
+    ]
     return "\n\n".join(["[bold]Examples[/bold]", *blocks])
 
 
