@@ -57,9 +57,9 @@ def _unwrapped(text: str) -> str:
 
 def examples(*pairs: tuple[str, str]) -> str:
     """An epilog out of (what it does, command line) pairs."""
-    headings = [purpose if purpose.endswith("?") else f"{purpose}:" for purpose, _ in pairs]
     blocks = [
-        f"[dim]{escape(heading)}[/dim]\n  {escape(line)}" for heading, (_, line) in zip(headings, pairs, strict=True)
+        f"[dim]{escape(purpose)}{'' if purpose.endswith('?') else ':'}[/dim]\n  {escape(line)}"
+        for purpose, line in pairs
     ]
     return "\n\n".join(["[bold]Examples[/bold]", *blocks])
 
