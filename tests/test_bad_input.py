@@ -167,6 +167,12 @@ def test_unknown_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert caught.value.field == "model"
 
 
+def test_an_unknown_tokenizer_is_not_the_model(model_dir: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match="No model 'nowhere'") as caught:
+        make_llm(model_dir, tokenizer="nowhere")
+    assert caught.value.field == "tokenizer"
+
+
 def damaged(model_dir: Path, target: Path, damage: str) -> Path:
     shutil.copytree(model_dir, target)
     weights, config_file = target / "model.safetensors", target / "config.json"

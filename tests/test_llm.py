@@ -15,6 +15,7 @@ import torch
 from tokenmill import LLM, KvCacheConfig, RequestOutput, SamplingParams
 from tokenmill.engine.core import EngineCore
 from tokenmill.engine.events import EngineEvent
+from tokenmill.errors import InvalidParameterError
 
 pytestmark = pytest.mark.spec("A1")
 
@@ -246,6 +247,9 @@ def test_detokenize_off_and_tokenizer_off(model_dir: Path, llm: LLM) -> None:
     with make_llm(model_dir, skip_tokenizer_init=True) as bare:
         again = bare.generate(llm.generate(TEXTS[0]).prompt_token_ids, SamplingParams(max_tokens=5)).outputs[0]
         assert (again.text, again.token_ids) == ("", output.token_ids)
+        with pytest.raises(InvalidParameterError, match="A stop string needs a tokenizer") as caught:
+            bare.generate([5], SamplingParams(stop="a"))
+        assert caught.value.field == "stop"
 
 
 def test_truncate_prompt_tokens_keeps_the_last(llm: LLM) -> None:

@@ -56,7 +56,9 @@ class InputProcessor:
             token_ids = token_ids[-sampling.truncate_prompt_tokens :]
         self._check_token_ids(token_ids, "prompt_token_ids")
         self._check_token_ids(list(sampling.logit_bias or ()), "logit_bias")
-        _check_stop_strings(sampling)
+        if sampling.stop_strings:
+            self._need_tokenizer("stop", "a stop string")
+            _check_stop_strings(sampling)
         request = GenerationRequest(
             request_id=request_id,
             prompt_token_ids=tuple(token_ids),

@@ -67,7 +67,7 @@ class LLM:
         if self.args.tokenizer is None:
             return TokenizerSource(_own_tokenizer(model_path), self.args.tokenizer_mode)
         if isinstance(self.args.tokenizer, (str, Path)):
-            path = resolve_model(self.args.tokenizer, revision=self.args.tokenizer_revision)
+            path = resolve_model(self.args.tokenizer, revision=self.args.tokenizer_revision, field="tokenizer")
             return TokenizerSource(path, self.args.tokenizer_mode)
         return TokenizerSource(tokenizer=self.args.tokenizer)
 

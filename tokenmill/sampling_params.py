@@ -135,6 +135,12 @@ class SamplingParams(StrictModel):
         for field in ("stop", "bad"):
             if "" in getattr(self, f"{field}_strings"):
                 raise InvalidParameterError(f"{field} holds an empty string.", field=field, remedy="Remove it.")
+        if self.stop_strings and not self.detokenize:
+            raise InvalidParameterError(
+                "stop holds strings, which are looked for in the text, and detokenize is False.",
+                field="stop",
+                remedy="Leave detokenize at True, or use stop_token_ids.",
+            )
         return self
 
     @property

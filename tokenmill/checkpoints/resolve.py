@@ -20,7 +20,9 @@ _HUB_PATTERNS: Final = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"
 _HUB_IGNORED: Final = ("*/*", "consolidated*.safetensors")
 
 
-def resolve_model(model: str | Path, *, revision: str | None = None, show_progress: bool = True) -> Path:
+def resolve_model(
+    model: str | Path, *, revision: str | None = None, show_progress: bool = True, field: str = "model"
+) -> Path:
     """The directory or GGUF file of `model`, downloaded first where needed.
 
     Args:
@@ -28,6 +30,7 @@ def resolve_model(model: str | Path, *, revision: str | None = None, show_progre
             GGUF file of a hub repository (`organization/name:file.gguf`). An existing path goes before the others.
         revision: branch, tag or commit of a hub model; has no meaning for a path.
         show_progress: whether to show progress bars on stderr.
+        field: the parameter that errors name.
 
     Returns:
         A directory in Hugging Face format, or a GGUF file. A directory that holds one GGUF file and no config.json
@@ -38,6 +41,13 @@ def resolve_model(model: str | Path, *, revision: str | None = None, show_progre
         InvalidParameterError: `revision` is given for an alias.
         CheckpointError: a fetched file is not what was published.
     """
+    try:
+        return _resolve(model, revision, show_progress)
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(error.message, field=field, remedy=error.remedy) from error.__cause__
+
+
+def _resolve(model: str | Path, revision: str | None, show_progress: bool) -> Path:
     name = str(model)
     if name.strip():
         path = _existing(Path(model))
