@@ -75,6 +75,8 @@ BAD_REQUESTS: dict[str, tuple[Any, dict[str, Any], type[TokenmillError], str]] =
     "NaN penalty": ("a", {"repetition_penalty": math.nan}, InvalidParameterError, "repetition_penalty"),
     "no tokens to generate": ("a", {"max_tokens": 0}, InvalidParameterError, "max_tokens"),
     "more sequences than slots": ("a", {"n": 5, "temperature": 1.0}, InvalidParameterError, "n"),
+    "half a character to stop at": ("a", {"stop": "\ud800"}, InvalidParameterError, "stop"),
+    "half a character to avoid": ("a", {"bad": ["\ud800"]}, InvalidParameterError, "bad"),
     "misspelled parameter": ("a", {"temprature": 1.0}, UnknownParameterError, "temprature"),
     "beam search": ("a", {"use_beam_search": True}, UnsupportedFeatureError, "use_beam_search"),
 }

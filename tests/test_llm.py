@@ -207,6 +207,12 @@ def test_stop_strings_stop_tokens_and_end_tokens(llm: LLM) -> None:
         TEXTS[0], SamplingParams(max_tokens=24, ignore_eos=True, stop=[stop], include_stop_str_in_output=True)
     ).outputs[0]
     assert kept.text == plain.text[: plain.text.index(stop)] + stop
+    for min_tokens in (4, 20):
+        params = SamplingParams(max_tokens=24, min_tokens=min_tokens, ignore_eos=True, stop=stop)
+        whole = llm.generate(TEXTS[0], SamplingParams(max_tokens=min_tokens, ignore_eos=True)).outputs[0].text
+        later = llm.generate(TEXTS[0], params).outputs[0]
+        assert later.text == whole + plain.text[len(whole) :].partition(stop)[0]
+        assert later.length >= min_tokens
     token = plain.token_ids[6]
     at = plain.token_ids.index(token)
     by_token = llm.generate(TEXTS[0], SamplingParams(max_tokens=24, ignore_eos=True, stop_token_ids=[token])).outputs[0]

@@ -58,7 +58,8 @@ class InputProcessor:
         self._check_token_ids(list(sampling.logit_bias or ()), "logit_bias")
         if sampling.stop_strings:
             self._need_tokenizer("stop", "a stop string")
-            _check_stop_strings(sampling)
+        _check_strings("stop", sampling.stop_strings)
+        _check_strings("bad", sampling.bad_strings)
         request = GenerationRequest(
             request_id=request_id,
             prompt_token_ids=tuple(token_ids),
@@ -206,12 +207,12 @@ def _as_token_ids(prompt: Any, field: str) -> list[int]:
     return [index(token) for token in token_ids]
 
 
-def _check_stop_strings(sampling: SamplingParams) -> None:
+def _check_strings(field: str, strings: Sequence[str]) -> None:
     """Half of a surrogate pair is in no text, and cannot be sent to another process."""
-    for stop in sampling.stop_strings:
+    for string in strings:
         try:
-            stop.encode()
+            string.encode()
         except UnicodeEncodeError as error:
             raise InvalidParameterError(
-                f"stop holds a string that is not valid Unicode ({error}).", field="stop"
+                f"{field} holds a string that is not valid Unicode ({error}).", field=field
             ) from None
