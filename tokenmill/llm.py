@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, overload
 
-from tokenmill.checkpoints.resolve import resolve_model
+from tokenmill.checkpoints.resolve import resolve_model, resolve_tokenizer
 from tokenmill.config import LlmArgs
 from tokenmill.errors import InvalidParameterError, QueueFullError, UnsupportedFeatureError
 from tokenmill.executor.description import EngineDescription
@@ -67,7 +67,7 @@ class LLM:
         if self.args.tokenizer is None:
             return TokenizerSource(_own_tokenizer(model_path), self.args.tokenizer_mode)
         if isinstance(self.args.tokenizer, (str, Path)):
-            path = resolve_model(self.args.tokenizer, revision=self.args.tokenizer_revision, field="tokenizer")
+            path = resolve_tokenizer(self.args.tokenizer, revision=self.args.tokenizer_revision)
             return TokenizerSource(path, self.args.tokenizer_mode)
         return TokenizerSource(tokenizer=self.args.tokenizer)
 
