@@ -100,8 +100,8 @@ def test_memory_that_is_not_there_is_a_warning(program: Program, engine_dir: Pat
     assert "does not fit this machine" in done.stderr
 
 
-@pytest.mark.parametrize("option", ["--profile", "--picture=page.html"])
-def test_a_checkpoint_has_no_operations_to_measure(program: Program, tiny_model: Path, option: str) -> None:
+@pytest.mark.parametrize("option", ["--profile", "--picture=a.html", "--step-tokens=2", "--context=9", "--every-layer"])
+def test_a_checkpoint_has_no_operations_to_show(program: Program, tiny_model: Path, option: str) -> None:
     done = program("inspect", str(tiny_model), option)
     assert done.returncode == 2
     assert "is no built engine. Build one first: tokenmill build" in done.stderr

@@ -116,12 +116,21 @@ def _check_options(model: str, view: EngineView, kernels: bool) -> None:
                 field="kernels",
                 remedy="Leave --kernels out, or give the checkpoint.",
             )
-    elif view.profile or view.picture is not None:
-        raise InvalidParameterError(
-            f"{model} is no built engine.",
-            field="profile" if view.profile else "picture",
-            remedy="Build one first: tokenmill build MODEL -o DIRECTORY.",
-        )
+        return
+    of_engines = {
+        "profile": view.profile,
+        "picture": view.picture is not None,
+        "step_tokens": view.num_tokens != 1,
+        "context": view.context_len is not None,
+        "every_layer": view.every_layer,
+    }
+    for field, is_given in of_engines.items():
+        if is_given:
+            raise InvalidParameterError(
+                f"{model} is no built engine.",
+                field=field,
+                remedy="Build one first: tokenmill build MODEL -o DIRECTORY.",
+            )
 
 
 def _model_table(report: ModelReport) -> Table:
