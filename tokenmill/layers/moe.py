@@ -168,8 +168,8 @@ class SparseMoe(nn.Module):
         """Plain rows, which the router reads, or those and quantized ones for the experts."""
         return self.experts.row_form(x)
 
-    def forward(self, x: torch.Tensor | PlainAndQuantized) -> torch.Tensor:
-        """[T, hidden_size] to [T, hidden_size]."""
+    def forward(self, x: torch.Tensor | PlainAndQuantized, add_to: torch.Tensor | None = None) -> torch.Tensor:
+        """[T, hidden_size] to [T, hidden_size]; nothing is added to `add_to`, unlike in `GatedMLP`."""
         x, quantized = x if isinstance(x, PlainAndQuantized) else (x, None)
         return self.experts(x, self.gate(x), quantized)  # type: ignore[no-any-return]
 
