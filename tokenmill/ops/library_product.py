@@ -8,6 +8,7 @@ than its best (docs/log.md, 2026-11-23). Numbers of rows share a choice with tho
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from threading import Lock
@@ -45,7 +46,7 @@ def library_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`x @ weight.T` with x [T, I] and weight [O, I] of one 16-bit type on a GPU: [T, O]."""
     algorithm = _algorithm(x, weight)
     if algorithm is not None:
-        out = x.new_empty(x.shape[0], weight.shape[0])
+        out = _new_out(x, weight)
         if _run(algorithm, x, weight, out):
             return out
     return functional.linear(x, weight)
@@ -89,19 +90,16 @@ def _algorithm(x: torch.Tensor, weight: torch.Tensor) -> Algorithm | None:
     if not choice.is_made and not torch.cuda.is_current_stream_capturing():
         with choice.lock:
             if not choice.is_made:
-                choice.algorithm = _fastest(x, weight)
+                with suppress(torch.OutOfMemoryError, CublasLtError):  # torch will do
+                    choice.algorithm = _fastest(x, weight)
                 choice.is_made = True
     return choice.algorithm
 
 
 def _fastest(x: torch.Tensor, weight: torch.Tensor) -> Algorithm | None:
     """Time torch and the algorithms for this product, in turns."""
-    out = x.new_empty(x.shape[0], weight.shape[0])
-    candidates = _candidates(x, weight)
-    try:
-        flushed = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=x.device)
-    except torch.OutOfMemoryError:
-        return None
+    out, flushed = _new_out(x, weight), torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=x.device)
+    candidates = _candidates(x, weight, out)
     calls: list[Callable[[], object]] = [partial(torch.mm, x, weight.t(), out=out)]
     calls += [partial(_run, algorithm, x, weight, out) for algorithm in candidates]
     events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in calls]
@@ -122,9 +120,9 @@ def _fastest(x: torch.Tensor, weight: torch.Tensor) -> Algorithm | None:
     return candidates[others.index(min(others))]
 
 
-def _candidates(x: torch.Tensor, weight: torch.Tensor) -> list[Algorithm]:
+def _candidates(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> list[Algorithm]:
     """What the library would take for this number of rows and some near ones; each is known to run."""
-    num_rows, out = x.shape[0], x.new_empty(x.shape[0], weight.shape[0])
+    num_rows = x.shape[0]
     found: dict[bytes, Algorithm] = {}
     for rows in sorted({num_rows, *(-(-num_rows // step) * step for step in NEIGHBOURS)}):
         shape = _shape(rows, weight, x.dtype)
@@ -141,6 +139,10 @@ def _run(algorithm: Algorithm, x: torch.Tensor, weight: torch.Tensor, out: torch
     except CublasLtError:
         return False
     return True
+
+
+def _new_out(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
 
 
 def _shape(num_rows: int, weight: torch.Tensor, out_dtype: torch.dtype) -> ProductShape:
