@@ -1,8 +1,8 @@
 """Products of many rows by the vendor's library: by torch, or by one of cuBLASLt's algorithms where that is faster.
 
-Which one is measured when a shape is first met, in the way it is met then: cuBLASLt's own guess is up to a sixth slower
-than its best (docs/log.md, 2026-11-23). Numbers of rows share a choice with those a little larger. Called by
-`ops.linear` and `ops.fp8`.
+Which one is measured when a shape is first met outside a recording: the library's own guess is often some percent, and
+sometimes a sixth slower than its best (docs/log.md, 2026-11-23). Numbers of rows share a choice with those a little
+larger. Called by `ops.linear` and `ops.fp8`.
 """
 
 from __future__ import annotations
@@ -97,7 +97,12 @@ def _algorithm(x: torch.Tensor, weight: torch.Tensor) -> Algorithm | None:
 
 
 def _fastest(x: torch.Tensor, weight: torch.Tensor) -> Algorithm | None:
-    """Time torch and the algorithms for this product, in turns."""
+    """Time torch and the algorithms for this product, in turns.
+
+    Not with x: in the steps of padding that an engine starts with all rows are alike, and such products take less power.
+    """
+    generator = torch.Generator(x.device).manual_seed(0)
+    x = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
     out, flushed = _new_out(x, weight), torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=x.device)
     candidates = _candidates(x, weight, out)
     calls: list[Callable[[], object]] = [partial(torch.mm, x, weight.t(), out=out)]
