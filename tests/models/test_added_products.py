@@ -37,6 +37,7 @@ def hidden_states(model: CausalLM, rows: list[tuple[str, list[int]]], wanted: to
     return states
 
 
+@pytest.mark.spec("E2")
 @pytest.mark.parametrize(
     ("case", "products_of_a_layer"),
     [("llama", 2), ("mistral_sliding", 2), ("qwen3", 2), ("qwen3_moe", 1), ("llama_all_biases", 0), ("gemma3", 0)],

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from statistics import median
 from threading import Lock
 from typing import Final
 
@@ -23,8 +24,8 @@ NUM_ALGORITHMS: Final = 8
 """That the library is asked for, for each number of rows."""
 NEIGHBOURS: Final = (64, 256)
 """The algorithms for so many rows or the next multiple are tried as well."""
-ROUNDS: Final = 4
-"""Runs of each candidate; the fastest counts."""
+ROUNDS: Final = 5
+"""Runs of each candidate; the median counts. The fastest run of large products would be one at full clocks."""
 LARGEST_STEP: Final = 1024
 """Numbers of rows above share a choice with all up to the next power of two."""
 FACTOR: Final = 0.985
@@ -99,7 +100,7 @@ def _algorithm(x: torch.Tensor, weight: torch.Tensor) -> Algorithm | None:
 def _fastest(x: torch.Tensor, weight: torch.Tensor) -> Algorithm | None:
     """Time torch and the algorithms for this product, in turns.
 
-    Not with x: in the steps of padding that an engine starts with all rows are alike, and such products take less power.
+    Not with x: an engine starts with steps of padding, whose rows are all alike, and such products take less power.
     """
     generator = torch.Generator(x.device).manual_seed(0)
     x = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
@@ -119,7 +120,7 @@ def _fastest(x: torch.Tensor, weight: torch.Tensor) -> Algorithm | None:
             end.record()
             pairs.append((start, end))
     torch.cuda.current_stream(x.device).synchronize()
-    torchs, *others = [min(start.elapsed_time(end) for start, end in pairs) for pairs in events]
+    torchs, *others = [median(start.elapsed_time(end) for start, end in pairs) for pairs in events]
     if not others or min(others) > FACTOR * torchs:
         return None
     return candidates[others.index(min(others))]
