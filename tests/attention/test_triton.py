@@ -27,7 +27,8 @@ from tokenmill.runtime.step_inputs import inputs_of_prompts
 pytest.importorskip("triton")
 from tokenmill.attention.triton import TritonAttention, first_row_without_history
 from tokenmill.attention.triton_common import Result
-from tokenmill.attention.triton_decode import DecodeTiles, choose_num_splits, decode_attention, decode_tiles
+from tokenmill.attention.triton_decode import decode_attention
+from tokenmill.attention.triton_decode_tiles import DecodeTiles, choose_num_splits, decode_tiles
 from tokenmill.attention.triton_kv_write import write_kv_triton
 from tokenmill.attention.triton_prefill import PrefillTiles, prefill_attention
 

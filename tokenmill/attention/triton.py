@@ -11,7 +11,8 @@ import torch
 
 from tokenmill.attention.base import AttentionMetadata, AttentionSpec, LayerCache
 from tokenmill.attention.triton_common import Result, Turning
-from tokenmill.attention.triton_decode import choose_num_splits, decode_attention, decode_tiles
+from tokenmill.attention.triton_decode import decode_attention
+from tokenmill.attention.triton_decode_tiles import choose_num_splits, decode_tiles
 from tokenmill.attention.triton_invariant import invariant_attention
 from tokenmill.attention.triton_kv_write import write_kv_triton
 from tokenmill.attention.triton_prefill import prefill_attention

@@ -125,37 +125,38 @@ def scores_base2(products: tl.tensor, factor: tl.tensor, cap: tl.constexpr) -> t
 
 @triton.jit
 def softmax_step(
-    products: tl.tensor,  # [M, N] of queries and keys
-    visible: tl.tensor,  # [M, N] or [1, N], unused unless masked
-    maximum: tl.tensor,  # [M] so far, in base 2
-    total: tl.tensor,  # [M] so far
+    products: tl.tensor,  # [..., M, N] of queries and keys
+    visible: tl.tensor,  # of a shape that broadcasts to it, unused unless masked
+    maximum: tl.tensor,  # [..., M] so far, in base 2
+    total: tl.tensor,  # [..., M] so far
     factor: tl.tensor,
     cap: tl.constexpr,
     masked: tl.constexpr,
+    may_be_first: tl.constexpr = True,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """One step of the online softmax: probabilities, factor on what was summed before, new maximum, new total.
 
-    A query that has seen no key yet has the maximum -inf and the total 0.
+    A query that has seen no key yet has the maximum -inf and the total 0; unless it `may_be_first`, there is none.
     """
     if cap > 0:
         scores = scores_base2(products, factor, cap)
         if masked:
             scores = tl.where(visible, scores, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+        new_maximum = tl.maximum(maximum, tl.max(scores, -1))
         reference = new_maximum
-        if masked:
+        if masked and may_be_first:
             reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        probabilities = tl.exp2(scores - reference[:, None])
+        probabilities = tl.exp2(scores - tl.expand_dims(reference, -1))
     else:  # scaling after the maximum makes scale and subtraction one instruction
         if masked:
             products = tl.where(visible, products, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(products, 1) * factor)
+        new_maximum = tl.maximum(maximum, tl.max(products, -1) * factor)
         reference = new_maximum
-        if masked:
+        if masked and may_be_first:
             reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        probabilities = tl.exp2(products * factor - reference[:, None])
+        probabilities = tl.exp2(products * factor - tl.expand_dims(reference, -1))
     decay = tl.exp2(maximum - reference)
-    return probabilities, decay, new_maximum, total * decay + tl.sum(probabilities, 1)
+    return probabilities, decay, new_maximum, total * decay + tl.sum(probabilities, -1)
 
 
 @triton.jit

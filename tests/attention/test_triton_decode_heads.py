@@ -1,0 +1,109 @@
+"""Decode attention with a warp for each of several key/value heads, against the definition in `reference.py`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.support.attention_steps import FP8, TOLERANCES, Case, assert_close, assert_same_cache, make_step
+from tokenmill.attention.reference import ReferenceAttention
+from tokenmill.ops.rope import apply_rope_reference
+
+pytest.importorskip("triton")
+from tokenmill.attention.triton_common import Result, Turning
+from tokenmill.attention.triton_decode import decode_attention
+from tokenmill.attention.triton_decode_tiles import DecodeTiles
+
+ROWS = ((1, 20), (1, 0), (1, 64), (1, 77))
+CASES = [
+    (Case(ROWS, num_heads=8, num_kv_heads=4, head_dim=32), 4, 16),
+    (Case(ROWS, num_heads=4, num_kv_heads=4, head_dim=16), 2, 32),  # a tile lies in two blocks
+    (Case(ROWS, num_heads=6, num_kv_heads=2, head_dim=64, tokens_per_block=32, soft_cap=2.0), 2, 16),
+    (Case(ROWS, num_heads=4, num_kv_heads=2, head_dim=16, window=20), 1, 16),
+    (Case(ROWS, num_heads=8, num_kv_heads=4, head_dim=32, dtype=torch.bfloat16, tokens_per_block=32), 2, 32),
+    (Case(ROWS, num_heads=8, num_kv_heads=4, dtype=torch.bfloat16, tokens_per_block=32, cache_dtype=FP8), 4, 32),
+    (Case(ROWS, num_heads=8, num_kv_heads=2, dtype=torch.bfloat16, cache_dtype=FP8, window=9, soft_cap=3.0), 2, 16),
+    (Case(ROWS, num_heads=4, num_kv_heads=2, cache_dtype=FP8, key_scale=0.5, value_scale=0.0625), 2, 16),
+]
+REAL_ROWS = ((1, 8191), (1, 0), (1, 1023), (1, 1100), (1, 63))
+REAL = Case(REAL_ROWS, num_heads=32, num_kv_heads=8, head_dim=128, tokens_per_block=32, dtype=torch.bfloat16)
+REAL_CASES = [
+    pytest.param(case, kv_heads, block_n, marks=pytest.mark.gpu)
+    for case, kv_heads, block_n in (
+        (replace(REAL, cache_dtype=FP8), 4, 32),
+        (replace(REAL, cache_dtype=FP8, num_kv_heads=4), 4, 16),
+        (replace(REAL, cache_dtype=FP8, num_kv_heads=4, tokens_per_block=16, key_scale=0.5, value_scale=0.25), 2, 32),
+        (REAL, 4, 16),
+        (replace(REAL, window=1000, soft_cap=5.0), 2, 16),
+        (replace(REAL, num_heads=9, num_kv_heads=3, head_dim=64, dtype=torch.float16), 1, 32),
+    )
+]
+
+
+def tiles_of(kv_heads: int, block_n: int) -> DecodeTiles:
+    return DecodeTiles(block_n, kv_heads, 3, 1, kv_heads=kv_heads)
+
+
+@pytest.mark.spec("E1")
+@pytest.mark.parametrize(("case", "kv_heads", "block_n"), [*CASES, *REAL_CASES], ids=str)
+def test_equals_the_reference(case: Case, kv_heads: int, block_n: int, device: str) -> None:
+    step = make_step(case, device)
+    cache, expected_cache = step.cloned_cache(), step.cloned_cache()
+    expected = ReferenceAttention().forward(step.spec, step.query, step.key, step.value, expected_cache, step.metadata)
+    output = torch.full_like(expected, torch.nan)
+    decode_attention(
+        step.spec, step.query, step.key, step.value, cache, step.metadata, Result(output),
+        num_splits=1, tiles=tiles_of(kv_heads, block_n),
+    )  # fmt: skip
+    assert_same_cache(cache, expected_cache)
+    tolerance = max(TOLERANCES[case.dtype], TOLERANCES[torch.float16] if case.cache_dtype == FP8 else 0.0)
+    assert_close(output, expected, tolerance)
+
+
+@pytest.mark.parametrize("cache_dtype", [None, FP8], ids=str)
+def test_queries_and_keys_turned_on_the_way_sinks_and_sums(cache_dtype: torch.dtype | None, device: str) -> None:
+    """As the kernel of one head for all warps computes them, which has tests of its own."""
+    step = make_step(Case(ROWS, num_heads=8, num_kv_heads=4, cache_dtype=cache_dtype), device)
+    turns = torch.randn(len(ROWS), 1, 32, generator=torch.Generator().manual_seed(5)).to(device)
+    angles = torch.cat([turns.cos()] * 2, -1), torch.cat([-turns.sin(), turns.sin()], -1)
+    sinks = torch.linspace(-2.0, 3.0, 8, device=device)
+    found = []
+    for tiles in (DecodeTiles(16, 4, 2, 4), tiles_of(2, 16)):
+        cache = step.cloned_cache()
+        output = torch.full_like(step.query, torch.nan, memory_format=torch.contiguous_format)
+        sums = torch.full(output.shape[:2], torch.nan, device=device)
+        decode_attention(
+            step.spec, step.query, step.key, step.value, cache, step.metadata, Result(output, sums, sinks),
+            num_splits=1, tiles=tiles, turning=Turning(*angles),
+        )  # fmt: skip
+        found.append((output, sums, cache))
+    (expected, expected_sums, expected_cache), (output, sums, cache) = found
+    assert_same_cache(cache, expected_cache)
+    assert_close(output, expected, TOLERANCES[torch.float16 if cache_dtype == FP8 else torch.float32])
+    torch.testing.assert_close(sums, expected_sums, rtol=1e-5, atol=1e-5)
+    if cache_dtype is None:
+        written = cache[0].flatten(0, 1)[step.metadata.slot_mapping]
+        torch.testing.assert_close(written, apply_rope_reference(step.key, *angles), rtol=1e-5, atol=1e-6)
+
+
+def test_a_padding_row_reads_nothing_and_writes_to_its_slot(device: str) -> None:
+    """Length 0, slot in scratch block 0, a table of nonsense; what lies in the cache may be NaN."""
+    step = make_step(Case(((1, 20), (1, 5)), num_kv_heads=2), device)
+    metadata = replace(
+        step.metadata,
+        kv_lens=torch.tensor([21, 0], dtype=torch.int32, device=device),
+        slot_mapping=torch.cat([step.metadata.slot_mapping[:1], torch.zeros(1, dtype=torch.int64, device=device)]),
+    )
+    metadata.block_tables[1] = 1 << 28
+    metadata.block_tables[1, 0] = 0
+    cache = step.cloned_cache()
+    output = torch.full_like(step.query, torch.nan, memory_format=torch.contiguous_format)
+    decode_attention(
+        step.spec, step.query, step.key, step.value, cache, metadata, Result(output),
+        num_splits=1, tiles=tiles_of(2, 16),
+    )  # fmt: skip
+    assert output.isfinite().all()
+    torch.testing.assert_close(output[1], step.value[1].repeat_interleave(2, 0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(cache[0][0, 0], step.key[1], rtol=0, atol=0)
