@@ -209,6 +209,32 @@ def _attend(
     return sums, maximum, total
 
 
+@triton.jit
+def _ask_for_tiles(
+    cache: PagedCache,
+    table: tl.tensor,  # pointer
+    table_stride: tl.tensor,
+    first_head: tl.tensor,
+    start: tl.tensor,
+    end: tl.tensor,
+    num_kv_heads: tl.constexpr,
+    num_heads: tl.constexpr,
+    head_dim: tl.constexpr,
+    tokens_per_block: tl.constexpr,
+    block_n: tl.constexpr,
+    num_tiles: tl.constexpr,
+) -> None:
+    """Ask for the first tiles to come to L2. The table is read without waiting for `end`, in as many entries as it has."""
+    tokens = tl.arange(0, block_n)
+    for step in tl.static_range(num_tiles):
+        tile = start + step * block_n
+        block = tl.load(table + tl.minimum(tile // tokens_per_block, table_stride - 1))
+        block = tl.where(tile < end, block, 0)
+        begin, offsets = _token_offsets(block, tile, first_head, num_kv_heads, tokens_per_block, block_n, head_dim)
+        prefetch_rows(cache.key_data + begin, offsets, tile + tokens < end, num_heads * head_dim)
+        prefetch_rows(cache.value_data + begin, offsets, tile + tokens < end, num_heads * head_dim)
+
+
 @triton.jit(
     do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["kv_lens", "block_tables", "slot_mapping"]
 )
@@ -243,15 +269,23 @@ def _decode_heads_kernel(
     first_head, row = tl.program_id(0) * num_heads, tl.program_id(1).to(tl.int64)
     table = block_tables + row * table_stride
     first_visible, first, end = visible_range(tl.load(kv_lens + row), window, block_n)
-    if (ahead > 0) and (first < end):
-        tokens = tl.arange(0, block_n)
-        for step in tl.static_range(ahead):
-            tile = first + step * block_n
-            blocks = load_blocks(table, tile, first_visible, end, tokens_per_block, block_n)
-            begin, offsets = _token_offsets(blocks, tile, first_head, num_kv_heads, tokens_per_block, block_n, head_dim)
-            inside = (tile + tokens >= first_visible) & (tile + tokens < end)
-            prefetch_rows(cache.key_data + begin, offsets, inside, num_heads * head_dim)
-            prefetch_rows(cache.value_data + begin, offsets, inside, num_heads * head_dim)
+    if overlaps and ahead > 0:
+        begin_at = first if window > 0 else 0
+        _ask_for_tiles(
+            cache,
+            table,
+            table_stride,
+            first_head,
+            begin_at,
+            end,
+            num_kv_heads,
+            num_heads,
+            head_dim,
+            tokens_per_block,
+            block_n,
+            ahead,
+        )
+    slot = tl.load(slot_mapping + row)
     lanes = tl.arange(0, num_heads * block_m)
     is_head = lanes % block_m < group
     heads = (first_head + lanes // block_m) * group + lanes % block_m
@@ -267,7 +301,7 @@ def _decode_heads_kernel(
     own_value = load_turned(
         value.data, row * value.token_stride + own_heads * value.head_stride, everywhere, None, row, head_dim, head_dim
     )
-    places = (tl.load(slot_mapping + row) * num_kv_heads + own_heads)[:, None] * head_dim
+    places = (slot * num_kv_heads + own_heads)[:, None] * head_dim
     places += tl.arange(0, head_dim)[None, :]
     cached_key = to_cached(own_key, score.key_scale, cache.key_data)
     cached_value = to_cached(own_value, score.value_scale, cache.value_data)
