@@ -224,7 +224,7 @@ def _ask_for_tiles(
     block_n: tl.constexpr,
     num_tiles: tl.constexpr,
 ) -> None:
-    """Ask for the first tiles to come to L2. The table is read without waiting for `end`, in as many entries as it has."""
+    """Ask for the first tiles to come to L2. The table is read without waiting for `end`."""
     tokens = tl.arange(0, block_n)
     for step in tl.static_range(num_tiles):
         tile = start + step * block_n
