@@ -121,9 +121,12 @@ class TritonAttention:
         max_kv_len = metadata.kv_len_bound
         if spec.sliding_window is not None:
             max_kv_len = min(max_kv_len, spec.sliding_window)
-        size = query.shape[0] * spec.num_kv_heads, max_kv_len, num_multiprocessors(query.device)
-        tiles = decode_tiles(spec.head_dim, cache[0].element_size(), *size)
-        num_splits = choose_num_splits(*size, tiles)
+        num_rows, tokens_per_block = query.shape[0], cache[0].shape[1]
+        bounds = max_kv_len, num_multiprocessors(query.device)
+        tiles = decode_tiles(
+            spec.head_dim, cache[0].element_size(), num_rows, spec.num_kv_heads, tokens_per_block, *bounds
+        )  # fmt: skip
+        num_splits = choose_num_splits(num_rows * spec.num_kv_heads, *bounds, tiles)
         decode_attention(
             spec, query, key, value, cache, metadata, result, num_splits=num_splits, tiles=tiles, turning=turning
         )

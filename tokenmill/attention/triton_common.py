@@ -244,6 +244,44 @@ def load_tile(
 
 
 @triton.jit
+def load_exchanged(
+    data: tl.tensor,  # pointer to the head's first number
+    rows: tl.tensor,  # [N] offset of each row
+    inside: tl.tensor,  # [N]
+    head_dim: tl.constexpr,
+    block_d: tl.constexpr,
+) -> tl.tensor:
+    """`load_tile`, masked, of heads with their halves exchanged."""
+    dims = tl.arange(0, block_d)
+    partners = (dims + head_dim // 2) % head_dim
+    is_element = inside[:, None] & (dims < head_dim)[None, :]
+    return tl.load(data + rows[:, None] + partners[None, :], mask=is_element, other=0.0)
+
+
+@triton.jit
+def load_angles(
+    turning: Turning, token: tl.tensor, head_dim: tl.constexpr, block_d: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """Cosines and signed sines of a token, [block_d] each."""
+    dims = tl.arange(0, block_d)
+    angles = token * head_dim + dims
+    cosines = tl.load(turning.cos + angles, mask=dims < head_dim, other=0.0)
+    return cosines, tl.load(turning.signed_sin + angles, mask=dims < head_dim, other=0.0)
+
+
+@triton.jit
+def turn(
+    tile: tl.tensor,  # [N, block_d]
+    exchanged: tl.tensor,  # its halves exchanged
+    cosines: tl.tensor,  # [block_d]
+    sines: tl.tensor,
+) -> tl.tensor:
+    """The tile turned by the angles and rounded as between two ops."""
+    turned = tile.to(tl.float32) * cosines[None, :] + exchanged.to(tl.float32) * sines[None, :]
+    return turned.to(tile.dtype)
+
+
+@triton.jit
 def load_turned(
     data: tl.tensor,  # pointer to the head's first number
     rows: tl.tensor,  # [N] offset of each row
@@ -253,18 +291,12 @@ def load_turned(
     head_dim: tl.constexpr,
     block_d: tl.constexpr,
 ) -> tl.tensor:
-    """`load_tile`, masked, of heads of one token, turned by its angles and rounded as between two ops."""
+    """`load_tile`, masked, of heads of one token, turned by its angles."""
     tile = load_tile(data, rows, inside, head_dim, block_d, True)
     if turning is not None:
-        dims = tl.arange(0, block_d)
-        partners = (dims + head_dim // 2) % head_dim
-        is_element = inside[:, None] & (dims < head_dim)[None, :]
-        swapped = tl.load(data + rows[:, None] + partners[None, :], mask=is_element, other=0.0)
-        angles = token * head_dim + dims
-        cosines = tl.load(turning.cos + angles, mask=dims < head_dim, other=0.0)
-        sines = tl.load(turning.signed_sin + angles, mask=dims < head_dim, other=0.0)
-        turned = tile.to(tl.float32) * cosines[None, :] + swapped.to(tl.float32) * sines[None, :]
-        tile = turned.to(tile.dtype)
+        exchanged = load_exchanged(data, rows, inside, head_dim, block_d)
+        cosines, sines = load_angles(turning, token, head_dim, block_d)
+        tile = turn(tile, exchanged, cosines, sines)
     return tile
 
 

@@ -1,8 +1,8 @@
 """Decode attention of many rows: a program takes several neighbouring key/value heads of a row, each warp one of them.
 
 Called by `triton_decode.py`. The heads of a token lie side by side in the cache, so a program reads long pieces of
-memory; a warp has the scores of its head to itself, so it waits for no other but for the tiles to arrive. A row's
-context is not cut into parts: there must be enough rows.
+memory. A warp has a head's scores, or those of its share of the tokens, to itself: it waits for no other but for tiles
+to arrive and, once, to add up the shares. A row's context is not cut into parts, so there must be enough rows.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ from tokenmill.attention.triton_common import (
     Scoring,
     StridedHeads,
     Turning,
-    cache_slots,
-    load_blocks,
-    load_turned,
+    load_angles,
+    load_exchanged,
+    load_tile,
     operand_type,
     paged,
-    scores_base2,
     scoring,
     soft_cap_base2,
     softmax_step,
@@ -32,50 +31,75 @@ from tokenmill.attention.triton_common import (
     strided,
     to_cached,
     triton_type,
+    turn,
 )
 from tokenmill.attention.triton_decode_float8 import IS_INTERPRETED, unpack_float8
-from tokenmill.attention.triton_decode_parts import prefetch_rows, visible_range
+from tokenmill.attention.triton_decode_parts import prefetch_rows
 from tokenmill.attention.triton_decode_tiles import DecodeTiles
 from tokenmill.ops.triton.launch import can_overlap
 
 
 @triton.jit
-def _token_offsets(
-    blocks: tl.tensor,  # of the tile, see `load_blocks`
+def _load_blocks(
+    table: tl.tensor,  # pointer to the row's block table
+    tile: tl.tensor,
+    end: tl.tensor,
+    tokens_per_block: tl.constexpr,
+    num_heads: tl.constexpr,
+    num_shares: tl.constexpr,
+    block_n: tl.constexpr,
+) -> tl.tensor:
+    """Cache blocks of a tile: a scalar, or one for each warp [W]. As `triton_common.load_blocks`, a step ahead."""
+    if tokens_per_block % (num_shares * block_n) == 0:
+        blocks = tl.load(table + tl.minimum(tile, end - 1) // tokens_per_block)
+    else:
+        shares = tl.arange(0, num_heads * num_shares) % num_shares
+        blocks = tl.load(table + tl.minimum(tile + shares * block_n, end - 1) // tokens_per_block)
+    return blocks
+
+
+@triton.jit
+def _tile_offsets(
+    blocks: tl.tensor,
     tile: tl.tensor,
     first_head: tl.tensor,
     num_kv_heads: tl.constexpr,
     tokens_per_block: tl.constexpr,
+    num_heads: tl.constexpr,
+    num_shares: tl.constexpr,
     block_n: tl.constexpr,
     width: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Where the numbers of `first_head` begin for the tile, and from there for each of its tokens [N].
-
-    Of a tile in one block the second does not change from tile to tile, which saves arithmetic.
-    """
-    tokens = tl.arange(0, block_n)
-    if tokens_per_block % block_n == 0:
-        begin = (blocks.to(tl.int64) * tokens_per_block + tile % tokens_per_block) * num_kv_heads + first_head
-        offsets = tokens * (num_kv_heads * width)
+    """Where the tile begins in the cache, and from there its numbers [W, block_n, width], which no tile changes."""
+    warps = tl.arange(0, num_heads * num_shares)
+    heads, tokens = warps // num_shares, warps % num_shares * block_n
+    inner = tl.arange(0, block_n)[None, :, None] * (num_kv_heads * width) + tl.arange(0, width)[None, None, :]
+    if tokens_per_block % (num_shares * block_n) == 0:
+        begin = ((blocks.to(tl.int64) * tokens_per_block + tile % tokens_per_block) * num_kv_heads + first_head) * width
+        inner += ((tokens * num_kv_heads + heads) * width)[:, None, None]
     else:
-        begin = first_head.to(tl.int64)
-        offsets = cache_slots(blocks, tile + tokens, tokens_per_block) * (num_kv_heads * width)
-    return begin * width, offsets
+        slots = blocks.to(tl.int64) * tokens_per_block + (tile + tokens) % tokens_per_block
+        begin = ((slots * num_kv_heads + first_head + heads) * width)[:, None, None]
+    return begin, inner
 
 
 @triton.jit
-def _load_heads(
-    data: tl.tensor,  # pointer
-    begin: tl.tensor,
-    offsets: tl.tensor,  # [N]
-    inside: tl.tensor,  # [N]
+def _is_visible(
+    tile: tl.tensor,
+    first_visible: tl.tensor,
+    end: tl.tensor,
+    window: tl.constexpr,
     num_heads: tl.constexpr,
-    width: tl.constexpr,
+    num_shares: tl.constexpr,
+    block_n: tl.constexpr,
 ) -> tl.tensor:
-    """[num_heads, N, width] keys or values of neighbouring heads; zero where not `inside`."""
-    heads = tl.arange(0, num_heads) * width
-    pointers = data + begin + (offsets[None, :, None] + heads[:, None, None] + tl.arange(0, width)[None, None, :])
-    return tl.load(pointers, mask=inside[None, :, None], other=0.0)
+    """[W, block_n]"""
+    tokens = tl.arange(0, num_heads * num_shares) % num_shares * block_n
+    positions = tile + tokens[:, None] + tl.arange(0, block_n)[None, :]
+    visible = positions < end
+    if window > 0:
+        visible &= positions >= first_visible
+    return visible
 
 
 @triton.jit
@@ -112,22 +136,40 @@ def _unpack_in_order(pairs: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
 
 
 @triton.jit
-def _split_in_order(
-    query: tl.tensor, num_heads: tl.constexpr, block_m: tl.constexpr, head_dim: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor]:
-    """The query's dimensions as `_unpack_in_order` leaves those of keys, [num_heads, block_m, head_dim / 2] each."""
-    pairs = query.reshape(num_heads, block_m, head_dim // 4, 2, 2)
-    even, odd = tl.split(tl.permute(pairs, (0, 1, 2, 4, 3)))
-    return even.reshape(num_heads, block_m, head_dim // 2), odd.reshape(num_heads, block_m, head_dim // 2)
+def _for_warps(
+    query: tl.tensor,  # [num_heads * block_g, width]
+    num_heads: tl.constexpr,
+    num_shares: tl.constexpr,
+    block_g: tl.constexpr,
+    block_m: tl.constexpr,
+    width: tl.constexpr,
+) -> tl.tensor:
+    """[W, block_m, width]: each warp's queries, repeated where the matrix units want more."""
+    once = query.reshape(num_heads, 1, 1, block_g, width)
+    repeated = tl.broadcast_to(once, num_heads, num_shares, block_m // block_g, block_g, width)
+    return repeated.reshape(num_heads * num_shares, block_m, width)
+
+
+@triton.jit
+def _add_shares(
+    values: tl.tensor,  # [W, block_m, width]
+    weights: tl.tensor,  # [num_heads, num_shares, block_m]
+    num_heads: tl.constexpr,
+    num_shares: tl.constexpr,
+    block_m: tl.constexpr,
+    width: tl.constexpr,
+) -> tl.tensor:
+    """[num_heads * block_m, width]"""
+    shares = values.reshape(num_heads, num_shares, block_m, width) * weights[:, :, :, None]
+    return tl.sum(shares, 1).reshape(num_heads * block_m, width)
 
 
 @triton.jit
 def _attend_float8(
-    query: tl.tensor,  # [P, block_m, head_dim]
-    own_value: tl.tensor,  # [P, head_dim]
-    maximum: tl.tensor,  # [P, block_m]
+    query: tl.tensor,  # [num_heads * block_g, head_dim]
     cache: PagedCache,
-    table: tl.tensor,
+    table: tl.tensor,  # pointer
+    blocks: tl.tensor,  # of the first tile
     first_head: tl.tensor,
     first_visible: tl.tensor,
     start: tl.tensor,
@@ -135,47 +177,58 @@ def _attend_float8(
     factor: tl.tensor,
     num_kv_heads: tl.constexpr,
     tokens_per_block: tl.constexpr,
+    window: tl.constexpr,
     cap: tl.constexpr,
     num_heads: tl.constexpr,
+    num_shares: tl.constexpr,
+    block_g: tl.constexpr,
     block_m: tl.constexpr,
     block_n: tl.constexpr,
     head_dim: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Attend to cached positions start to end: sums of values in two halves [W, block_m, head_dim / 2], maximum, total.
+
+    Dimensions of queries and keys are multiplied in the order in which `_unpack_in_order` leaves them. Values are
+    transposed on their way, so those are taken apart into even and odd dimensions: see `attend_part_in_pairs`.
+    """
     half: tl.constexpr = head_dim // 2
-    query_even, query_odd = _split_in_order(query, num_heads, block_m, head_dim)
-    own_even, own_odd = tl.split(own_value.to(tl.float32).reshape(num_heads, half, 2))
-    values_even = tl.broadcast_to(own_even[:, None, :], num_heads, block_m, half)
-    values_odd = tl.broadcast_to(own_odd[:, None, :], num_heads, block_m, half)
-    total = tl.full([num_heads, block_m], 1.0, tl.float32)
+    num_warps: tl.constexpr = num_heads * num_shares
+    pairs = tl.permute(query.reshape(num_heads * block_g, head_dim // 4, 2, 2), (0, 1, 3, 2))
+    even, odd = tl.split(pairs)
+    query_even = _for_warps(even.reshape(num_heads * block_g, half), num_heads, num_shares, block_g, block_m, half)
+    query_odd = _for_warps(odd.reshape(num_heads * block_g, half), num_heads, num_shares, block_g, block_m, half)
+    maximum = tl.full([num_warps, block_m], -1e30, tl.float32)
+    total = tl.zeros([num_warps, block_m], tl.float32)
+    values_even = tl.zeros([num_warps, block_m, half], tl.float32)
+    values_odd = tl.zeros([num_warps, block_m, half], tl.float32)
     keys = cache.key_data.to(tl.pointer_type(tl.int16), bitcast=True)  # type: ignore[call-overload]
     values = cache.value_data.to(tl.pointer_type(tl.int16), bitcast=True)  # type: ignore[call-overload]
-    offsets = tl.arange(0, block_n)
-    blocks = load_blocks(table, start, first_visible, tl.maximum(end, 1), tokens_per_block, block_n)
-    for tile in range(start, end, block_n):
-        positions = tile + offsets
-        inside = (positions >= first_visible) & (positions < end)
-        begin, places = _token_offsets(blocks, tile, first_head, num_kv_heads, tokens_per_block, block_n, half)
-        blocks = load_blocks(table, tile + block_n, first_visible, end, tokens_per_block, block_n)
-        key_even, key_odd = _unpack_in_order(_load_heads(keys, begin, places, inside, num_heads, half))
+    step: tl.constexpr = num_shares * block_n
+    for tile in range(start, end, step):
+        visible = _is_visible(tile, first_visible, end, window, num_heads, num_shares, block_n)
+        begin, inner = _tile_offsets(
+            blocks, tile, first_head, num_kv_heads, tokens_per_block, num_heads, num_shares, block_n, half
+        )  # fmt: skip
+        blocks = _load_blocks(table, tile + step, end, tokens_per_block, num_heads, num_shares, block_n)
+        key_even, key_odd = _unpack_in_order(tl.load(keys + begin + inner, mask=visible[:, :, None], other=0))
         products = tl.dot(query_even, tl.permute(key_even, (0, 2, 1)), input_precision="ieee")
         products = tl.dot(query_odd, tl.permute(key_odd, (0, 2, 1)), products, input_precision="ieee")
         weights, decay, maximum, total = softmax_step(
-            products, inside[None, None, :], maximum, total, factor, cap, True, False
-        )
+            products, visible[:, None, :], maximum, total, factor, cap, True, False
+        )  # fmt: skip
         weights = weights.to(tl.float16)
-        value_even, value_odd = unpack_float8(_load_heads(values, begin, places, inside, num_heads, half))
+        value_even, value_odd = unpack_float8(tl.load(values + begin + inner, mask=visible[:, :, None], other=0))
         values_even = tl.dot(weights, value_even, values_even * decay[:, :, None], input_precision="ieee")
         values_odd = tl.dot(weights, value_odd, values_odd * decay[:, :, None], input_precision="ieee")
-    return tl.join(values_even, values_odd).reshape(num_heads, block_m, head_dim), maximum, total
+    return tl.join(values_even, values_odd).reshape(num_warps, block_m, head_dim), maximum, total
 
 
 @triton.jit
 def _attend(
-    query: tl.tensor,  # [P, block_m, head_dim]
-    own_value: tl.tensor,  # [P, head_dim]
-    maximum: tl.tensor,  # [P, block_m]
+    query: tl.tensor,  # [num_heads * block_g, head_dim]
     cache: PagedCache,
-    table: tl.tensor,
+    table: tl.tensor,  # pointer
+    blocks: tl.tensor,  # of the first tile
     first_head: tl.tensor,
     first_visible: tl.tensor,
     start: tl.tensor,
@@ -183,56 +236,108 @@ def _attend(
     factor: tl.tensor,
     num_kv_heads: tl.constexpr,
     tokens_per_block: tl.constexpr,
+    window: tl.constexpr,
     cap: tl.constexpr,
     operands: tl.constexpr,
     num_heads: tl.constexpr,
+    num_shares: tl.constexpr,
+    block_g: tl.constexpr,
     block_m: tl.constexpr,
     block_n: tl.constexpr,
     head_dim: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    total = tl.full([num_heads, block_m], 1.0, tl.float32)
-    sums = tl.broadcast_to(own_value.to(tl.float32)[:, None, :], num_heads, block_m, head_dim)
-    offsets = tl.arange(0, block_n)
-    blocks = load_blocks(table, start, first_visible, tl.maximum(end, 1), tokens_per_block, block_n)
-    for tile in range(start, end, block_n):
-        positions = tile + offsets
-        inside = (positions >= first_visible) & (positions < end)
-        begin, places = _token_offsets(blocks, tile, first_head, num_kv_heads, tokens_per_block, block_n, head_dim)
-        blocks = load_blocks(table, tile + block_n, first_visible, end, tokens_per_block, block_n)
-        key = _load_heads(cache.key_data, begin, places, inside, num_heads, head_dim)
-        products = tl.dot(query, tl.permute(key.to(operands), (0, 2, 1)), input_precision="ieee")
+    """As `_attend_float8`, of a cache of any type."""
+    num_warps: tl.constexpr = num_heads * num_shares
+    queries = _for_warps(query, num_heads, num_shares, block_g, block_m, head_dim)
+    maximum = tl.full([num_warps, block_m], -1e30, tl.float32)
+    total = tl.zeros([num_warps, block_m], tl.float32)
+    sums = tl.zeros([num_warps, block_m, head_dim], tl.float32)
+    step: tl.constexpr = num_shares * block_n
+    for tile in range(start, end, step):
+        visible = _is_visible(tile, first_visible, end, window, num_heads, num_shares, block_n)
+        begin, inner = _tile_offsets(
+            blocks, tile, first_head, num_kv_heads, tokens_per_block, num_heads, num_shares, block_n, head_dim
+        )  # fmt: skip
+        blocks = _load_blocks(table, tile + step, end, tokens_per_block, num_heads, num_shares, block_n)
+        key = tl.load(cache.key_data + begin + inner, mask=visible[:, :, None], other=0.0).to(operands)
+        products = tl.dot(queries, tl.permute(key, (0, 2, 1)), input_precision="ieee")
         weights, decay, maximum, total = softmax_step(
-            products, inside[None, None, :], maximum, total, factor, cap, True, False
-        )
-        value = _load_heads(cache.value_data, begin, places, inside, num_heads, head_dim)
-        sums = tl.dot(weights.to(operands), value.to(operands), sums * decay[:, :, None], input_precision="ieee")
+            products, visible[:, None, :], maximum, total, factor, cap, True, False
+        )  # fmt: skip
+        value = tl.load(cache.value_data + begin + inner, mask=visible[:, :, None], other=0.0).to(operands)
+        sums = tl.dot(weights.to(operands), value, sums * decay[:, :, None], input_precision="ieee")
     return sums, maximum, total
 
 
 @triton.jit
-def _ask_for_tiles(
+def _ask_for_tile(
     cache: PagedCache,
-    table: tl.tensor,  # pointer
-    table_stride: tl.tensor,
-    first_head: tl.tensor,
-    start: tl.tensor,
+    table: tl.tensor,
     end: tl.tensor,
     num_kv_heads: tl.constexpr,
+    first_head: tl.tensor,
     num_heads: tl.constexpr,
+    tokens_per_block: tl.constexpr,
+    head_dim: tl.constexpr,
+) -> None:
+    """Ask for the first block's keys and values to come to L2."""
+    tokens = tl.arange(0, tokens_per_block)
+    begin = (tl.load(table).to(tl.int64) * tokens_per_block * num_kv_heads + first_head) * head_dim
+    rows = begin + tokens * (num_kv_heads * head_dim)
+    prefetch_rows(cache.key_data, rows, tokens < end, num_heads * head_dim)
+    prefetch_rows(cache.value_data, rows, tokens < end, num_heads * head_dim)
+
+
+@triton.jit
+def _load_and_write_own(
+    query: StridedHeads,
+    key: StridedHeads,
+    value: StridedHeads,
+    turning: Turning | None,
+    cache: PagedCache,
+    slot: tl.tensor,
+    row: tl.tensor,
+    score: Scoring,
+    first_head: tl.tensor,
+    num_kv_heads: tl.constexpr,
+    num_heads: tl.constexpr,
+    group: tl.constexpr,
+    block_g: tl.constexpr,
     head_dim: tl.constexpr,
     tokens_per_block: tl.constexpr,
-    block_n: tl.constexpr,
-    num_tiles: tl.constexpr,
-) -> None:
-    """Ask for the first tiles to come to L2. The table is read without waiting for `end`."""
-    tokens = tl.arange(0, block_n)
-    for step in tl.static_range(num_tiles):
-        tile = start + step * block_n
-        block = tl.load(table + tl.minimum(tile // tokens_per_block, table_stride - 1))
-        block = tl.where(tile < end, block, 0)
-        begin, offsets = _token_offsets(block, tile, first_head, num_kv_heads, tokens_per_block, block_n, head_dim)
-        prefetch_rows(cache.key_data + begin, offsets, tile + tokens < end, num_heads * head_dim)
-        prefetch_rows(cache.value_data + begin, offsets, tile + tokens < end, num_heads * head_dim)
+    asks_early: tl.constexpr,
+    table: tl.tensor,
+    end: tl.tensor,
+) -> tl.tensor:
+    """The row's queries [num_heads * block_g, head_dim]; its key and value go to the cache, where all warps see them.
+
+    All that is needed is asked for before anything is waited for.
+    """
+    lanes = tl.arange(0, num_heads * block_g)
+    is_head = lanes % block_g < group
+    heads = (first_head + lanes // block_g) * group + lanes % block_g
+    query_rows = row * query.token_stride + heads * query.head_stride
+    own = first_head + tl.arange(0, num_heads)
+    key_rows = row * key.token_stride + own * key.head_stride
+    own_key = load_tile(key.data, key_rows, own >= 0, head_dim, head_dim, False)
+    own_value = load_tile(
+        value.data, row * value.token_stride + own * value.head_stride, own >= 0, head_dim, head_dim, False
+    )  # fmt: skip
+    q = load_tile(query.data, query_rows, is_head, head_dim, head_dim, True)
+    if turning is not None:
+        exchanged_key = load_exchanged(key.data, key_rows, own >= 0, head_dim, head_dim)
+        exchanged = load_exchanged(query.data, query_rows, is_head, head_dim, head_dim)
+        cosines, sines = load_angles(turning, row, head_dim, head_dim)
+    if asks_early:
+        _ask_for_tile(cache, table, end, num_kv_heads, first_head, num_heads, tokens_per_block, head_dim)
+    if turning is not None:
+        own_key = turn(own_key, exchanged_key, cosines, sines)
+        q = turn(q, exchanged, cosines, sines)
+    places = ((slot * num_kv_heads + own) * head_dim)[:, None] + tl.arange(0, head_dim)[None, :]
+    tl.store(cache.key_data + places, to_cached(own_key, score.key_scale, cache.key_data))
+    tl.store(cache.value_data + places, to_cached(own_value, score.value_scale, cache.value_data))
+    tl.debug_barrier()
+    return q
 
 
 @triton.jit(
@@ -258,112 +363,55 @@ def _decode_heads_kernel(
     cap: tl.constexpr,
     operands: tl.constexpr,
     num_heads: tl.constexpr,
+    num_shares: tl.constexpr,
+    block_g: tl.constexpr,
     block_m: tl.constexpr,
     block_n: tl.constexpr,
     overlaps: tl.constexpr,
-    ahead: tl.constexpr,
+    asks_early: tl.constexpr,
 ) -> None:
     """Grid: key/value heads in groups of `num_heads`, rows."""
     if overlaps:
         gdc_launch_dependents()
     first_head, row = tl.program_id(0) * num_heads, tl.program_id(1).to(tl.int64)
+    end, slot = tl.load(kv_lens + row), tl.load(slot_mapping + row)
     table = block_tables + row * table_stride
-    first_visible, first, end = visible_range(tl.load(kv_lens + row), window, block_n)
-    if overlaps and ahead > 0:
-        begin_at = first if window > 0 else 0
-        _ask_for_tiles(
-            cache,
-            table,
-            table_stride,
-            first_head,
-            begin_at,
-            end,
-            num_kv_heads,
-            num_heads,
-            head_dim,
-            tokens_per_block,
-            block_n,
-            ahead,
-        )
-    slot = tl.load(slot_mapping + row)
-    lanes = tl.arange(0, num_heads * block_m)
-    is_head = lanes % block_m < group
-    heads = (first_head + lanes // block_m) * group + lanes % block_m
-    q = load_turned(
-        query.data, row * query.token_stride + heads * query.head_stride, is_head, turning, row, head_dim, head_dim
-    )
-    q = q.to(operands).reshape(num_heads, block_m, head_dim)
-    own_heads = first_head + tl.arange(0, num_heads)
-    everywhere = own_heads >= 0
-    own_key = load_turned(
-        key.data, row * key.token_stride + own_heads * key.head_stride, everywhere, turning, row, head_dim, head_dim
-    )
-    own_value = load_turned(
-        value.data, row * value.token_stride + own_heads * value.head_stride, everywhere, None, row, head_dim, head_dim
-    )
-    places = (slot * num_kv_heads + own_heads)[:, None] * head_dim
-    places += tl.arange(0, head_dim)[None, :]
-    cached_key = to_cached(own_key, score.key_scale, cache.key_data)
-    cached_value = to_cached(own_value, score.value_scale, cache.value_data)
-    tl.store(cache.key_data + places, cached_key)
-    tl.store(cache.value_data + places, cached_value)
-    own_products = tl.sum(q.to(tl.float32) * cached_key.to(tl.float32)[:, None, :], 2)
-    maximum = scores_base2(own_products, score.factor, cap)
+    first_visible = tl.maximum(end - window, 0) if window > 0 else end * 0
+    start = first_visible // (num_shares * block_n) * (num_shares * block_n)
+    if window == 0 and tokens_per_block % (num_shares * block_n) == 0:
+        blocks = tl.load(table)  # without waiting for the row's length
+    else:
+        blocks = _load_blocks(table, start, tl.maximum(end, 1), tokens_per_block, num_heads, num_shares, block_n)
+    q = _load_and_write_own(
+        query, key, value, turning, cache, slot, row, score, first_head, num_kv_heads, num_heads, group, block_g,
+        head_dim, tokens_per_block, asks_early and overlaps, table, end,
+    ).to(operands)  # fmt: skip
     is_float8: tl.constexpr = cache.key_data.dtype.element_ty == tl.float8e4nv  # type: ignore[attr-defined]
     if is_float8 and operands == tl.float16:
         values, maximum, total = _attend_float8(
-            q,
-            cached_value,
-            maximum,
-            cache,
-            table,
-            first_head,
-            first_visible,
-            first,
-            end,
-            score.factor,
-            num_kv_heads,
-            tokens_per_block,
-            cap,
-            num_heads,
-            block_m,
-            block_n,
-            head_dim,
-        )
+            q, cache, table, blocks, first_head, first_visible, start, end, score.factor, num_kv_heads,
+            tokens_per_block, window, cap, num_heads, num_shares, block_g, block_m, block_n, head_dim,
+        )  # fmt: skip
     else:
         values, maximum, total = _attend(
-            q,
-            cached_value,
-            maximum,
-            cache,
-            table,
-            first_head,
-            first_visible,
-            first,
-            end,
-            score.factor,
-            num_kv_heads,
-            tokens_per_block,
-            cap,
-            operands,
-            num_heads,
-            block_m,
-            block_n,
-            head_dim,
-        )
-    lanes_in_all: tl.constexpr = num_heads * block_m
+            q, cache, table, blocks, first_head, first_visible, start, end, score.factor, num_kv_heads,
+            tokens_per_block, window, cap, operands, num_heads, num_shares, block_g, block_m, block_n, head_dim,
+        )  # fmt: skip
+    num_lanes: tl.constexpr = num_heads * block_m
+    if num_shares > 1:
+        maxima = maximum.reshape(num_heads, num_shares, block_m)
+        maximum = tl.max(maxima, 1)
+        weights = tl.exp2(maxima - maximum[:, None, :])
+        total = tl.sum(total.reshape(num_heads, num_shares, block_m) * weights, 1)
+        values = _add_shares(values, weights, num_heads, num_shares, block_m, head_dim)
+    total = total.reshape(num_lanes)
+    total = tl.where(total > 0, total, 1.0)  # a row that pads has no tokens
+    lanes = tl.arange(0, num_lanes)
+    heads = (first_head + lanes // block_m) * group + lanes % block_m
     store_result(
-        values.reshape(lanes_in_all, head_dim),
-        maximum.reshape(lanes_in_all),
-        total.reshape(lanes_in_all),
-        row * (num_kv_heads * group) + heads,
-        heads,
-        is_head,
-        result,
-        score.value_scale,
-        head_dim,
-        head_dim,
-    )
+        values.reshape(num_lanes, head_dim), maximum.reshape(num_lanes), total, row * (num_kv_heads * group) + heads,
+        heads, lanes % block_m < group, result, score.value_scale, head_dim, head_dim,
+    )  # fmt: skip
 
 
 def decode_attention_of_heads(
@@ -377,12 +425,15 @@ def decode_attention_of_heads(
     *,
     tiles: DecodeTiles,
     turning: Turning | None = None,
-    ahead: int = 0,
+    asks_early: bool = False,
 ) -> None:
     """`triton_decode.decode_attention` in one part, with tiles for several key/value heads a program."""
     head_dim, group, num_heads = query.shape[2], spec.num_heads // spec.num_kv_heads, tiles.kv_heads
     assert num_heads is not None and spec.num_kv_heads % num_heads == 0, "programs take as many heads each"
+    assert tiles.num_warps % num_heads == 0, "heads have as many warps each"
     assert head_dim == triton.next_power_of_2(head_dim), "a head must fill its tile"
+    assert cache[0].shape[1] % tiles.block_n == 0, "a warp's tokens of a tile must lie in one block"
+    block_g = triton.next_power_of_2(group)
     _decode_heads_kernel[(spec.num_kv_heads // num_heads, query.shape[0])](
         strided(query),
         strided(key),
@@ -403,10 +454,12 @@ def decode_attention_of_heads(
         cap=soft_cap_base2(spec),
         operands=triton_type(operand_type(query.dtype, cache[0].dtype)),
         num_heads=num_heads,
-        block_m=max(16, triton.next_power_of_2(group)),
+        num_shares=tiles.num_warps // num_heads,
+        block_g=block_g,
+        block_m=max(16, block_g),
         block_n=tiles.block_n,
         overlaps=can_overlap(query.device),
-        ahead=ahead,
+        asks_early=asks_early,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         maxnreg=tiles.max_registers,

@@ -35,34 +35,35 @@ class DecodeTiles(NamedTuple):
 
 
 def decode_tiles(
-    head_dim: int, cache_itemsize: int, num_programs: int, max_kv_len: int, num_multiprocessors: int
+    head_dim: int,
+    cache_itemsize: int,
+    num_rows: int,
+    num_kv_heads: int,
+    tokens_per_block: int,
+    max_kv_len: int,
+    num_multiprocessors: int,
 ) -> DecodeTiles:
-    """Tiles, found on an H100: small ones, so that many programs have loads under way.
-
-    A program of a float8 cache waits for its own arithmetic more than for memory, so what counts is how many of them
-    there are: 6 on a multiprocessor with the registers that the compiler takes, 8 with fewer. The choice is by what
-    the last of them leave idle.
+    """Tiles, found on an H100.
 
     Args:
         head_dim: D.
         cache_itemsize: bytes of a cached number.
-        num_programs: rows times key/value heads.
+        num_rows: R.
+        num_kv_heads: G.
+        tokens_per_block: B.
         max_kv_len: upper bound of the rows' cached tokens.
         num_multiprocessors: of the device.
     """
+    num_programs = num_rows * num_kv_heads
+    if head_dim == 128 and tokens_per_block % 32 == 0 and cache_itemsize <= 2:
+        # Pieces of memory of 256 bytes and more are read at full bandwidth.
+        kv_heads = max(1, 2 // cache_itemsize) if num_kv_heads > 1 else 1
+        if num_kv_heads % kv_heads == 0 and 2 * num_programs // kv_heads >= 3 * num_multiprocessors:
+            return DecodeTiles(32, kv_heads, 3, 1, kv_heads=kv_heads)
     if cache_itemsize > 1:
         return DecodeTiles(32, 4 if num_programs >= 4 * num_multiprocessors else 2, 3, 2)
     is_split = num_programs >= num_multiprocessors // 2 and max_kv_len > MAX_SHORT_CONTEXT
-    tiles = DecodeTiles(32, 2, 3, 4 if is_split else 2)
-    slots = 6 * num_multiprocessors, 8 * num_multiprocessors
-    usual, many = (_programs_waited_for(num_programs, count, 3 * num_multiprocessors) for count in slots)
-    return tiles._replace(max_registers=128) if head_dim == 128 and many < usual else tiles
-
-
-def _programs_waited_for(num_programs: int, num_slots: int, min_last: int) -> int:
-    """Time of programs that run `num_slots` at a time, in times of one: the last ones take as long as `min_last` do."""
-    last = num_programs % num_slots
-    return num_programs - last + (max(last, min_last) if last else 0)
+    return DecodeTiles(32, 2, 3, 4 if is_split else 2)
 
 
 def choose_num_splits(num_programs: int, max_kv_len: int, num_multiprocessors: int, tiles: DecodeTiles) -> int:
