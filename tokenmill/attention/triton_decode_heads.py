@@ -151,20 +151,6 @@ def _for_warps(
 
 
 @triton.jit
-def _add_shares(
-    values: tl.tensor,  # [W, block_m, width]
-    weights: tl.tensor,  # [num_heads, num_shares, block_m]
-    num_heads: tl.constexpr,
-    num_shares: tl.constexpr,
-    block_m: tl.constexpr,
-    width: tl.constexpr,
-) -> tl.tensor:
-    """[num_heads * block_m, width]"""
-    shares = values.reshape(num_heads, num_shares, block_m, width) * weights[:, :, :, None]
-    return tl.sum(shares, 1).reshape(num_heads * block_m, width)
-
-
-@triton.jit
 def _attend_float8(
     query: tl.tensor,  # [num_heads * block_g, head_dim]
     cache: PagedCache,
@@ -267,6 +253,40 @@ def _attend(
         value = tl.load(cache.value_data + begin + inner, mask=visible[:, :, None], other=0.0).to(operands)
         sums = tl.dot(weights.to(operands), value, sums * decay[:, :, None], input_precision="ieee")
     return sums, maximum, total
+
+
+@triton.jit
+def _store_heads(
+    values: tl.tensor,  # [W, block_m, head_dim]
+    maximum: tl.tensor,  # [W, block_m]
+    total: tl.tensor,  # [W, block_m]
+    row: tl.tensor,
+    first_head: tl.tensor,
+    result: Result,
+    value_scale: tl.tensor,
+    num_kv_heads: tl.constexpr,
+    group: tl.constexpr,
+    num_heads: tl.constexpr,
+    num_shares: tl.constexpr,
+    block_m: tl.constexpr,
+    head_dim: tl.constexpr,
+) -> None:
+    """Add up the shares of the tokens and store the results."""
+    num_lanes: tl.constexpr = num_heads * block_m
+    if num_shares > 1:
+        maxima = maximum.reshape(num_heads, num_shares, block_m)
+        maximum = tl.max(maxima, 1)
+        weights = tl.exp2(maxima - maximum[:, None, :])
+        total = tl.sum(total.reshape(num_heads, num_shares, block_m) * weights, 1)
+        values = tl.sum(values.reshape(num_heads, num_shares, block_m, head_dim) * weights[:, :, :, None], 1)
+    total = total.reshape(num_lanes)
+    total = tl.where(total > 0, total, 1.0)  # a row that pads has no tokens
+    lanes = tl.arange(0, num_lanes)
+    heads = (first_head + lanes // block_m) * group + lanes % block_m
+    store_result(
+        values.reshape(num_lanes, head_dim), maximum.reshape(num_lanes), total, row * (num_kv_heads * group) + heads,
+        heads, lanes % block_m < group, result, value_scale, head_dim, head_dim,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -397,20 +417,9 @@ def _decode_heads_kernel(
             q, cache, table, blocks, first_head, first_visible, start, end, score.factor, num_kv_heads,
             tokens_per_block, window, cap, operands, num_heads, num_shares, block_g, block_m, block_n, head_dim,
         )  # fmt: skip
-    num_lanes: tl.constexpr = num_heads * block_m
-    if num_shares > 1:
-        maxima = maximum.reshape(num_heads, num_shares, block_m)
-        maximum = tl.max(maxima, 1)
-        weights = tl.exp2(maxima - maximum[:, None, :])
-        total = tl.sum(total.reshape(num_heads, num_shares, block_m) * weights, 1)
-        values = _add_shares(values, weights, num_heads, num_shares, block_m, head_dim)
-    total = total.reshape(num_lanes)
-    total = tl.where(total > 0, total, 1.0)  # a row that pads has no tokens
-    lanes = tl.arange(0, num_lanes)
-    heads = (first_head + lanes // block_m) * group + lanes % block_m
-    store_result(
-        values.reshape(num_lanes, head_dim), maximum.reshape(num_lanes), total, row * (num_kv_heads * group) + heads,
-        heads, lanes % block_m < group, result, score.value_scale, head_dim, head_dim,
+    _store_heads(
+        values, maximum, total, row, first_head, result, score.value_scale, num_kv_heads, group, num_heads, num_shares,
+        block_m, head_dim,
     )  # fmt: skip
 
 
