@@ -18,50 +18,45 @@ from tokenmill.attention.triton_decode_tiles import DecodeTiles, choose_num_spli
 
 ROWS = ((1, 20), (1, 0), (1, 64), (1, 77))
 CASES = [
-    (Case(ROWS, num_heads=8, num_kv_heads=4, head_dim=32), 4, 4, 16),
-    (Case(ROWS, num_heads=4, num_kv_heads=4, head_dim=16), 2, 4, 16),  # two shares of the tokens, in two blocks
-    (Case(ROWS, num_heads=6, num_kv_heads=2, head_dim=64, tokens_per_block=32, soft_cap=2.0), 2, 2, 16),
-    (Case(ROWS, num_heads=4, num_kv_heads=2, head_dim=16, window=20), 1, 4, 16),
-    (Case(ROWS, num_heads=17, num_kv_heads=1, head_dim=16), 1, 2, 16),
-    (Case(ROWS, num_heads=8, num_kv_heads=4, head_dim=32, dtype=torch.bfloat16, tokens_per_block=32), 2, 4, 16),
-    (Case(ROWS, num_heads=8, num_kv_heads=4, dtype=torch.bfloat16, tokens_per_block=32, cache_dtype=FP8), 4, 4, 32),
-    (Case(ROWS, num_heads=8, num_kv_heads=2, dtype=torch.bfloat16, cache_dtype=FP8, window=9, soft_cap=3.0), 2, 4, 16),
-    (Case(ROWS, num_heads=4, num_kv_heads=2, cache_dtype=FP8, key_scale=0.5, value_scale=0.0625), 2, 2, 16),
+    (Case(ROWS, num_heads=8, num_kv_heads=4, head_dim=32), 4, 16),
+    (Case(ROWS, num_heads=4, num_kv_heads=4, head_dim=16), 2, 16),
+    (Case(ROWS, num_heads=6, num_kv_heads=2, head_dim=64, tokens_per_block=32, soft_cap=2.0), 2, 16),
+    (Case(ROWS, num_heads=4, num_kv_heads=2, head_dim=16, window=20), 1, 16),
+    (Case(ROWS, num_heads=17, num_kv_heads=1, head_dim=16), 1, 16),
+    (Case(ROWS, num_heads=8, num_kv_heads=4, head_dim=32, dtype=torch.bfloat16, tokens_per_block=32), 2, 16),
+    (Case(ROWS, num_heads=8, num_kv_heads=4, dtype=torch.bfloat16, tokens_per_block=32, cache_dtype=FP8), 4, 32),
+    (Case(ROWS, num_heads=8, num_kv_heads=2, dtype=torch.bfloat16, cache_dtype=FP8, window=9, soft_cap=3.0), 2, 16),
+    (Case(ROWS, num_heads=4, num_kv_heads=2, cache_dtype=FP8, key_scale=0.5, value_scale=0.0625), 2, 16),
 ]
 REAL_ROWS = ((1, 8191), (1, 0), (1, 1023), (1, 1100), (1, 63))
 REAL = Case(REAL_ROWS, num_heads=32, num_kv_heads=8, head_dim=128, tokens_per_block=32, dtype=torch.bfloat16)
 REAL_CASES = [
-    pytest.param(case, kv_heads, num_warps, block_n, marks=pytest.mark.gpu)
-    for case, kv_heads, num_warps, block_n in (
-        (replace(REAL, cache_dtype=FP8), 2, 2, 32),
-        (replace(REAL, cache_dtype=FP8, num_kv_heads=4), 2, 4, 32),
-        (
-            replace(REAL, cache_dtype=FP8, num_kv_heads=4, tokens_per_block=16, key_scale=0.5, value_scale=0.25),
-            4,
-            8,
-            16,
-        ),
-        (REAL, 4, 4, 16),
-        (replace(REAL, window=1000, soft_cap=5.0), 2, 4, 16),
-        (replace(REAL, num_heads=9, num_kv_heads=3, head_dim=64, dtype=torch.float16), 1, 2, 32),
+    pytest.param(case, kv_heads, block_n, marks=pytest.mark.gpu)
+    for case, kv_heads, block_n in (
+        (replace(REAL, cache_dtype=FP8), 2, 32),
+        (replace(REAL, cache_dtype=FP8, num_kv_heads=4), 2, 32),
+        (replace(REAL, cache_dtype=FP8, num_kv_heads=4, key_scale=0.5, value_scale=0.25), 4, 16),
+        (REAL, 4, 16),
+        (replace(REAL, window=1000, soft_cap=5.0), 2, 16),
+        (replace(REAL, num_heads=9, num_kv_heads=3, head_dim=64, dtype=torch.float16), 1, 32),
     )
 ]
 
 
-def tiles_of(kv_heads: int, num_warps: int, block_n: int) -> DecodeTiles:
-    return DecodeTiles(block_n, num_warps, 3, 1, kv_heads=kv_heads)
+def tiles_of(kv_heads: int, block_n: int) -> DecodeTiles:
+    return DecodeTiles(block_n, kv_heads, 3, 1, kv_heads=kv_heads)
 
 
 @pytest.mark.spec("E1")
-@pytest.mark.parametrize(("case", "kv_heads", "num_warps", "block_n"), [*CASES, *REAL_CASES], ids=str)
-def test_equals_the_reference(case: Case, kv_heads: int, num_warps: int, block_n: int, device: str) -> None:
+@pytest.mark.parametrize(("case", "kv_heads", "block_n"), [*CASES, *REAL_CASES], ids=str)
+def test_equals_the_reference(case: Case, kv_heads: int, block_n: int, device: str) -> None:
     step = make_step(case, device)
     cache, expected_cache = step.cloned_cache(), step.cloned_cache()
     expected = ReferenceAttention().forward(step.spec, step.query, step.key, step.value, expected_cache, step.metadata)
     output = torch.full_like(expected, torch.nan)
     decode_attention(
         step.spec, step.query, step.key, step.value, cache, step.metadata, Result(output),
-        num_splits=1, tiles=tiles_of(kv_heads, num_warps, block_n),
+        num_splits=1, tiles=tiles_of(kv_heads, block_n),
     )  # fmt: skip
     assert_same_cache(cache, expected_cache)
     tolerance = max(TOLERANCES[case.dtype], TOLERANCES[torch.float16] if case.cache_dtype == FP8 else 0.0)
@@ -76,7 +71,7 @@ def test_queries_and_keys_turned_on_the_way_sinks_and_sums(cache_dtype: torch.dt
     angles = torch.cat([turns.cos()] * 2, -1), torch.cat([-turns.sin(), turns.sin()], -1)
     sinks = torch.linspace(-2.0, 3.0, 8, device=device)
     found = []
-    for tiles in (DecodeTiles(16, 4, 2, 4), tiles_of(2, 4, 16)):
+    for tiles in (DecodeTiles(16, 4, 2, 4), tiles_of(2, 16)):
         cache = step.cloned_cache()
         output = torch.full_like(step.query, torch.nan, memory_format=torch.contiguous_format)
         sums = torch.full(output.shape[:2], torch.nan, device=device)
@@ -108,7 +103,7 @@ def test_a_padding_row_reads_nothing_and_writes_to_its_slot(device: str) -> None
     output = torch.full_like(step.query, torch.nan, memory_format=torch.contiguous_format)
     decode_attention(
         step.spec, step.query, step.key, step.value, cache, metadata, Result(output),
-        num_splits=1, tiles=tiles_of(2, 4, 16),
+        num_splits=1, tiles=tiles_of(2, 16),
     )  # fmt: skip
     assert output.isfinite().all()
     torch.testing.assert_close(cache[0][0, 0], step.key[1], rtol=0, atol=0)
@@ -125,9 +120,15 @@ def test_tiles_that_are_chosen_can_be_launched(
         tiles = decode_tiles(head_dim, cache_itemsize, num_rows, num_kv_heads, tokens_per_block, 8192, 132)
         chosen.add(tiles.kv_heads)
         if tiles.kv_heads is not None:
-            assert num_kv_heads % tiles.kv_heads == tiles.num_warps % tiles.kv_heads == 0
-            assert tokens_per_block % tiles.block_n == 0 and head_dim == 128
+            assert tiles.num_warps == tiles.kv_heads and num_kv_heads % tiles.kv_heads == 0
+            assert tokens_per_block % tiles.block_n == 0
             assert choose_num_splits(num_rows * num_kv_heads, 8192, 132, tiles) == 1
-            assert tiles.kv_heads * cache_itemsize * head_dim >= 256 or num_kv_heads == 1
-    is_measured = head_dim == 128 and tokens_per_block == 32 and cache_itemsize < 4
-    assert (chosen != {None}) == (is_measured and not (cache_itemsize == 1 and num_kv_heads == 3))
+    assert (2 in chosen) == (head_dim == 128 and tokens_per_block == 32 and cache_itemsize < 4 and not num_kv_heads % 2)
+
+
+@pytest.mark.parametrize(
+    ("cache_itemsize", "num_kv_heads", "num_rows"), [(1, 8, 47), (1, 4, 93), (2, 8, 63), (2, 4, 126)]
+)
+def test_rows_from_which_on_programs_take_two_heads(cache_itemsize: int, num_kv_heads: int, num_rows: int) -> None:
+    sizes = [decode_tiles(128, cache_itemsize, rows, num_kv_heads, 32, 4096, 132) for rows in (num_rows, num_rows - 1)]
+    assert [tiles.kv_heads for tiles in sizes] == [2, None]

@@ -1,8 +1,8 @@
 """Decode attention of many rows: a program takes several neighbouring key/value heads of a row, each warp one of them.
 
 Called by `triton_decode.py`. The heads of a token lie side by side in the cache, so a program reads long pieces of
-memory. A warp has a head's scores, or those of its share of the tokens, to itself: it waits for no other but for tiles
-to arrive and, once, to add up the shares. A row's context is not cut into parts, so there must be enough rows.
+memory. A warp has its head's scores to itself: it waits for no other but for tiles to arrive. A row's context is not
+cut into parts, so there must be enough rows.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from tokenmill.attention.triton_common import (
     StridedHeads,
     Turning,
     load_angles,
+    load_blocks,
     load_exchanged,
     load_tile,
     operand_type,
@@ -40,66 +41,33 @@ from tokenmill.ops.triton.launch import can_overlap
 
 
 @triton.jit
-def _load_blocks(
-    table: tl.tensor,  # pointer to the row's block table
-    tile: tl.tensor,
-    end: tl.tensor,
-    tokens_per_block: tl.constexpr,
-    num_heads: tl.constexpr,
-    num_shares: tl.constexpr,
-    block_n: tl.constexpr,
-) -> tl.tensor:
-    """Cache blocks of a tile: a scalar, or one for each warp [W]. As `triton_common.load_blocks`, a step ahead."""
-    if tokens_per_block % (num_shares * block_n) == 0:
-        blocks = tl.load(table + tl.minimum(tile, end - 1) // tokens_per_block)
-    else:
-        shares = tl.arange(0, num_heads * num_shares) % num_shares
-        blocks = tl.load(table + tl.minimum(tile + shares * block_n, end - 1) // tokens_per_block)
-    return blocks
-
-
-@triton.jit
 def _tile_offsets(
-    blocks: tl.tensor,
+    block: tl.tensor,
     tile: tl.tensor,
     first_head: tl.tensor,
     num_kv_heads: tl.constexpr,
     tokens_per_block: tl.constexpr,
     num_heads: tl.constexpr,
-    num_shares: tl.constexpr,
     block_n: tl.constexpr,
     width: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Where the tile begins in the cache, and from there its numbers [W, block_n, width], which no tile changes."""
-    warps = tl.arange(0, num_heads * num_shares)
-    heads, tokens = warps // num_shares, warps % num_shares * block_n
-    inner = tl.arange(0, block_n)[None, :, None] * (num_kv_heads * width) + tl.arange(0, width)[None, None, :]
-    if tokens_per_block % (num_shares * block_n) == 0:
-        begin = ((blocks.to(tl.int64) * tokens_per_block + tile % tokens_per_block) * num_kv_heads + first_head) * width
-        inner += ((tokens * num_kv_heads + heads) * width)[:, None, None]
-    else:
-        slots = blocks.to(tl.int64) * tokens_per_block + (tile + tokens) % tokens_per_block
-        begin = ((slots * num_kv_heads + first_head + heads) * width)[:, None, None]
-    return begin, inner
+    """Where the tile begins in the cache, and from there its numbers [num_heads, block_n, width], as in any tile."""
+    begin = (block.to(tl.int64) * tokens_per_block + tile % tokens_per_block) * num_kv_heads + first_head
+    heads, tokens, dims = tl.arange(0, num_heads), tl.arange(0, block_n), tl.arange(0, width)
+    inner = tokens[None, :, None] * (num_kv_heads * width) + heads[:, None, None] * width + dims[None, None, :]
+    return begin * width, inner
 
 
 @triton.jit
 def _is_visible(
-    tile: tl.tensor,
-    first_visible: tl.tensor,
-    end: tl.tensor,
-    window: tl.constexpr,
-    num_heads: tl.constexpr,
-    num_shares: tl.constexpr,
-    block_n: tl.constexpr,
+    tile: tl.tensor, first_visible: tl.tensor, end: tl.tensor, window: tl.constexpr, block_n: tl.constexpr
 ) -> tl.tensor:
-    """[W, block_n]"""
-    tokens = tl.arange(0, num_heads * num_shares) % num_shares * block_n
-    positions = tile + tokens[:, None] + tl.arange(0, block_n)[None, :]
+    """[1, block_n]"""
+    positions = tile + tl.arange(0, block_n)
     visible = positions < end
     if window > 0:
         visible &= positions >= first_visible
-    return visible
+    return visible[None, :]
 
 
 @triton.jit
@@ -136,18 +104,17 @@ def _unpack_in_order(pairs: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
 
 
 @triton.jit
-def _for_warps(
+def _for_heads(
     query: tl.tensor,  # [num_heads * block_g, width]
     num_heads: tl.constexpr,
-    num_shares: tl.constexpr,
     block_g: tl.constexpr,
     block_m: tl.constexpr,
     width: tl.constexpr,
 ) -> tl.tensor:
-    """[W, block_m, width]: each warp's queries, repeated where the matrix units want more."""
-    once = query.reshape(num_heads, 1, 1, block_g, width)
-    repeated = tl.broadcast_to(once, num_heads, num_shares, block_m // block_g, block_g, width)
-    return repeated.reshape(num_heads * num_shares, block_m, width)
+    """[num_heads, block_m, width]: each head's queries, repeated where the matrix units want more."""
+    once = query.reshape(num_heads, 1, block_g, width)
+    repeated = tl.broadcast_to(once, num_heads, block_m // block_g, block_g, width)
+    return repeated.reshape(num_heads, block_m, width)
 
 
 @triton.jit
@@ -155,7 +122,7 @@ def _attend_float8(
     query: tl.tensor,  # [num_heads * block_g, head_dim]
     cache: PagedCache,
     table: tl.tensor,  # pointer
-    blocks: tl.tensor,  # of the first tile
+    block: tl.tensor,  # of the first tile
     first_head: tl.tensor,
     first_visible: tl.tensor,
     start: tl.tensor,
@@ -166,36 +133,33 @@ def _attend_float8(
     window: tl.constexpr,
     cap: tl.constexpr,
     num_heads: tl.constexpr,
-    num_shares: tl.constexpr,
     block_g: tl.constexpr,
     block_m: tl.constexpr,
     block_n: tl.constexpr,
     head_dim: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Attend to cached positions start to end: sums of values in two halves [W, block_m, head_dim / 2], maximum, total.
+    """Attend to positions start to end: sums of values [num_heads, block_m, head_dim], maxima and totals.
 
     Dimensions of queries and keys are multiplied in the order in which `_unpack_in_order` leaves them. Values are
     transposed on their way, so those are taken apart into even and odd dimensions: see `attend_part_in_pairs`.
     """
     half: tl.constexpr = head_dim // 2
-    num_warps: tl.constexpr = num_heads * num_shares
     pairs = tl.permute(query.reshape(num_heads * block_g, head_dim // 4, 2, 2), (0, 1, 3, 2))
     even, odd = tl.split(pairs)
-    query_even = _for_warps(even.reshape(num_heads * block_g, half), num_heads, num_shares, block_g, block_m, half)
-    query_odd = _for_warps(odd.reshape(num_heads * block_g, half), num_heads, num_shares, block_g, block_m, half)
-    maximum = tl.full([num_warps, block_m], -1e30, tl.float32)
-    total = tl.zeros([num_warps, block_m], tl.float32)
-    values_even = tl.zeros([num_warps, block_m, half], tl.float32)
-    values_odd = tl.zeros([num_warps, block_m, half], tl.float32)
+    query_even = _for_heads(even.reshape(num_heads * block_g, half), num_heads, block_g, block_m, half)
+    query_odd = _for_heads(odd.reshape(num_heads * block_g, half), num_heads, block_g, block_m, half)
+    maximum = tl.full([num_heads, block_m], -1e30, tl.float32)
+    total = tl.zeros([num_heads, block_m], tl.float32)
+    values_even = tl.zeros([num_heads, block_m, half], tl.float32)
+    values_odd = tl.zeros([num_heads, block_m, half], tl.float32)
     keys = cache.key_data.to(tl.pointer_type(tl.int16), bitcast=True)  # type: ignore[call-overload]
     values = cache.value_data.to(tl.pointer_type(tl.int16), bitcast=True)  # type: ignore[call-overload]
-    step: tl.constexpr = num_shares * block_n
-    for tile in range(start, end, step):
-        visible = _is_visible(tile, first_visible, end, window, num_heads, num_shares, block_n)
+    for tile in range(start, end, block_n):
+        visible = _is_visible(tile, first_visible, end, window, block_n)
         begin, inner = _tile_offsets(
-            blocks, tile, first_head, num_kv_heads, tokens_per_block, num_heads, num_shares, block_n, half
+            block, tile, first_head, num_kv_heads, tokens_per_block, num_heads, block_n, half
         )  # fmt: skip
-        blocks = _load_blocks(table, tile + step, end, tokens_per_block, num_heads, num_shares, block_n)
+        block = load_blocks(table, tile + block_n, first_visible, end, tokens_per_block, block_n)
         key_even, key_odd = _unpack_in_order(tl.load(keys + begin + inner, mask=visible[:, :, None], other=0))
         products = tl.dot(query_even, tl.permute(key_even, (0, 2, 1)), input_precision="ieee")
         products = tl.dot(query_odd, tl.permute(key_odd, (0, 2, 1)), products, input_precision="ieee")
@@ -206,7 +170,7 @@ def _attend_float8(
         value_even, value_odd = unpack_float8(tl.load(values + begin + inner, mask=visible[:, :, None], other=0))
         values_even = tl.dot(weights, value_even, values_even * decay[:, :, None], input_precision="ieee")
         values_odd = tl.dot(weights, value_odd, values_odd * decay[:, :, None], input_precision="ieee")
-    return tl.join(values_even, values_odd).reshape(num_warps, block_m, head_dim), maximum, total
+    return tl.join(values_even, values_odd).reshape(num_heads, block_m, head_dim), maximum, total
 
 
 @triton.jit
@@ -214,7 +178,7 @@ def _attend(
     query: tl.tensor,  # [num_heads * block_g, head_dim]
     cache: PagedCache,
     table: tl.tensor,  # pointer
-    blocks: tl.tensor,  # of the first tile
+    block: tl.tensor,  # of the first tile
     first_head: tl.tensor,
     first_visible: tl.tensor,
     start: tl.tensor,
@@ -226,25 +190,22 @@ def _attend(
     cap: tl.constexpr,
     operands: tl.constexpr,
     num_heads: tl.constexpr,
-    num_shares: tl.constexpr,
     block_g: tl.constexpr,
     block_m: tl.constexpr,
     block_n: tl.constexpr,
     head_dim: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """As `_attend_float8`, of a cache of any type."""
-    num_warps: tl.constexpr = num_heads * num_shares
-    queries = _for_warps(query, num_heads, num_shares, block_g, block_m, head_dim)
-    maximum = tl.full([num_warps, block_m], -1e30, tl.float32)
-    total = tl.zeros([num_warps, block_m], tl.float32)
-    sums = tl.zeros([num_warps, block_m, head_dim], tl.float32)
-    step: tl.constexpr = num_shares * block_n
-    for tile in range(start, end, step):
-        visible = _is_visible(tile, first_visible, end, window, num_heads, num_shares, block_n)
+    queries = _for_heads(query, num_heads, block_g, block_m, head_dim)
+    maximum = tl.full([num_heads, block_m], -1e30, tl.float32)
+    total = tl.zeros([num_heads, block_m], tl.float32)
+    sums = tl.zeros([num_heads, block_m, head_dim], tl.float32)
+    for tile in range(start, end, block_n):
+        visible = _is_visible(tile, first_visible, end, window, block_n)
         begin, inner = _tile_offsets(
-            blocks, tile, first_head, num_kv_heads, tokens_per_block, num_heads, num_shares, block_n, head_dim
+            block, tile, first_head, num_kv_heads, tokens_per_block, num_heads, block_n, head_dim
         )  # fmt: skip
-        blocks = _load_blocks(table, tile + step, end, tokens_per_block, num_heads, num_shares, block_n)
+        block = load_blocks(table, tile + block_n, first_visible, end, tokens_per_block, block_n)
         key = tl.load(cache.key_data + begin + inner, mask=visible[:, :, None], other=0.0).to(operands)
         products = tl.dot(queries, tl.permute(key, (0, 2, 1)), input_precision="ieee")
         weights, decay, maximum, total = softmax_step(
@@ -257,9 +218,9 @@ def _attend(
 
 @triton.jit
 def _store_heads(
-    values: tl.tensor,  # [W, block_m, head_dim]
-    maximum: tl.tensor,  # [W, block_m]
-    total: tl.tensor,  # [W, block_m]
+    values: tl.tensor,  # [num_heads, block_m, head_dim]
+    maximum: tl.tensor,  # [num_heads, block_m]
+    total: tl.tensor,  # [num_heads, block_m]
     row: tl.tensor,
     first_head: tl.tensor,
     result: Result,
@@ -267,18 +228,11 @@ def _store_heads(
     num_kv_heads: tl.constexpr,
     group: tl.constexpr,
     num_heads: tl.constexpr,
-    num_shares: tl.constexpr,
     block_m: tl.constexpr,
     head_dim: tl.constexpr,
 ) -> None:
-    """Add up the shares of the tokens and store the results."""
+    """End the softmax and store the results of the heads that are there."""
     num_lanes: tl.constexpr = num_heads * block_m
-    if num_shares > 1:
-        maxima = maximum.reshape(num_heads, num_shares, block_m)
-        maximum = tl.max(maxima, 1)
-        weights = tl.exp2(maxima - maximum[:, None, :])
-        total = tl.sum(total.reshape(num_heads, num_shares, block_m) * weights, 1)
-        values = tl.sum(values.reshape(num_heads, num_shares, block_m, head_dim) * weights[:, :, :, None], 1)
     total = total.reshape(num_lanes)
     total = tl.where(total > 0, total, 1.0)  # a row that pads has no tokens
     lanes = tl.arange(0, num_lanes)
@@ -290,48 +244,31 @@ def _store_heads(
 
 
 @triton.jit
-def _ask_for_tile(
-    cache: PagedCache,
-    table: tl.tensor,
-    end: tl.tensor,
-    num_kv_heads: tl.constexpr,
-    first_head: tl.tensor,
-    num_heads: tl.constexpr,
-    tokens_per_block: tl.constexpr,
-    head_dim: tl.constexpr,
-) -> None:
-    """Ask for the first block's keys and values to come to L2."""
-    tokens = tl.arange(0, tokens_per_block)
-    begin = (tl.load(table).to(tl.int64) * tokens_per_block * num_kv_heads + first_head) * head_dim
-    rows = begin + tokens * (num_kv_heads * head_dim)
-    prefetch_rows(cache.key_data, rows, tokens < end, num_heads * head_dim)
-    prefetch_rows(cache.value_data, rows, tokens < end, num_heads * head_dim)
-
-
-@triton.jit
 def _load_and_write_own(
     query: StridedHeads,
     key: StridedHeads,
     value: StridedHeads,
     turning: Turning | None,
     cache: PagedCache,
+    block: tl.tensor,  # of the first tile
     slot: tl.tensor,
     row: tl.tensor,
+    start: tl.tensor,
+    end: tl.tensor,
     score: Scoring,
     first_head: tl.tensor,
     num_kv_heads: tl.constexpr,
     num_heads: tl.constexpr,
     group: tl.constexpr,
     block_g: tl.constexpr,
+    block_n: tl.constexpr,
     head_dim: tl.constexpr,
     tokens_per_block: tl.constexpr,
     asks_early: tl.constexpr,
-    table: tl.tensor,
-    end: tl.tensor,
 ) -> tl.tensor:
     """The row's queries [num_heads * block_g, head_dim]; its key and value go to the cache, where all warps see them.
 
-    All that is needed is asked for before anything is waited for.
+    All that is needed is asked for before anything is waited for, the first tile of the cache last (`asks_early`).
     """
     lanes = tl.arange(0, num_heads * block_g)
     is_head = lanes % block_g < group
@@ -349,7 +286,13 @@ def _load_and_write_own(
         exchanged = load_exchanged(query.data, query_rows, is_head, head_dim, head_dim)
         cosines, sines = load_angles(turning, row, head_dim, head_dim)
     if asks_early:
-        _ask_for_tile(cache, table, end, num_kv_heads, first_head, num_heads, tokens_per_block, head_dim)
+        begin, _ = _tile_offsets(
+            block, start, first_head, num_kv_heads, tokens_per_block, num_heads, block_n, head_dim
+        )  # fmt: skip
+        tokens = tl.arange(0, block_n)
+        rows = begin + tokens * (num_kv_heads * head_dim)
+        prefetch_rows(cache.key_data, rows, start + tokens < end, num_heads * head_dim)
+        prefetch_rows(cache.value_data, rows, start + tokens < end, num_heads * head_dim)
     if turning is not None:
         own_key = turn(own_key, exchanged_key, cosines, sines)
         q = turn(q, exchanged, cosines, sines)
@@ -383,12 +326,10 @@ def _decode_heads_kernel(
     cap: tl.constexpr,
     operands: tl.constexpr,
     num_heads: tl.constexpr,
-    num_shares: tl.constexpr,
     block_g: tl.constexpr,
     block_m: tl.constexpr,
     block_n: tl.constexpr,
     overlaps: tl.constexpr,
-    asks_early: tl.constexpr,
 ) -> None:
     """Grid: key/value heads in groups of `num_heads`, rows."""
     if overlaps:
@@ -397,28 +338,28 @@ def _decode_heads_kernel(
     end, slot = tl.load(kv_lens + row), tl.load(slot_mapping + row)
     table = block_tables + row * table_stride
     first_visible = tl.maximum(end - window, 0) if window > 0 else end * 0
-    start = first_visible // (num_shares * block_n) * (num_shares * block_n)
-    if window == 0 and tokens_per_block % (num_shares * block_n) == 0:
-        blocks = tl.load(table)  # without waiting for the row's length
+    start = first_visible // block_n * block_n
+    if window > 0:
+        block = load_blocks(table, start, first_visible, tl.maximum(end, 1), tokens_per_block, block_n)
     else:
-        blocks = _load_blocks(table, start, tl.maximum(end, 1), tokens_per_block, num_heads, num_shares, block_n)
+        block = tl.load(table)  # without waiting for the row's length
     q = _load_and_write_own(
-        query, key, value, turning, cache, slot, row, score, first_head, num_kv_heads, num_heads, group, block_g,
-        head_dim, tokens_per_block, asks_early and overlaps, table, end,
+        query, key, value, turning, cache, block, slot, row, start, end, score, first_head, num_kv_heads, num_heads,
+        group, block_g, block_n, head_dim, tokens_per_block, overlaps,
     ).to(operands)  # fmt: skip
     is_float8: tl.constexpr = cache.key_data.dtype.element_ty == tl.float8e4nv  # type: ignore[attr-defined]
     if is_float8 and operands == tl.float16:
         values, maximum, total = _attend_float8(
-            q, cache, table, blocks, first_head, first_visible, start, end, score.factor, num_kv_heads,
-            tokens_per_block, window, cap, num_heads, num_shares, block_g, block_m, block_n, head_dim,
+            q, cache, table, block, first_head, first_visible, start, end, score.factor, num_kv_heads,
+            tokens_per_block, window, cap, num_heads, block_g, block_m, block_n, head_dim,
         )  # fmt: skip
     else:
         values, maximum, total = _attend(
-            q, cache, table, blocks, first_head, first_visible, start, end, score.factor, num_kv_heads,
-            tokens_per_block, window, cap, operands, num_heads, num_shares, block_g, block_m, block_n, head_dim,
+            q, cache, table, block, first_head, first_visible, start, end, score.factor, num_kv_heads,
+            tokens_per_block, window, cap, operands, num_heads, block_g, block_m, block_n, head_dim,
         )  # fmt: skip
     _store_heads(
-        values, maximum, total, row, first_head, result, score.value_scale, num_kv_heads, group, num_heads, num_shares,
+        values, maximum, total, row, first_head, result, score.value_scale, num_kv_heads, group, num_heads,
         block_m, head_dim,
     )  # fmt: skip
 
@@ -434,14 +375,13 @@ def decode_attention_of_heads(
     *,
     tiles: DecodeTiles,
     turning: Turning | None = None,
-    asks_early: bool = False,
 ) -> None:
     """`triton_decode.decode_attention` in one part, with tiles for several key/value heads a program."""
     head_dim, group, num_heads = query.shape[2], spec.num_heads // spec.num_kv_heads, tiles.kv_heads
     assert num_heads is not None and spec.num_kv_heads % num_heads == 0, "programs take as many heads each"
-    assert tiles.num_warps % num_heads == 0, "heads have as many warps each"
+    assert tiles.num_warps == num_heads, "a head has a warp"
     assert head_dim == triton.next_power_of_2(head_dim), "a head must fill its tile"
-    assert cache[0].shape[1] % tiles.block_n == 0, "a warp's tokens of a tile must lie in one block"
+    assert cache[0].shape[1] % tiles.block_n == 0, "a tile must lie in one block"
     block_g = triton.next_power_of_2(group)
     _decode_heads_kernel[(spec.num_kv_heads // num_heads, query.shape[0])](
         strided(query),
@@ -463,12 +403,10 @@ def decode_attention_of_heads(
         cap=soft_cap_base2(spec),
         operands=triton_type(operand_type(query.dtype, cache[0].dtype)),
         num_heads=num_heads,
-        num_shares=tiles.num_warps // num_heads,
         block_g=block_g,
         block_m=max(16, block_g),
         block_n=tiles.block_n,
         overlaps=can_overlap(query.device),
-        asks_early=asks_early,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         maxnreg=tiles.max_registers,
