@@ -21,7 +21,16 @@ from tokenmill.ops.moe import (
     run_experts,
     run_experts_reference,
 )
-from tokenmill.ops.moe_plan import GROUPED_PLANS, down_pair_plan, gate_up_pair_plan, grouped_plan, max_row_blocks
+from tokenmill.ops.moe_plan import (
+    GROUPED_PLANS,
+    MANY_ROWS,
+    down_pair_plan,
+    down_plan,
+    fits_many,
+    gate_up_pair_plan,
+    grouped_plan,
+    max_row_blocks,
+)
 
 
 def by_hand(x: torch.Tensor, routing: Routing, weights: ExpertWeights) -> torch.Tensor:
@@ -174,3 +183,17 @@ def test_plans() -> None:
         assert plan.block_out & (plan.block_out - 1) == 0 < plan.block_out
         assert plan.block_in & (plan.block_in - 1) == 0 < plan.block_in
         assert 1 <= plan.num_warps <= 4
+
+
+def test_plans_of_products_that_stay() -> None:
+    """Blocks of rows and of weights fit into the 227 KiB that a program has, beside what it stores at a time."""
+    assert fits_many(2048, 768)
+    assert (
+        not fits_many(2048, 700) and not fits_many(2176, 768) and not fits_many(256, 768) and not fits_many(2048, 256)
+    )
+    for hidden, size in ((2048, 768), (512, 384), (768, 640), (7168, 2048), (4096, 14336)):
+        num_stages, span, keeps_rows = down_plan(hidden, size)
+        assert hidden // (2 * MANY_ROWS) % span == 0
+        num_blocks = (size // 128 if keeps_rows else num_stages) + 2 * num_stages
+        assert (num_blocks + 2) * MANY_ROWS * 128 <= 227 * 1024
+        assert size // 128 >= num_stages if keeps_rows else size // 128 >= num_stages - 1
