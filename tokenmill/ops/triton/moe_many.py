@@ -26,33 +26,35 @@ from tokenmill.ops.triton.moe_sorting import RowBlocks
 
 BLOCK_IN = 128
 NUM_WARPS = 8
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # the name since triton 3.7, and before
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # newer versions of triton renamed both
+load_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 
 @gluon.jit
 def _fetch_rows(
-    buffer: gl.shared_memory_descriptor, starts: gl.tensor, exists: gl.tensor, columns: gl.tensor, step: gl.tensor,
-    block_in: gl.constexpr,
+    buffer: gl.shared_memory_descriptor, x: gl.tensor, sources: gl.tensor, exists: gl.tensor, x_stride: gl.tensor,
+    columns: gl.tensor, step: gl.tensor, block_in: gl.constexpr,
 ) -> None:  # fmt: skip
     """Begin to copy a block of rows; zeros for those that do not exist."""
-    places = starts[:, None] + (step * block_in + columns)[None, :]
-    async_copy.async_copy_global_to_shared(buffer, places, mask=exists[:, None])
+    places = x + (sources.to(gl.int64) * x_stride)[:, None] + (step * block_in + columns)[None, :]
+    load_async(buffer, places, mask=exists[:, None])
 
 
 @gluon.jit
 def _fetch_weights(
-    buffer: gl.shared_memory_descriptor, matrix: gl.tensor, offsets: gl.tensor, step: gl.tensor, block_in: gl.constexpr
-) -> None:
+    buffer: gl.shared_memory_descriptor, weight: gl.tensor, first_row: gl.tensor, in_features: gl.tensor,
+    offsets: gl.tensor, step: gl.tensor, block_in: gl.constexpr,
+) -> None:  # fmt: skip
     """Begin to copy a block of weights."""
-    async_copy.async_copy_global_to_shared(buffer, matrix + step * block_in + offsets)
+    load_async(buffer, weight + first_row * in_features + step * block_in + offsets)
 
 
 @gluon.jit
 def _multiply(
     v_buffers: gl.shared_memory_descriptor, w_buffers: gl.shared_memory_descriptor, buffer: gl.tensor,
-    starts: gl.tensor, exists: gl.tensor, matrix: gl.tensor,
-    next_starts: gl.tensor, next_exists: gl.tensor, next_matrix: gl.tensor,
-    offsets: gl.tensor, columns: gl.tensor, is_first: gl.tensor, is_last: gl.tensor,
+    x: gl.tensor, x_stride: gl.tensor, weight: gl.tensor, in_features: gl.tensor, offsets: gl.tensor,
+    columns: gl.tensor, sources: gl.tensor, exists: gl.tensor, first_row: gl.tensor,
+    next_sources: gl.tensor, next_exists: gl.tensor, next_row: gl.tensor, is_first: gl.tensor, is_last: gl.tensor,
     num_steps: gl.constexpr, num_stages: gl.constexpr, keeps_rows: gl.constexpr, block_rows: gl.constexpr,
     block_in: gl.constexpr, layout: gl.constexpr,
 ) -> tuple[gl.tensor, gl.tensor]:  # fmt: skip
@@ -75,13 +77,16 @@ def _multiply(
         if keeps_rows:
             if step == 0:
                 if is_first:
-                    _fetch_rows(v_buffers.index(num_steps - 1), starts, exists, columns, num_steps - 1, block_in)
+                    freed = v_buffers.index(num_steps - 1)
+                    _fetch_rows(freed, x, sources, exists, x_stride, columns, num_steps - 1, block_in)
             elif is_last:
-                _fetch_rows(v_buffers.index(step - 1), next_starts, next_exists, columns, step - 1, block_in)
+                freed = v_buffers.index(step - 1)
+                _fetch_rows(freed, x, next_sources, next_exists, x_stride, columns, step - 1, block_in)
         else:
-            later_starts, later_exists = gl.where(is_next, next_starts, starts), gl.where(is_next, next_exists, exists)
-            _fetch_rows(v_buffers.index(target), later_starts, later_exists, columns, later, block_in)
-        _fetch_weights(w_buffers.index(target), gl.where(is_next, next_matrix, matrix), offsets, later, block_in)
+            of_later, is_later = gl.where(is_next, next_sources, sources), gl.where(is_next, next_exists, exists)
+            _fetch_rows(v_buffers.index(target), x, of_later, is_later, x_stride, columns, later, block_in)
+        row = gl.where(is_next, next_row, first_row)
+        _fetch_weights(w_buffers.index(target), weight, row, in_features, offsets, later, block_in)
         async_copy.commit_group()
         buffer = (buffer + 1) % num_stages
     return warpgroup_mma_wait(num_outstanding=0, deps=(total,)), buffer
@@ -111,16 +116,16 @@ def _store(
 @gluon.jit
 def _item(
     item: gl.tensor, num_items: gl.tensor, num_chunks: gl.tensor, chunk: gl.tensor, pairs: gl.tensor,
-    tile_experts: gl.tensor, matrix_rows: gl.tensor, x: gl.tensor, x_stride: gl.tensor, num_pairs: gl.tensor,
+    tile_experts: gl.tensor, matrix_rows: gl.tensor, num_pairs: gl.tensor,
     top_k: gl.constexpr, block_rows: gl.constexpr, layout: gl.constexpr,
 ) -> tuple[gl.tensor, gl.tensor, gl.tensor, gl.tensor, gl.tensor]:  # fmt: skip
-    """Of an item, or the last one: tile, first feature, its row of all weights, where rows begin, which there are."""
+    """Of an item, or the last one: tile, first feature, its row of all weights, rows of x, which there are."""
     inside = gl.minimum(item, num_items - 1)
     tile, feature = inside // num_chunks, inside % num_chunks * chunk
     rows = gl.load(pairs + tile * block_rows + gl.arange(0, block_rows, layout))
     exists = rows < num_pairs
-    starts = x + gl.where(exists, rows // top_k, 0).to(gl.int64) * x_stride
-    return tile, feature, gl.load(tile_experts + tile).to(gl.int64) * matrix_rows + feature, starts, exists
+    first_row = gl.load(tile_experts + tile).to(gl.int64) * matrix_rows + feature
+    return tile, feature, first_row, gl.where(exists, rows // top_k, 0), exists
 
 
 @gluon.jit
@@ -183,20 +188,20 @@ def _many_kernel(
     second = out_features if is_gated else out_features * 0 + block_rows
     columns = gl.arange(0, block_in, gl.SliceLayout(0, copied))
     offsets = _offsets(second, in_features, block_rows, block_in, copied)
-    tile, feature, first_row, starts, exists = _item(
-        gl.program_id(0), num_items, num_chunks, block_out * span, pairs, tile_experts, matrix_rows, x, x_stride,
-        num_pairs, top_k, block_rows, gl.SliceLayout(1, copied),
+    tile, feature, first_row, sources, exists = _item(
+        gl.program_id(0), num_items, num_chunks, block_out * span, pairs, tile_experts, matrix_rows, num_pairs,
+        top_k, block_rows, gl.SliceLayout(1, copied),
     )  # fmt: skip
     for step in gl.static_range((num_steps if keeps_rows else num_stages) - 1):
-        _fetch_rows(v_buffers.index(step), starts, exists, columns, step, block_in)
+        _fetch_rows(v_buffers.index(step), x, sources, exists, x_stride, columns, step, block_in)
     for step in gl.static_range(num_stages - 1):
-        _fetch_weights(w_buffers.index(step), weight + first_row * in_features, offsets, step, block_in)
+        _fetch_weights(w_buffers.index(step), weight, first_row, in_features, offsets, step, block_in)
         async_copy.commit_group()
     buffer = 0
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
-        next_tile, next_feature, next_row, next_starts, next_exists = _item(
-            item + gl.num_programs(0), num_items, num_chunks, block_out * span, pairs, tile_experts, matrix_rows, x,
-            x_stride, num_pairs, top_k, block_rows, gl.SliceLayout(1, copied),
+        next_tile, next_feature, next_row, next_sources, next_exists = _item(
+            item + gl.num_programs(0), num_items, num_chunks, block_out * span, pairs, tile_experts, matrix_rows,
+            num_pairs, top_k, block_rows, gl.SliceLayout(1, copied),
         )  # fmt: skip
         rows = gl.load(pairs + tile * block_rows + gl.arange(0, block_rows, gl.SliceLayout(1, stored)))
         for block in range(span):
@@ -206,8 +211,8 @@ def _many_kernel(
             )  # fmt: skip
             following = gl.where(block == span - 1, next_row, first_row + block_out)
             total, buffer = _multiply(
-                v_buffers, w_buffers, buffer, starts, exists, weight + first_row * in_features, next_starts,
-                next_exists, weight + following * in_features, offsets, columns, block == 0, block == span - 1,
+                v_buffers, w_buffers, buffer, x, x_stride, weight, in_features, offsets, columns, sources, exists,
+                first_row, next_sources, next_exists, following, block == 0, block == span - 1,
                 num_steps, num_stages, keeps_rows, block_rows, block_in, sums,
             )  # fmt: skip
             _store(
@@ -215,7 +220,7 @@ def _many_kernel(
                 is_gated, block_rows, stored,
             )  # fmt: skip
             first_row = following
-        tile, feature, starts, exists = next_tile, next_feature, next_starts, next_exists
+        tile, feature, sources, exists = next_tile, next_feature, next_sources, next_exists
     async_copy.wait_group(0)
 
 
