@@ -261,7 +261,7 @@ def test_real_shapes(num_tokens: int, kind: WeightKind) -> None:
 @pytest.mark.parametrize("is_static", [False, True])
 @pytest.mark.parametrize("shape", [(512, 384), (768, 640), (768, 1024), (1024, 768)])
 def test_products_that_stay(shape: tuple[int, int], is_static: bool) -> None:
-    """Rows kept for one, two and four blocks of features, and not kept; a rank with an expert that nobody chose."""
+    """Fewest blocks to look ahead over, several tiles an expert, and a rank with an expert that nobody chose."""
     weights = random_experts(7, *shape, BF16, "features", "cuda")
     if is_static:
         scales = torch.tensor([0.02], device="cuda"), torch.tensor([0.03], device="cuda")

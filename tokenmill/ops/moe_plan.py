@@ -46,7 +46,8 @@ class PairPlan(NamedTuple):
 
 
 GROUPED_PLANS: Final = (
-    (20.0, GroupedPlan(32, 8, 3, 256, 128, 4, 4, halves=True)),
+    (12.0, GroupedPlan(16, 8, 3, 256, 128, 4, 4)),
+    (20.0, GroupedPlan(32, 4, 3, 256, 128, 4, 4, halves=True)),
     (32.0, GroupedPlan(32, 4, 3, 256, 128, 4, 4)),
     (48.0, GroupedPlan(64, 4, 4, 128, 128, 4, 4)),
     (float("inf"), GroupedPlan(128, 8, 4, 128, 256, 8, 4)),
@@ -76,21 +77,13 @@ def scales_inner_by_token(num_pairs: int, num_experts: int) -> bool:
 MANY_ROWS: Final = 128
 """Rows of a tile of the products that stay, `ops.triton.moe_many`; twice as many rows of weights are a block."""
 MANY_STAGES: Final = 4
-KEPT_STEPS: Final = range(3, 7)
-"""Blocks of 128 input features that fit into shared memory beside 3 blocks of weights; rows are read once then."""
+"""Blocks of 128 input features of both that are in shared memory at a time."""
 
 
 def fits_many(hidden: int, size: int) -> bool:
     """Whether the products that stay take weights [2 I, H] and [H, I]: whole blocks only, and enough to look ahead."""
-    return hidden % (2 * MANY_ROWS) == 0 and size % MANY_ROWS == 0 and min(hidden, size) >= 3 * SCALE_GROUP
-
-
-def down_plan(hidden: int, size: int) -> tuple[int, int, bool]:
-    """Of the second product: stages, blocks of output features for a tile of rows, and whether these are kept."""
-    if size // SCALE_GROUP not in KEPT_STEPS:
-        return MANY_STAGES, 1, False
-    num_blocks = hidden // (2 * MANY_ROWS)
-    return KEPT_STEPS[0], next(span for span in (4, 2, 1) if num_blocks % span == 0), True
+    is_whole = hidden % (2 * MANY_ROWS) == 0 and size % MANY_ROWS == 0
+    return is_whole and min(hidden, size) >= (MANY_STAGES - 1) * SCALE_GROUP
 
 
 def max_row_blocks(num_pairs: int, num_experts: int, block_rows: int) -> int:

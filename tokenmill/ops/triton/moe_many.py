@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from tokenmill.ops.fp8 import QuantizedRows
 from tokenmill.ops.moe import ExpertMatrix, ExpertWeights, Routing
-from tokenmill.ops.moe_plan import MANY_ROWS, MANY_STAGES, down_plan
+from tokenmill.ops.moe_plan import MANY_ROWS, MANY_STAGES
 from tokenmill.ops.platform import num_multiprocessors
 from tokenmill.ops.triton.moe_sorting import RowBlocks
 
@@ -54,9 +54,9 @@ def _multiply(
     v_buffers: gl.shared_memory_descriptor, w_buffers: gl.shared_memory_descriptor, buffer: gl.tensor,
     x: gl.tensor, x_stride: gl.tensor, weight: gl.tensor, in_features: gl.tensor, offsets: gl.tensor,
     columns: gl.tensor, sources: gl.tensor, exists: gl.tensor, first_row: gl.tensor,
-    next_sources: gl.tensor, next_exists: gl.tensor, next_row: gl.tensor, is_first: gl.tensor, is_last: gl.tensor,
-    num_steps: gl.constexpr, num_stages: gl.constexpr, keeps_rows: gl.constexpr, block_rows: gl.constexpr,
-    block_in: gl.constexpr, layout: gl.constexpr,
+    next_sources: gl.tensor, next_exists: gl.tensor, next_row: gl.tensor,
+    num_steps: gl.constexpr, num_stages: gl.constexpr, block_rows: gl.constexpr, block_in: gl.constexpr,
+    layout: gl.constexpr,
 ) -> tuple[gl.tensor, gl.tensor]:  # fmt: skip
     """Sums of a tile's rows with a block of weights, while blocks of the next are fetched; and the next stage.
 
@@ -67,24 +67,15 @@ def _multiply(
     for step in range(num_steps):
         async_copy.wait_group(ahead - 1)
         fence_async_shared()
-        values = v_buffers.index(step) if keeps_rows else v_buffers.index(buffer)
-        total = warpgroup_mma(values, w_buffers.index(buffer).permute([1, 0]), total, is_async=True)
+        values, weights = v_buffers.index(buffer), w_buffers.index(buffer).permute([1, 0])
+        total = warpgroup_mma(values, weights, total, is_async=True)
         total = warpgroup_mma_wait(num_outstanding=1, deps=(total,))
         barrier()  # all have multiplied the blocks before, whose places are filled now
         target = (buffer + ahead) % num_stages
         is_next = step + ahead >= num_steps
         later = gl.where(is_next, step + ahead - num_steps, step + ahead)
-        if keeps_rows:
-            if step == 0:
-                if is_first:
-                    freed = v_buffers.index(num_steps - 1)
-                    _fetch_rows(freed, x, sources, exists, x_stride, columns, num_steps - 1, block_in)
-            elif is_last:
-                freed = v_buffers.index(step - 1)
-                _fetch_rows(freed, x, next_sources, next_exists, x_stride, columns, step - 1, block_in)
-        else:
-            of_later, is_later = gl.where(is_next, next_sources, sources), gl.where(is_next, next_exists, exists)
-            _fetch_rows(v_buffers.index(target), x, of_later, is_later, x_stride, columns, later, block_in)
+        of_later, is_later = gl.where(is_next, next_sources, sources), gl.where(is_next, next_exists, exists)
+        _fetch_rows(v_buffers.index(target), x, of_later, is_later, x_stride, columns, later, block_in)
         row = gl.where(is_next, next_row, first_row)
         _fetch_weights(w_buffers.index(target), weight, row, in_features, offsets, later, block_in)
         async_copy.commit_group()
@@ -115,13 +106,13 @@ def _store(
 
 @gluon.jit
 def _item(
-    item: gl.tensor, num_items: gl.tensor, num_chunks: gl.tensor, chunk: gl.tensor, pairs: gl.tensor,
+    item: gl.tensor, num_items: gl.tensor, num_blocks: gl.tensor, block_out: gl.tensor, pairs: gl.tensor,
     tile_experts: gl.tensor, matrix_rows: gl.tensor, num_pairs: gl.tensor,
     top_k: gl.constexpr, block_rows: gl.constexpr, layout: gl.constexpr,
 ) -> tuple[gl.tensor, gl.tensor, gl.tensor, gl.tensor, gl.tensor]:  # fmt: skip
     """Of an item, or the last one: tile, first feature, its row of all weights, rows of x, which there are."""
     inside = gl.minimum(item, num_items - 1)
-    tile, feature = inside // num_chunks, inside % num_chunks * chunk
+    tile, feature = inside // num_blocks, inside % num_blocks * block_out
     rows = gl.load(pairs + tile * block_rows + gl.arange(0, block_rows, layout))
     exists = rows < num_pairs
     first_row = gl.load(tile_experts + tile).to(gl.int64) * matrix_rows + feature
@@ -167,21 +158,19 @@ def _many_kernel(
     x: gl.tensor, x_scale: gl.tensor, weight: gl.tensor, weight_scale: gl.tensor, pairs: gl.tensor,
     tile_experts: gl.tensor, num_tiles: gl.tensor, shares: gl.tensor, out: gl.tensor,
     num_pairs: int, in_features: int, out_features: int, x_stride: int,
-    top_k: gl.constexpr, num_steps: gl.constexpr, num_stages: gl.constexpr, span: gl.constexpr,
-    is_gated: gl.constexpr, keeps_rows: gl.constexpr, block_rows: gl.constexpr, block_in: gl.constexpr,
-    num_warps: gl.constexpr,
+    top_k: gl.constexpr, num_steps: gl.constexpr, num_stages: gl.constexpr, is_gated: gl.constexpr,
+    block_rows: gl.constexpr, block_in: gl.constexpr, num_warps: gl.constexpr,
 ) -> None:  # fmt: skip
-    """An item is a tile of rows with `span` blocks of weights; `_store` says what becomes of the sums."""
+    """An item is a tile of rows with a block of weights; `_store` says what becomes of the sums."""
     copied: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [num_warps, 1], [1, 0])
     stored: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [num_warps, 1], [1, 0])
     line: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, 2 * block_rows, 32])
-    num_kept: gl.constexpr = num_steps if keeps_rows else num_stages
-    v_buffers = _shared(x, num_kept, block_rows, block_in)
+    v_buffers = _shared(x, num_stages, block_rows, block_in)
     w_buffers = _shared(x, num_stages, 2 * block_rows, block_in)
     block_out: gl.constexpr = block_rows if is_gated else 2 * block_rows
-    num_chunks = out_features // (block_out * span)
-    num_items = gl.load(num_tiles) * num_chunks
+    num_blocks = out_features // block_out
+    num_items = gl.load(num_tiles) * num_blocks
     if gl.program_id(0) >= num_items:
         return
     matrix_rows = 2 * out_features if is_gated else out_features
@@ -189,38 +178,33 @@ def _many_kernel(
     columns = gl.arange(0, block_in, gl.SliceLayout(0, copied))
     offsets = _offsets(second, in_features, block_rows, block_in, copied)
     tile, feature, first_row, sources, exists = _item(
-        gl.program_id(0), num_items, num_chunks, block_out * span, pairs, tile_experts, matrix_rows, num_pairs,
+        gl.program_id(0), num_items, num_blocks, block_out, pairs, tile_experts, matrix_rows, num_pairs,
         top_k, block_rows, gl.SliceLayout(1, copied),
     )  # fmt: skip
-    for step in gl.static_range((num_steps if keeps_rows else num_stages) - 1):
-        _fetch_rows(v_buffers.index(step), x, sources, exists, x_stride, columns, step, block_in)
     for step in gl.static_range(num_stages - 1):
+        _fetch_rows(v_buffers.index(step), x, sources, exists, x_stride, columns, step, block_in)
         _fetch_weights(w_buffers.index(step), weight, first_row, in_features, offsets, step, block_in)
         async_copy.commit_group()
     buffer = 0
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
         next_tile, next_feature, next_row, next_sources, next_exists = _item(
-            item + gl.num_programs(0), num_items, num_chunks, block_out * span, pairs, tile_experts, matrix_rows,
+            item + gl.num_programs(0), num_items, num_blocks, block_out, pairs, tile_experts, matrix_rows,
             num_pairs, top_k, block_rows, gl.SliceLayout(1, copied),
         )  # fmt: skip
         rows = gl.load(pairs + tile * block_rows + gl.arange(0, block_rows, gl.SliceLayout(1, stored)))
-        for block in range(span):
-            of_rows, of_left, of_right = _factors(
-                x_scale, weight_scale, shares, pairs + tile * block_rows, first_row, second, num_pairs, top_k,
-                block_rows, line,
-            )  # fmt: skip
-            following = gl.where(block == span - 1, next_row, first_row + block_out)
-            total, buffer = _multiply(
-                v_buffers, w_buffers, buffer, x, x_stride, weight, in_features, offsets, columns, sources, exists,
-                first_row, next_sources, next_exists, following, block == 0, block == span - 1,
-                num_steps, num_stages, keeps_rows, block_rows, block_in, sums,
-            )  # fmt: skip
-            _store(
-                total, out, rows, num_pairs, out_features, feature + block * block_out, of_rows, of_left, of_right,
-                is_gated, block_rows, stored,
-            )  # fmt: skip
-            first_row = following
-        tile, feature, sources, exists = next_tile, next_feature, next_sources, next_exists
+        of_rows, of_left, of_right = _factors(
+            x_scale, weight_scale, shares, pairs + tile * block_rows, first_row, second, num_pairs, top_k,
+            block_rows, line,
+        )  # fmt: skip
+        total, buffer = _multiply(
+            v_buffers, w_buffers, buffer, x, x_stride, weight, in_features, offsets, columns, sources, exists,
+            first_row, next_sources, next_exists, next_row, num_steps, num_stages, block_rows, block_in, sums,
+        )  # fmt: skip
+        _store(
+            total, out, rows, num_pairs, out_features, feature, of_rows, of_left, of_right, is_gated, block_rows,
+            stored,
+        )  # fmt: skip
+        tile, feature, first_row, sources, exists = next_tile, next_feature, next_row, next_sources, next_exists
     async_copy.wait_group(0)
 
 
@@ -235,7 +219,7 @@ def many_gate_up(
         blocks: tiles of `MANY_ROWS` rows, counted.
     """
     out = torch.empty(routing.experts.numel(), weights.down.values.shape[2], dtype=dtype, device=x.values.device)
-    _launch(x, weights.gate_up, blocks, None, out, routing.experts.shape[1], MANY_STAGES, 1, keeps_rows=False)
+    _launch(x, weights.gate_up, blocks, None, out, routing.experts.shape[1])
     return out
 
 
@@ -243,10 +227,8 @@ def many_down(
     inner: QuantizedRows, routing: Routing, weights: ExpertWeights, blocks: RowBlocks, dtype: torch.dtype
 ) -> torch.Tensor:
     """Every pair's output times its share, [T * K, H] of type `dtype`."""
-    hidden, size = weights.down.values.shape[1:]
-    out = torch.empty(routing.experts.numel(), hidden, dtype=dtype, device=inner.values.device)
-    num_stages, span, keeps_rows = down_plan(hidden, size)
-    _launch(inner, weights.down, blocks, routing.weights, out, 1, num_stages, span, keeps_rows=keeps_rows)
+    out = torch.empty(routing.experts.numel(), weights.down.values.shape[1], dtype=dtype, device=inner.values.device)
+    _launch(inner, weights.down, blocks, routing.weights, out, 1)
     return out
 
 
@@ -257,10 +239,6 @@ def _launch(
     shares: torch.Tensor | None,
     out: torch.Tensor,
     top_k: int,
-    num_stages: int,
-    span: int,
-    *,
-    keeps_rows: bool,
 ) -> None:
     num_pairs, out_features = out.shape
     in_features = x.values.shape[1]
@@ -279,10 +257,8 @@ def _launch(
         x.values.stride(0),
         top_k=top_k,
         num_steps=in_features // BLOCK_IN,
-        num_stages=num_stages,
-        span=span,
+        num_stages=MANY_STAGES,
         is_gated=shares is None,
-        keeps_rows=keeps_rows,
         block_rows=MANY_ROWS,
         block_in=BLOCK_IN,
         num_warps=NUM_WARPS,

@@ -1,9 +1,8 @@
 """Pairs of token and expert sorted into tiles of rows of one expert each, on the device.
 
 A pair is a token and one of its experts: pair `t * K + k`. Few pairs are sorted in one launch, by a program for each
-expert that looks at all of them. Of many, each program has a part: the first of two launches ranks each pair among
-those of its expert in the same part (a triangular matrix times rows of a unit matrix gives 128 ranks at a time), the
-second adds up what the parts before have. Called by `moe_tiles.py`.
+expert that looks at all of them. Of many, a program has a part of the pairs and a few experts: the first of two
+launches counts, the second adds up what the parts before have. Called by `moe_layer.py`.
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tokenmill.ops.moe_plan import max_row_blocks
-from tokenmill.ops.triton.launch import can_overlap, is_interpreted
+from tokenmill.ops.triton.launch import can_overlap
 
-MAX_TOGETHER = 2048
+MAX_TOGETHER = 8192
 """Pairs up to which one launch is faster than two."""
-BLOCK = 128
-"""Pairs that are ranked together: float16 holds their counts exactly."""
-MAX_COUNTS = 16384
-"""Counts of experts in parts that a program adds up."""
+PARTS = 16
+PART_BLOCK = 1024
+EXPERTS_TOGETHER = 8
+"""Of many pairs a program has one part, looks at so many of them at a time, and finds those of so many experts."""
 SORT_BLOCKS = (256, 2048, 4096)
 """Pairs that a sorting program looks at together; few values, since each is compiled once."""
 ENTRIES_PER_STORE = tl.constexpr(128)
@@ -111,43 +110,33 @@ def _sort_kernel(
 
 
 @triton.jit(do_not_specialize=["num_pairs", "first_expert", "part_pairs"])
-def _rank_kernel(
+def _count_kernel(
     experts: tl.tensor,
-    ranks: tl.tensor,
-    counts: tl.tensor,  # [parts, block_experts]
+    counts: tl.tensor,  # [parts, num_experts]
     num_pairs: int,
     first_expert: int,
     num_experts: int,
     part_pairs: int,
-    block_experts: tl.constexpr,
+    group: tl.constexpr,
     block: tl.constexpr,
-    is_interpreted: tl.constexpr,
     overlaps: tl.constexpr,
 ) -> None:
-    """Each pair's rank among those of its expert in one part, and how many there are."""
+    """How many pairs of one part go to each of `group` experts."""
     if overlaps:
         gdc_launch_dependents()
         gdc_wait()
-    columns = tl.arange(0, block_experts)
-    inside = tl.arange(0, block)
-    dtype: tl.constexpr = tl.float32 if is_interpreted else tl.float16
-    is_before = (inside[None, :] < inside[:, None]).to(dtype)
-    before = tl.zeros([block_experts], tl.int32)
-    first = tl.program_id(0) * part_pairs
-    for start in tl.range(first, tl.minimum(first + part_pairs, num_pairs), block, num_stages=1):
+    own = tl.program_id(0) * group + tl.arange(0, group)
+    first = tl.program_id(1) * part_pairs
+    total = tl.zeros([group], tl.int32)
+    for start in range(first, tl.minimum(first + part_pairs, num_pairs), block):
         local = _load_local(experts, start, num_pairs, first_expert, num_experts, block)
-        is_own = local[:, None] == columns[None, :]
-        others = tl.dot(is_before, is_own.to(dtype)).to(tl.int32) + before[None, :]
-        found = tl.sum(tl.where(is_own, others, 0), axis=1)
-        tl.store(ranks + start + inside, found, mask=start + inside < num_pairs)
-        before += tl.sum(is_own.to(tl.int32), axis=0)
-    tl.store(counts + tl.program_id(0) * block_experts + columns, before)
+        total += tl.sum((local[None, :] == own[:, None]).to(tl.int32), axis=1)
+    tl.store(counts + tl.program_id(1) * num_experts + own, total, mask=own < num_experts)
 
 
 @triton.jit(do_not_specialize=["num_pairs", "first_expert", "part_pairs", "num_tiles"])
 def _place_kernel(
     experts: tl.tensor,
-    ranks: tl.tensor,
     counts: tl.tensor,
     pairs_out: tl.tensor,
     tile_experts: tl.tensor,
@@ -160,37 +149,42 @@ def _place_kernel(
     block_rows: tl.constexpr,
     parts: tl.constexpr,
     block_experts: tl.constexpr,
+    group: tl.constexpr,
     block: tl.constexpr,
     overlaps: tl.constexpr,
 ) -> None:
-    """Put the pairs of one part where they belong, and fill up the tiles of some experts."""
+    """Put one part's pairs of `group` experts where they belong, and fill up the tiles of some of the experts."""
     if overlaps:
         gdc_launch_dependents()
         gdc_wait()
-    part = tl.program_id(0)
-    columns = tl.arange(0, block_experts)
+    part = tl.program_id(1)
+    all_experts = tl.arange(0, block_experts)
     rows = tl.arange(0, parts)[:, None]
-    of_parts = tl.load(counts + rows * block_experts + columns[None, :])
+    places = counts + rows * num_experts + all_experts[None, :]
+    of_parts = tl.load(places, mask=(all_experts < num_experts)[None, :], other=0)
     totals = tl.sum(of_parts, axis=0)
-    tiles = tl.where(columns < num_experts, (totals + block_rows - 1) // block_rows, 0)
-    first_tiles = tl.cumsum(tiles, axis=0) - tiles
-    places = first_tiles * block_rows + tl.sum(tl.where(rows < part, of_parts, 0), axis=0)
+    earlier = tl.sum(tl.where(rows < part, of_parts, 0), axis=0)
+    tiles = (totals + block_rows - 1) // block_rows
+    own = tl.program_id(0) * group + tl.arange(0, group)
+    first_tiles = tl.sum(tl.where(all_experts[None, :] < own[:, None], tiles[None, :], 0), axis=1)
+    is_own = all_experts[None, :] == own[:, None]
+    place = first_tiles * block_rows + tl.sum(tl.where(is_own, earlier[None, :], 0), axis=1)
     first = part * part_pairs
-    for start in tl.range(first, tl.minimum(first + part_pairs, num_pairs), block, num_stages=1):
-        inside = start + tl.arange(0, block)
+    for start in range(first, tl.minimum(first + part_pairs, num_pairs), block):
         local = _load_local(experts, start, num_pairs, first_expert, num_experts, block)
-        is_own = local[:, None] == columns[None, :]
-        begin = tl.sum(tl.where(is_own, places[None, :], 0), axis=1)
-        rank = tl.load(ranks + inside, mask=inside < num_pairs, other=0)
-        tl.store(pairs_out + begin + rank, inside, mask=local < num_experts)
-    for expert in range(part, num_experts, parts):
-        is_it = columns == expert
-        first_tile = tl.sum(tl.where(is_it, first_tiles, 0), axis=0)
-        last_tile = first_tile + tl.sum(tl.where(is_it, tiles, 0), axis=0)
-        last_place = first_tile * block_rows + tl.sum(tl.where(is_it, totals, 0), axis=0)
+        is_here = ((local[None, :] == own[:, None]) & (own < num_experts)[:, None]).to(tl.int32)
+        ranks = tl.cumsum(is_here, axis=1) - 1
+        pairs = start + tl.arange(0, block)[None, :] + tl.zeros([group, block], tl.int32)
+        tl.store(pairs_out + place[:, None] + ranks, pairs, mask=is_here == 1)
+        place += tl.sum(is_here, axis=1)
+    for index in range(part, group, parts):
+        expert = tl.program_id(0) * group + index
+        first_tile = tl.sum(tl.where(all_experts < expert, tiles, 0), axis=0)
+        last_tile = first_tile + tl.sum(tl.where(all_experts == expert, tiles, 0), axis=0)
+        last_place = first_tile * block_rows + tl.sum(tl.where(all_experts == expert, totals, 0), axis=0)
         _fill(pairs_out, last_place, last_tile * block_rows, num_pairs)
         _fill(tile_experts, first_tile, last_tile, expert)
-    if part == parts - 1:
+    if (part == parts - 1) & (tl.program_id(0) == 0):
         num_all = tl.sum(tiles, axis=0)
         _fill(tile_experts, num_all, num_tiles, -1)
         tl.store(num_used, num_all)
@@ -225,33 +219,28 @@ def sort_many_pairs(experts: torch.Tensor, first_expert: int, num_experts: int, 
     """As `sort_pairs`, with tiles that follow each other without a gap, and how many they are."""
     num_pairs, device = experts.numel(), experts.device
     num_tiles = max_row_blocks(num_pairs, num_experts, block_rows)
-    block_experts = max(16, triton.next_power_of_2(num_experts))
-    parts = max(1, min(128, MAX_COUNTS // block_experts))
-    part_pairs = triton.cdiv(triton.cdiv(num_pairs, parts), BLOCK) * BLOCK
-    ranks = torch.empty(num_pairs, dtype=torch.int32, device=device)
-    counts = torch.empty(parts, block_experts, dtype=torch.int32, device=device)
+    part_pairs = triton.cdiv(triton.cdiv(num_pairs, PARTS), PART_BLOCK) * PART_BLOCK
+    counts = torch.empty(PARTS, num_experts, dtype=torch.int32, device=device)
     pairs = torch.empty(num_tiles * block_rows, dtype=torch.int32, device=device)
     tile_experts = torch.empty(num_tiles, dtype=torch.int32, device=device)
     num_used = torch.empty(1, dtype=torch.int32, device=device)
     overlaps = can_overlap(device)
-    _rank_kernel[(parts,)](
+    grid = (triton.cdiv(num_experts, EXPERTS_TOGETHER), PARTS)
+    _count_kernel[grid](
         experts,
-        ranks,
         counts,
         num_pairs,
         first_expert,
         num_experts,
         part_pairs,
-        block_experts=block_experts,
-        block=BLOCK,
-        is_interpreted=is_interpreted(),
+        group=EXPERTS_TOGETHER,
+        block=PART_BLOCK,
         overlaps=overlaps,
-        num_warps=8,
+        num_warps=4,
         launch_pdl=overlaps,
     )
-    _place_kernel[(parts,)](
+    _place_kernel[grid](
         experts,
-        ranks,
         counts,
         pairs,
         tile_experts,
@@ -262,11 +251,12 @@ def sort_many_pairs(experts: torch.Tensor, first_expert: int, num_experts: int, 
         part_pairs,
         num_tiles,
         block_rows=block_rows,
-        parts=parts,
-        block_experts=block_experts,
-        block=BLOCK,
+        parts=PARTS,
+        block_experts=triton.next_power_of_2(num_experts),
+        group=EXPERTS_TOGETHER,
+        block=PART_BLOCK,
         overlaps=overlaps,
-        num_warps=8,
+        num_warps=4,
         launch_pdl=overlaps,
     )
     return RowBlocks(pairs, tile_experts, block_rows, num_used)
