@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from tests.support.tiny_checkpoint import VOCAB_SIZE
 from tokenmill import LLM, KvCacheConfig, SamplingParams
@@ -54,6 +56,12 @@ BAD_REQUESTS: dict[str, tuple[Any, dict[str, Any], type[TokenmillError], str]] =
     "token beyond the vocabulary": ([5, VOCAB_SIZE], {}, InvalidParameterError, "prompt_token_ids"),
     "negative token": ([5, -1], {}, InvalidParameterError, "prompt_token_ids"),
     "fractional token": ([5, 1.5], {}, InvalidParameterError, "prompt_token_ids"),
+    "fraction in a tensor": (torch.tensor([5.5]), {}, InvalidParameterError, "prompt_token_ids"),
+    "booleans in a tensor": (torch.tensor([True]), {}, InvalidParameterError, "prompt_token_ids"),
+    "rows of a matrix": (np.array([[5], [6]]), {}, InvalidParameterError, "prompt_token_ids"),
+    "a number as an array": (np.array(5), {}, InvalidParameterError, "prompt"),
+    "token too long to print": ([5, 10**5000], {}, InvalidParameterError, "prompt_token_ids"),
+    "tokens beside what is no text": ({"prompt": 5, "prompt_token_ids": [5]}, {}, InvalidParameterError, "prompt"),
     "a number": (7, {}, InvalidParameterError, "prompt"),
     "nothing": (None, {}, InvalidParameterError, "prompt"),
     "unknown key": ({"promt": "a"}, {}, UnknownParameterError, "promt"),
@@ -67,9 +75,20 @@ BAD_REQUESTS: dict[str, tuple[Any, dict[str, Any], type[TokenmillError], str]] =
     "NaN penalty": ("a", {"repetition_penalty": math.nan}, InvalidParameterError, "repetition_penalty"),
     "no tokens to generate": ("a", {"max_tokens": 0}, InvalidParameterError, "max_tokens"),
     "more sequences than slots": ("a", {"n": 5, "temperature": 1.0}, InvalidParameterError, "n"),
+    "half a character to stop at": ("a", {"stop": "\ud800"}, InvalidParameterError, "stop"),
+    "half a character to avoid": ("a", {"bad": ["\ud800"]}, InvalidParameterError, "bad"),
     "misspelled parameter": ("a", {"temprature": 1.0}, UnknownParameterError, "temprature"),
     "beam search": ("a", {"use_beam_search": True}, UnsupportedFeatureError, "use_beam_search"),
 }
+
+
+@pytest.mark.parametrize(
+    "priority", ["high", None, True, math.nan, 10**5000], ids=["text", "None", "boolean", "nan", "huge"]
+)
+def test_priority_is_a_number(llm: LLM, priority: Any) -> None:
+    with pytest.raises(InvalidParameterError, match="priority is") as caught:
+        llm.generate("a", priority=priority)
+    assert caught.value.field == "priority"
 
 
 @pytest.mark.parametrize("case", BAD_REQUESTS)
@@ -98,6 +117,27 @@ def test_numbers_of_parameters_and_prompts_differ(llm: LLM) -> None:
         llm.generate(["a", "b", "c"], [SamplingParams()] * 2)
 
 
+@pytest.mark.parametrize("params", [3, {"max_tokens": 3}, "greedy", (SamplingParams() for _ in "ab")])
+def test_parameters_of_another_type_are_named(llm: LLM, params: Any) -> None:
+    with pytest.raises(InvalidParameterError, match="not SamplingParams or a list of them") as caught:
+        llm.generate(["a", "b"], params)
+    assert caught.value.field == "sampling_params"
+
+
+@pytest.mark.parametrize("messages", [None, 3, {"role": "user", "content": "a"}, "a"])
+def test_what_is_no_conversation_is_named(llm: LLM, messages: Any) -> None:
+    for chat in (llm.chat, llm.chat_async):
+        with pytest.raises(InvalidParameterError, match=f"got {type(messages).__name__}") as caught:
+            chat(messages)
+        assert caught.value.field == "messages"
+
+
+@pytest.mark.parametrize("request_", [None, "7", 7.0])
+def test_what_is_no_request_is_not_aborted(llm: LLM, request_: Any) -> None:
+    with pytest.raises(InvalidParameterError, match="not a result or its id"):
+        llm.abort(request_)
+
+
 BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], type[TokenmillError], str]] = {
     "misspelled": ({"max_batchsize": 4}, UnknownParameterError, "max_batchsize"),
     "nested misspelled": ({"kv_cache_config": {"max_token": 4}}, UnknownParameterError, "max_token"),
@@ -106,6 +146,7 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], type[TokenmillError], str]] = {
     "nonsense device": ({"device": "abacus"}, InvalidParameterError, "device"),
     "unknown attention backend": ({"attn_backend": "cpuu"}, InvalidParameterError, "attn_backend"),
     "longer than the model's context": ({"max_seq_len": 10**6}, InvalidParameterError, "max_seq_len"),
+    "a boolean for a number": ({"max_batch_size": True}, InvalidParameterError, "max_batch_size"),
     "no batch": ({"max_batch_size": 0}, InvalidParameterError, "max_batch_size"),
     "cache beyond memory": ({"kv_cache_config": KvCacheConfig(max_tokens=10**12)}, OutOfMemoryError, "kv_cache_config"),
     "two ranks": ({"tensor_parallel_size": 2}, UnsupportedFeatureError, "tensor_parallel_size"),
@@ -126,6 +167,12 @@ def test_unknown_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         with pytest.raises(ModelNotFoundError) as caught:
             LLM(name)
         assert caught.value.field == "model"
+
+
+def test_an_unknown_tokenizer_is_not_the_model(model_dir: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match="No model 'nowhere'") as caught:
+        make_llm(model_dir, tokenizer="nowhere")
+    assert caught.value.field == "tokenizer"
 
 
 def damaged(model_dir: Path, target: Path, damage: str) -> Path:

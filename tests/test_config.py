@@ -6,12 +6,26 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenmill.config import CapacitySchedulerPolicy, KvCacheConfig, LlmArgs, SchedulerConfig, StrictModel
+from tokenmill.builder.config import BuildConfig
+from tokenmill.config import (
+    CapacitySchedulerPolicy,
+    KvCacheConfig,
+    LlmArgs,
+    SchedulerConfig,
+    StatsConfig,
+    StrictModel,
+    WorkerConfig,
+    is_number,
+)
 from tokenmill.errors import InvalidParameterError, UnknownParameterError, UserError
+from tokenmill.executor.low_level.executor_config import ExecutorConfig
+from tokenmill.executor.low_level.request import Request, SamplingConfig
+from tokenmill.sampling_params import SamplingParams
 
 CONFIGURATIONS: dict[type[StrictModel], dict[str, Any]] = {
     KvCacheConfig: {},
@@ -45,6 +59,24 @@ BAD_VALUES: list[tuple[type[StrictModel], str, Any]] = [
     (LlmArgs, "kv_cache_config", 3),
 ]
 
+NUMBER_LISTS: dict[str, list[object]] = {
+    "stop_token_ids": [[5, True], np.array([True])],
+    "bad_token_ids": [(False,)],
+    "logit_bias": [{True: 1.0}, {5: True}, {5: np.True_}],
+    "profiles": [(1, True), [True]],
+}
+
+REQUIRED: dict[type[StrictModel], dict[str, Any]] = {
+    **CONFIGURATIONS,
+    StatsConfig: {},
+    WorkerConfig: {},
+    SamplingParams: {},
+    BuildConfig: {},
+    ExecutorConfig: {},
+    SamplingConfig: {},
+    Request: {"input_token_ids": [1], "max_tokens": 1},
+}
+
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
@@ -75,6 +107,40 @@ def test_bad_value_names_the_field(owner: type[StrictModel], field: str, value: 
     with pytest.raises(InvalidParameterError, match=field) as caught:
         owner(**{**CONFIGURATIONS[owner], field: value})
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize("owner", REQUIRED)
+def test_a_boolean_is_no_number(owner: type[StrictModel]) -> None:
+    for name, field in owner.model_fields.items():
+        kinds = str(field.annotation)
+        if "bool" in kinds or not any(number in kinds for number in ("int", "float")):
+            continue
+        for value in [True, False, np.True_, *NUMBER_LISTS.get(name, [])]:
+            with pytest.raises(InvalidParameterError, match=name) as caught:
+                owner(**{**REQUIRED[owner], name: value})
+            assert caught.value.field == name
+
+
+def test_booleans_are_refused_wherever_numbers_are_written() -> None:
+    with pytest.raises(InvalidParameterError, match=r"LlmArgs\.max_batch_size: .* not a boolean, got True"):
+        LlmArgs(model="m", max_batch_size=True)
+    with pytest.raises(InvalidParameterError, match="tokens_per_block"):
+        LlmArgs(model="m", kv_cache_config={"tokens_per_block": True})  # type: ignore[arg-type]
+    configuration = LlmArgs(model="m")
+    with pytest.raises(InvalidParameterError, match="num_replicas"):
+        configuration.num_replicas = True
+    assert configuration.num_replicas == 0
+    assert LlmArgs(model="m", deterministic=True).deterministic
+
+
+@pytest.mark.parametrize("value", [0, -1.5, 10**300, np.float32(2.5), np.int64(3)])
+def test_numbers(value: object) -> None:
+    assert is_number(value)
+
+
+@pytest.mark.parametrize("value", [True, np.False_, math.nan, math.inf, 10**400, "1", None, 1j, [1]])
+def test_no_numbers(value: object) -> None:
+    assert not is_number(value)
 
 
 @pytest.mark.parametrize(("owner", "field", "value"), BAD_VALUES)

@@ -16,8 +16,8 @@ from tokenmill import LLM
 from tokenmill.builder.build import build
 from tokenmill.builder.packing import packed_nbytes
 from tokenmill.checkpoints.resolve import resolve_model
-from tokenmill.errors import ModelNotFoundError, UnsupportedFeatureError
-from tokenmill.inspection import inspect_model
+from tokenmill.errors import InvalidParameterError, ModelNotFoundError, UnsupportedFeatureError
+from tokenmill.inspection import inspect_model, plan_engine
 from tokenmill.runtime.huge_pages import HugePages
 
 pytestmark = pytest.mark.spec("A3", "C3")
@@ -148,6 +148,63 @@ def test_sizes_of_weights_are_known_before_they_are_packed(
         for weight in engine.program.weights:
             nbytes = engine.weights[weight.name].nbytes
             assert packed_nbytes(weight) == -(-nbytes // 64) * 64, weight.name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_batch_size": 3, "max_seq_len": 50, "max_num_tokens": 17},
+        {"kv_cache_config": {"max_tokens": 128, "dtype": "bfloat16"}, "skip_tokenizer_init": True},
+    ],
+)
+@pytest.mark.parametrize("strip_weights", [False, True])
+def test_the_plan_of_a_built_engine_is_what_it_says_when_it_runs(
+    models: dict[str, Path], tmp_path: Path, options: dict[str, Any], strip_weights: bool
+) -> None:
+    arguments = {"kv_cache_config": {"max_tokens": 320}, **options}
+    engine = build(models["safetensors"], device="cpu", quantization="int8", **BUILT)
+    with LLM(engine.save(tmp_path / "engine"), **arguments) as llm:
+        found = llm.description
+    planned = build(models["safetensors"], device="cpu", quantization="int8", strip_weights=strip_weights, **BUILT)
+    report = plan_engine(planned, tmp_path / "engine", **arguments)
+    for name in ("device", "dtype", "cache_dtype", "max_batch_size", "max_num_tokens", "max_seq_len"):
+        assert getattr(report, name) == getattr(found, name), name
+    assert replace(report.memory, free=None) == replace(found.memory, free=None)
+    assert report.weight_formats == "int8_group32"
+    assert report.shortage is None
+    assert report.to_dict()["memory"]["kv_bytes_per_sequence"] == report.kv_bytes_per_sequence
+
+
+BUILT: dict[str, Any] = {
+    "max_batch_size": 5, "max_seq_len": 100, "max_num_tokens": 40, "capture": "dispatch", "opt_level": 1
+}  # fmt: skip
+
+
+def test_the_plan_of_a_built_engine_refuses_what_it_cannot_serve(models: dict[str, Path], tmp_path: Path) -> None:
+    engine = build(models["safetensors"], device="cpu", **BUILT)
+    for name in ("max_batch_size", "max_seq_len", "max_num_tokens"):
+        with pytest.raises(InvalidParameterError, match=f"{name} is 101, but the engine was built for") as caught:
+            plan_engine(engine, tmp_path, **{name: 101})
+        assert caught.value.field == name
+    with pytest.raises(UnsupportedFeatureError, match="cannot run on the torch backend"):
+        plan_engine(engine, tmp_path, backend="torch")
+    shortage = plan_engine(engine, tmp_path, kv_cache_config={"max_tokens": 10**12}).shortage
+    assert shortage is not None and "are free" in shortage
+
+
+def test_an_engine_for_a_gpu_is_planned_without_one(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    report = plan_engine(build(models["safetensors"], device="cuda", **BUILT), tmp_path)
+    assert (report.device, report.memory.free) == ("cuda", None)
+    assert report.memory.weights == pytest.approx(report.num_parameters * 4, rel=0.01)
+    quantized = plan_engine(build(models["safetensors"], device="cuda", quantization="int8", **BUILT), tmp_path)
+    assert quantized.memory.weights == pytest.approx(report.memory.weights, rel=0.01)  # decoded for torch
+    assert report.memory.cache_tokens >= 5 * 100
+    with pytest.raises(InvalidParameterError, match="built for 'cuda'"):
+        plan_engine(build(models["safetensors"], device="cuda", **BUILT), tmp_path, device="cpu")
 
 
 def test_what_cannot_be_compiled_is_planned_for_torch_and_says_why(models: dict[str, Path]) -> None:

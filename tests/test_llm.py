@@ -15,6 +15,7 @@ import torch
 from tokenmill import LLM, KvCacheConfig, RequestOutput, SamplingParams
 from tokenmill.engine.core import EngineCore
 from tokenmill.engine.events import EngineEvent
+from tokenmill.errors import InvalidParameterError
 
 pytestmark = pytest.mark.spec("A1")
 
@@ -54,15 +55,25 @@ def test_every_kind_of_input_in_one_batch(llm: LLM) -> None:
     messages = [{"role": "user", "content": "the rain"}]
     params = SamplingParams(max_tokens=6)
     outputs = llm.generate(
-        [TEXTS[0], ids, np.array(ids), {"prompt": TEXTS[0]}, {"prompt_token_ids": ids}, messages], params
+        [
+            *(TEXTS[0], ids, tuple(ids), np.array(ids), torch.tensor(ids), list(np.array(ids))),
+            {"prompt": TEXTS[0]},
+            {"prompt_token_ids": ids},
+            {"prompt": TEXTS[0], "prompt_token_ids": None},  # as vLLM's users write it
+            messages,
+        ],
+        params,
     )
-    assert [output.prompt_token_ids for output in outputs[:5]] == [ids] * 5
-    assert len({tuple(output.outputs[0].token_ids) for output in outputs[:5]}) == 1
-    assert outputs[0].prompt == TEXTS[0]
+    assert [output.prompt_token_ids for output in outputs[:-1]] == [ids] * 9
+    assert all(type(token) is int for output in outputs for token in output.prompt_token_ids)
+    assert len({tuple(output.outputs[0].token_ids) for output in outputs[:-1]}) == 1
+    assert outputs[0].prompt == outputs[8].prompt == TEXTS[0]
     assert outputs[1].prompt is None
     chat = llm.chat(messages, params)
     assert isinstance(chat, RequestOutput)
-    assert chat.outputs[0].token_ids == outputs[5].outputs[0].token_ids
+    assert chat.outputs[0].token_ids == outputs[-1].outputs[0].token_ids
+    later = llm.chat_async(messages, params, streaming=True)
+    assert "".join(output.outputs[0].text_diff for output in later) == chat.outputs[0].text
     several = llm.chat([messages, messages], params)
     assert isinstance(several, list)
     assert [one.outputs[0].text for one in several] == [chat.outputs[0].text] * 2
@@ -73,6 +84,10 @@ def test_one_prompt_gives_one_output_and_a_list_gives_a_list(llm: LLM) -> None:
     assert isinstance(llm.generate([1, 2, 3]), RequestOutput)
     assert len(llm.generate([TEXTS[0]])) == 1
     assert llm.generate([]) == []
+    for array in (np.array, torch.tensor):
+        assert isinstance(llm.generate(array([1, 2, 3])), RequestOutput)
+        batch = llm.generate(array([[1, 2, 3], [4, 5, 6]]))
+        assert [output.prompt_token_ids for output in batch] == [[1, 2, 3], [4, 5, 6]]
 
 
 def test_parameters_for_each_prompt(llm: LLM) -> None:
@@ -192,6 +207,12 @@ def test_stop_strings_stop_tokens_and_end_tokens(llm: LLM) -> None:
         TEXTS[0], SamplingParams(max_tokens=24, ignore_eos=True, stop=[stop], include_stop_str_in_output=True)
     ).outputs[0]
     assert kept.text == plain.text[: plain.text.index(stop)] + stop
+    for min_tokens in (4, 20):
+        params = SamplingParams(max_tokens=24, min_tokens=min_tokens, ignore_eos=True, stop=stop)
+        whole = llm.generate(TEXTS[0], SamplingParams(max_tokens=min_tokens, ignore_eos=True)).outputs[0].text
+        later = llm.generate(TEXTS[0], params).outputs[0]
+        assert later.text == whole + plain.text[len(whole) :].partition(stop)[0]
+        assert later.length >= min_tokens
     token = plain.token_ids[6]
     at = plain.token_ids.index(token)
     by_token = llm.generate(TEXTS[0], SamplingParams(max_tokens=24, ignore_eos=True, stop_token_ids=[token])).outputs[0]
@@ -232,6 +253,9 @@ def test_detokenize_off_and_tokenizer_off(model_dir: Path, llm: LLM) -> None:
     with make_llm(model_dir, skip_tokenizer_init=True) as bare:
         again = bare.generate(llm.generate(TEXTS[0]).prompt_token_ids, SamplingParams(max_tokens=5)).outputs[0]
         assert (again.text, again.token_ids) == ("", output.token_ids)
+        with pytest.raises(InvalidParameterError, match="A stop string needs a tokenizer") as caught:
+            bare.generate([5], SamplingParams(stop="a"))
+        assert caught.value.field == "stop"
 
 
 def test_truncate_prompt_tokens_keeps_the_last(llm: LLM) -> None:

@@ -75,6 +75,7 @@ CONTRADICTIONS: list[tuple[str, dict[str, Any]]] = [
     ("n", {"n": 2, "temperature": 1.0, "top_k": 1}),
     ("best_of", {"best_of": 2}),
     ("min_tokens", {"min_tokens": 33}),
+    ("stop", {"stop": ["a"], "detokenize": False}),
     ("min_tokens", {"min_tokens": 3, "max_tokens": 2}),
 ]
 

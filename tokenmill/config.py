@@ -7,12 +7,14 @@ did-you-mean, a bad value an `InvalidParameterError` that names the field. `LlmA
 
 from __future__ import annotations
 
+import math
 import reprlib
 from enum import StrEnum
+from numbers import Real
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from tokenmill.errors import InvalidParameterError, UnknownParameterError, UserError, did_you_mean
 
@@ -27,6 +29,14 @@ class StrictModel(BaseModel):
         allow_inf_nan=False,
         use_attribute_docstrings=True,
     )
+
+    _number_fields: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        fields = cls.model_fields.items()
+        cls._number_fields = frozenset(name for name, field in fields if _takes_numbers(field.annotation))
 
     def __init__(self, **values: Any) -> None:
         for name in values:
@@ -55,6 +65,42 @@ class StrictModel(BaseModel):
             self.__dict__.update(before)  # pydantic checks fields against each other only after it has assigned
             raise _invalid_parameter(type(self).__name__, error) from None
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_booleans(cls, value: Any, info: ValidationInfo) -> Any:
+        """Pydantic would take True for 1."""
+        if info.field_name in cls._number_fields and _holds_boolean(value):
+            raise ValueError("Input should be a number, not a boolean")
+        return value
+
+
+def _takes_numbers(annotation: Any) -> bool:
+    """Whether a type is int or float, or has one of them inside."""
+    return annotation in (int, float) or any(map(_takes_numbers, get_args(annotation)))
+
+
+def _holds_boolean(value: Any) -> bool:
+    """Whether it is a boolean, or a list or table with one among its items."""
+    if isinstance(value, dict):
+        return _holds_boolean([*value, *value.values()])
+    if isinstance(value, (list, tuple, set, frozenset)):
+        one_of_each_type = {type(item): item for item in value}  # lists of token ids are long
+        return any(map(is_boolean, one_of_each_type.values()))
+    return is_boolean(value)
+
+
+def is_boolean(value: Any) -> bool:
+    """Whether it is a boolean of Python, NumPy or torch, or an array of them."""
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number that a float can hold, and no boolean."""
+    try:
+        return isinstance(value, Real) and not is_boolean(value) and math.isfinite(value)
+    except OverflowError:
+        return False
+
 
 def _invalid_parameter(owner: str, error: ValidationError) -> UserError:
     first = error.errors()[0]
@@ -63,13 +109,13 @@ def _invalid_parameter(owner: str, error: ValidationError) -> UserError:
         return cause
     location = [str(part) for part in first["loc"]]
     field = location[0] if location else None
-    value = f", got {_shown(first['input'])}" if field and not isinstance(first["input"], dict) else ""
+    value = f", got {shown(first['input'])}" if field and not isinstance(first["input"], dict) else ""
     message = first["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")  # as callers see it
     return InvalidParameterError(f"{owner}.{'.'.join(location)}: {message}{value}.", field=field)
 
 
-def _shown(value: Any) -> str:
-    """The offending value for an error's text, of bounded length. Python refuses to print integers of many digits."""
+def shown(value: Any) -> str:
+    """An offending value for an error's text, of bounded length. Python refuses to print integers of many digits."""
     if isinstance(value, int) and value.bit_length() > 256:
         return f"an integer of {value.bit_length()} bits"
     return reprlib.repr(value)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
+from operator import index
 from typing import Any, TypeAlias
 
+from tokenmill.config import is_boolean, shown
 from tokenmill.engine.request import GenerationRequest
 from tokenmill.errors import InvalidParameterError, UnknownParameterError, did_you_mean
 from tokenmill.models.config import ModelConfig
@@ -54,7 +56,10 @@ class InputProcessor:
             token_ids = token_ids[-sampling.truncate_prompt_tokens :]
         self._check_token_ids(token_ids, "prompt_token_ids")
         self._check_token_ids(list(sampling.logit_bias or ()), "logit_bias")
-        _check_stop_strings(sampling)
+        if sampling.stop_strings:
+            self._need_tokenizer("stop", "a stop string")
+        _check_strings("stop", sampling.stop_strings)
+        _check_strings("bad", sampling.bad_strings)
         request = GenerationRequest(
             request_id=request_id,
             prompt_token_ids=tuple(token_ids),
@@ -97,10 +102,13 @@ class InputProcessor:
                     field=str(name),
                     remedy=did_you_mean(str(name), _PROMPT_KEYS),
                 )
-        if "prompt_token_ids" in prompt:
-            return _as_token_ids(prompt["prompt_token_ids"], "prompt_token_ids"), prompt.get("prompt")
-        if isinstance(prompt.get("prompt"), str):
-            return self._tokenize(prompt["prompt"], sampling)
+        text = prompt.get("prompt")
+        if text is not None and not isinstance(text, str):
+            raise InvalidParameterError(f"A prompt is of type {type(text).__name__}, not text.", field="prompt")
+        if prompt.get("prompt_token_ids") is not None:
+            return _as_token_ids(prompt["prompt_token_ids"], "prompt_token_ids"), text
+        if text is not None:
+            return self._tokenize(text, sampling)
         raise InvalidParameterError("A prompt dictionary needs 'prompt' (text) or 'prompt_token_ids'.", field="prompt")
 
     def _check_token_ids(self, token_ids: list[int], field: str) -> None:
@@ -108,7 +116,7 @@ class InputProcessor:
         if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
             wrong = next(token for token in token_ids if not 0 <= token < vocab_size)
             raise InvalidParameterError(
-                f"Token id {wrong} is not in the vocabulary (0 to {vocab_size - 1}).",
+                f"Token id {shown(wrong)} is not in the vocabulary (0 to {vocab_size - 1}).",
                 field=field,
                 remedy="Use the tokenizer that belongs to the model.",
             )
@@ -164,12 +172,26 @@ def is_conversation(prompt: Any) -> bool:
     return isinstance(first, dict) and not any(key in first for key in _PROMPT_KEYS)
 
 
+def is_single_conversation(messages: Any) -> bool:
+    """Whether `messages` is to be taken as one conversation, as a wrong one it may be; else it is a list of them."""
+    return not _is_list(messages) or len(messages) == 0 or is_conversation(messages)
+
+
 def _is_list(value: Any) -> bool:
-    return hasattr(value, "__len__") and hasattr(value, "__getitem__") and not isinstance(value, (str, bytes, dict))
+    """A sequence, or an array of one dimension or more."""
+    is_sequence = hasattr(value, "__len__") and hasattr(value, "__getitem__") and getattr(value, "ndim", 1) > 0
+    return is_sequence and not isinstance(value, (str, bytes, dict))
 
 
 def _is_integer(value: Any) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool)
+    """An integer of Python, NumPy or torch."""
+    if is_boolean(value) or getattr(value, "ndim", 0) > 0:
+        return False
+    try:
+        index(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _as_token_ids(prompt: Any, field: str) -> list[int]:
@@ -177,18 +199,20 @@ def _as_token_ids(prompt: Any, field: str) -> list[int]:
         raise InvalidParameterError(
             f"A prompt of type {type(prompt).__name__} is neither text nor a list of token ids.", field=field
         )
-    for token in prompt:
-        if not _is_integer(token):
-            raise InvalidParameterError(f"Token ids must be integers, got {token!r}.", field="prompt_token_ids")
-    return [int(token) for token in prompt]
+    token_ids: list[Any] = list(prompt.tolist() if hasattr(prompt, "tolist") else prompt)
+    if any(type(token) is not int for token in token_ids):
+        wrong = [token for token in token_ids if not _is_integer(token)]
+        if wrong:
+            raise InvalidParameterError(f"Token ids must be integers, got {shown(wrong[0])}.", field="prompt_token_ids")
+    return [index(token) for token in token_ids]
 
 
-def _check_stop_strings(sampling: SamplingParams) -> None:
+def _check_strings(field: str, strings: Sequence[str]) -> None:
     """Half of a surrogate pair is in no text, and cannot be sent to another process."""
-    for stop in sampling.stop_strings:
+    for string in strings:
         try:
-            stop.encode()
+            string.encode()
         except UnicodeEncodeError as error:
             raise InvalidParameterError(
-                f"stop holds a string that is not valid Unicode ({error}).", field="stop"
+                f"{field} holds a string that is not valid Unicode ({error}).", field=field
             ) from None

@@ -1,6 +1,7 @@
 """`inspect_model`: what a model is and what it will take, from its headers alone. No weight is loaded.
 
-Called by `tokenmill inspect`, and by anyone who wants to know before paying for a machine.
+`plan_engine` is the same for the memory of a built engine. Called by `tokenmill inspect`, and by anyone who wants
+to know before paying for a machine.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from tokenmill.checkpoints.base import Checkpoint, open_checkpoint
 from tokenmill.checkpoints.resolve import resolve_model
 from tokenmill.config import LlmArgs
 from tokenmill.errors import OutOfMemoryError, UserError
-from tokenmill.executor.backend_choice import choose_backend
+from tokenmill.executor.backend_choice import check_built_engine, choose_backend
+from tokenmill.executor.description import EngineDescription
 from tokenmill.executor.engine_source import EngineTarget, build_config
-from tokenmill.executor.program_factory import describe_program_engine
+from tokenmill.executor.program_factory import describe_program_engine, engine_device
 from tokenmill.models.config import ModelConfig
 from tokenmill.models.linear_kernels import KernelChoice, linear_kernels
 from tokenmill.ops.platform import free_memory
+from tokenmill.program.package import EnginePackage
 from tokenmill.runtime.memory_planner import MemoryPlan, MemoryRequest, plan_memory
 from tokenmill.runtime.model_loader import (
     has_fp8_weights,
@@ -73,47 +76,31 @@ class TokenizerReport:
     end_tokens: tuple[tuple[int, str], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class ModelReport:
-    """What `inspect_model` found.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryReport:
+    """What a model takes when it runs here.
 
     Args:
-        model: as the caller named it.
-        checkpoint: the files.
-        config: the architecture's numbers.
         num_parameters: of the model, tied embeddings counted once.
-        tokenizer: None when the model comes without one.
         backend: what would run it: `engine` or `torch`.
-        backend_reason: why it is not the engine, where the engine would be the first choice.
         device, dtype, cache_dtype: where and in which types it would run; with the engine backend `dtype` is that of
             weights that are not quantized.
         weight_formats: of the linear weights as they would lie in memory: a type, or quantized formats joined by `+`.
-        attn_backend: the attention backend that would be used.
-        attn_backends: all that there are.
         max_batch_size, max_num_tokens, max_seq_len: limits of the plan.
         memory: the plan, for this machine's free memory.
-        linear_kernels: what multiplies each linear layer on a GPU, by numbers of rows.
         shortage: why the model does not fit this machine; None when it does. Then `memory` is what would be needed.
     """
 
-    model: str
-    checkpoint: CheckpointReport
-    config: ModelConfig
     num_parameters: int
-    tokenizer: TokenizerReport | None
     backend: str
-    backend_reason: str | None
     device: str
     dtype: str
     cache_dtype: str
     weight_formats: str
-    attn_backend: str
-    attn_backends: tuple[str, ...]
     max_batch_size: int
     max_num_tokens: int
     max_seq_len: int
     memory: MemoryPlan
-    linear_kernels: tuple[KernelChoice, ...]
     shortage: str | None
 
     @property
@@ -131,6 +118,31 @@ class ModelReport:
             "kv_bytes_per_sequence": self.kv_bytes_per_sequence,
         }
         return plain
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelReport(MemoryReport):
+    """What `inspect_model` found.
+
+    Args:
+        model: as the caller named it.
+        checkpoint: the files.
+        config: the architecture's numbers.
+        tokenizer: None when the model comes without one.
+        backend_reason: why it is not the engine, where the engine would be the first choice.
+        attn_backend: the attention backend that would be used.
+        attn_backends: all that there are.
+        linear_kernels: what multiplies each linear layer on a GPU, by numbers of rows.
+    """
+
+    model: str
+    checkpoint: CheckpointReport
+    config: ModelConfig
+    tokenizer: TokenizerReport | None
+    backend_reason: str | None
+    attn_backend: str
+    attn_backends: tuple[str, ...]
+    linear_kernels: tuple[KernelChoice, ...]
 
 
 def inspect_model(model: str | Path, **args: Any) -> ModelReport:
@@ -175,6 +187,45 @@ def inspect_model(model: str | Path, **args: Any) -> ModelReport:
             deterministic=checked.deterministic,
         ),
         shortage=planned.shortage,
+    )
+
+
+def plan_engine(package: EnginePackage, model: str | Path, **args: Any) -> MemoryReport:
+    """What a built engine will take when it is started. Its weights are not looked at, and may be left out.
+
+    Args:
+        package: the engine.
+        model: its directory, as the caller named it.
+        args: as for `LLM`; sizes that are not given are the engine's, or the usual ones if those are smaller.
+
+    Returns:
+        The report. Of an engine for a GPU on a machine without one: the plan of a cache for all sequences.
+
+    Raises:
+        UserError: the engine cannot be started with these arguments.
+    """
+    checked, built = LlmArgs(model=model, **args), package.config
+    check_built_engine(checked, device=built.target.device, dtype=built.dtype, quantization=built.quantization)
+    is_elsewhere = checked.device == "auto" and built.target.device == "cuda" and not torch.cuda.is_available()
+    device = torch.device("cuda") if is_elsewhere else engine_device(checked, package)
+    weight_nbytes = sum(packed_nbytes(weight) for weight in package.program.weights)
+
+    def plan(free: int | None) -> EngineDescription:
+        return describe_program_engine(checked, package, device, weight_nbytes, free)
+
+    description, shortage = (plan(None), None) if is_elsewhere else _or_shortage(plan, device)
+    return MemoryReport(
+        num_parameters=description.model.num_parameters(),
+        backend="engine",
+        device=description.device,
+        dtype=description.dtype,
+        cache_dtype=description.cache_dtype,
+        weight_formats=description.dtype if built.quantization == "none" else built.quantization,
+        max_batch_size=description.max_batch_size,
+        max_num_tokens=description.max_num_tokens,
+        max_seq_len=description.max_seq_len,
+        memory=description.memory,
+        shortage=shortage,
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, overload
 
-from tokenmill.checkpoints.resolve import resolve_model
+from tokenmill.checkpoints.resolve import resolve_model, resolve_tokenizer
 from tokenmill.config import LlmArgs
 from tokenmill.errors import InvalidParameterError, QueueFullError, UnsupportedFeatureError
 from tokenmill.executor.description import EngineDescription
@@ -26,7 +26,7 @@ from tokenmill.inputs import (
     ChatMessages,
     PreparedRequest,
     PromptInput,
-    is_conversation,
+    is_single_conversation,
     is_single_prompt,
 )
 from tokenmill.outputs import RequestOutput
@@ -67,7 +67,7 @@ class LLM:
         if self.args.tokenizer is None:
             return TokenizerSource(_own_tokenizer(model_path), self.args.tokenizer_mode)
         if isinstance(self.args.tokenizer, (str, Path)):
-            path = resolve_model(self.args.tokenizer, revision=self.args.tokenizer_revision)
+            path = resolve_tokenizer(self.args.tokenizer, revision=self.args.tokenizer_revision)
             return TokenizerSource(path, self.args.tokenizer_mode)
         return TokenizerSource(tokenizer=self.args.tokenizer)
 
@@ -178,7 +178,7 @@ class LLM:
         Raises:
             InvalidParameterError: `messages` is malformed, or the model has no chat template.
         """
-        if len(messages) == 0 or is_conversation(messages):
+        if is_single_conversation(messages):
             conversation: Any = messages
             prompt = {"prompt_token_ids": self._inputs.apply_chat_template(conversation, template)}
             return self.generate(prompt, _single(sampling_params), use_tqdm, priority=priority, timeout=timeout)
@@ -220,8 +220,16 @@ class LLM:
         return GenerationExecutor.save_engine(self._local_args, self.description, Path(path))
 
     def abort(self, request: GenerationResult | int) -> bool:
-        """Cancel a request; False when it had ended already. Never an error, however often."""
-        request_id = request if isinstance(request, int) else request.request_id
+        """Cancel a request; False when it had ended already, however often.
+
+        Raises:
+            InvalidParameterError: `request` is neither a result nor an id.
+        """
+        request_id = request.request_id if isinstance(request, GenerationResult) else request
+        if not isinstance(request_id, int):
+            raise InvalidParameterError(
+                f"request is of type {type(request).__name__}, not a result or its id.", field="request"
+            )
         return self._executor.abort_request(request_id)
 
     # ---- state -----------------------------------------------------------------------------------------------
@@ -333,6 +341,12 @@ def _params_for_each(params: SamplingParams | Sequence[SamplingParams] | None, c
         return [SamplingParams()] * count
     if isinstance(params, SamplingParams):
         return [params] * count
+    given: Any = params
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise InvalidParameterError(
+            f"sampling_params is of type {type(given).__name__}, not SamplingParams or a list of them.",
+            field="sampling_params",
+        )
     if len(params) != count:
         raise InvalidParameterError(
             f"{len(params)} sampling_params for {count} prompts.",

@@ -37,7 +37,8 @@ class SamplingParams(StrictModel):
     max_tokens: int = Field(default=32, ge=1, le=MAX_COUNT)
     """Most tokens to generate."""
     min_tokens: int | None = Field(default=None, ge=0, le=MAX_COUNT)
-    """End tokens and stop tokens are banned before this many tokens."""
+    """Nothing but `max_tokens` and the context ends the answer before this many tokens: end tokens and stop tokens are
+    banned, and stop strings are looked for in the text behind them."""
     ignore_eos: bool = False
     """Go on after the end token."""
     stop: str | list[str] | None = None
@@ -135,6 +136,12 @@ class SamplingParams(StrictModel):
         for field in ("stop", "bad"):
             if "" in getattr(self, f"{field}_strings"):
                 raise InvalidParameterError(f"{field} holds an empty string.", field=field, remedy="Remove it.")
+        if self.stop_strings and not self.detokenize:
+            raise InvalidParameterError(
+                "stop holds strings, which are looked for in the text, and detokenize is False.",
+                field="stop",
+                remedy="Leave detokenize at True, or use stop_token_ids.",
+            )
         return self
 
     @property

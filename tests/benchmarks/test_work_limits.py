@@ -40,7 +40,8 @@ def test_slow_arithmetic_bounds_every_step_by_products_and_attention() -> None:
     found = totals("40/3/5", bandwidth=1e30, flops=1e9)
     pair = 4 * HEADS * HEAD_DIM * LAYERS
     head = 2 * VOCAB * HIDDEN * 5
-    prompts = 2 * LAYERS * LAYER_WEIGHTS * 200 + head + pair * 5 * (40 * 41 // 2)
+    behind = HIDDEN * HEADS * HEAD_DIM + 3 * HIDDEN * INNER  # the last layer's attention: five tokens are wanted
+    prompts = 2 * (LAYERS * LAYER_WEIGHTS * 200 - behind * 195) + head + pair * 5 * (40 * 41 // 2)
     assert found["with prompts"].in_turn == pytest.approx(prompts / 1e9)
     decode = 2 * (2 * LAYERS * LAYER_WEIGHTS * 5 + head) + pair * 5 * (41 + 42)
     assert found["decode"].in_turn == pytest.approx(decode / 1e9)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -11,7 +13,7 @@ from huggingface_hub import errors as hub_errors
 
 from tokenmill.checkpoints import resolve
 from tokenmill.checkpoints.demo_models import DEMO_MODELS
-from tokenmill.checkpoints.resolve import resolve_model
+from tokenmill.checkpoints.resolve import resolve_model, resolve_tokenizer
 from tokenmill.errors import InvalidParameterError, ModelNotFoundError
 
 
@@ -85,7 +87,7 @@ def test_an_alias_is_fetched_into_the_cache(tmp_path: Path, monkeypatch: pytest.
 @pytest.fixture
 def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache of the hub's client, which is told to stay offline."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path))
     return tmp_path
 
@@ -109,6 +111,35 @@ def test_cached_repositories_are_found_offline(hub_cache: Path) -> None:
     assert resolve_model("organization/full:x.gguf") == snapshot / "x.gguf"
     snapshot = cache_repository(hub_cache, "organization/one", "README.md", "one.Q8_0.gguf")
     assert resolve_model("organization/one") == snapshot / "one.Q8_0.gguf"
+
+
+def test_the_tokenizer_of_a_repository_needs_no_weights(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    real = huggingface_hub.snapshot_download
+
+    def noted(*arguments: Any, **options: Any) -> str:
+        asked.extend(options["allow_patterns"])
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", noted)
+    snapshot = cache_repository(hub_cache, "organization/tokens", "tokenizer.json", "tokenizer_config.json")
+    assert resolve_tokenizer("organization/tokens") == snapshot
+    cache_repository(hub_cache, "organization/full", "config.json", "model.safetensors", "tokenizer.json")
+    resolve_tokenizer("organization/full", revision="main", show_progress=False)
+    assert not any(fnmatch(file, pattern) for file in ("model.safetensors", "x.gguf") for pattern in asked)
+    with pytest.raises(ModelNotFoundError) as caught:
+        resolve_tokenizer("organization/nothing")
+    assert caught.value.field == "tokenizer"
+
+
+def test_a_tokenizer_may_be_a_path_or_in_a_gguf_file(hub_cache: Path, tmp_path: Path) -> None:
+    assert resolve_tokenizer(tmp_path) == resolve_tokenizer(str(tmp_path)) == tmp_path
+    snapshot = cache_repository(hub_cache, "organization/one", "README.md", "one.Q8_0.gguf")
+    assert resolve_tokenizer("organization/one") == resolve_tokenizer("organization/one:one.Q8_0.gguf")
+    assert resolve_tokenizer("organization/one") == snapshot / "one.Q8_0.gguf"
+    with pytest.raises(ModelNotFoundError, match="no file or directory here") as caught:
+        resolve_tokenizer(tmp_path / "none")
+    assert caught.value.field == "tokenizer"
 
 
 def test_offline_and_not_cached(hub_cache: Path) -> None:

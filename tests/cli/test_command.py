@@ -31,7 +31,7 @@ def run(body: Callable[[Group, str], None], *arguments: str) -> tuple[int, str, 
         """Do the work."""
         body(group, word)
 
-    command(app, "work", epilog=examples(("Work", "work [now]")))(work)
+    command(app, "work", epilog=examples(("Work", "work [now]"), ("Too late?", "work later")))(work)
     result = CliRunner().invoke(app, list(arguments), prog_name="work")
     return result.exit_code, result.stdout, result.stderr
 
@@ -50,8 +50,19 @@ def test_groups_arrive_with_their_defaults_and_values() -> None:
 def test_help_shows_the_groups_options_and_the_examples() -> None:
     code, out, _ = run(lambda group, word: None, "--help")
     assert code == 0
-    for text in ("Do the work", "--size", "--name", "--debug", "Examples", "work [now]"):
+    for text in (
+        "Do the work",
+        "--size",
+        "--name",
+        "--debug",
+        "Examples",
+        "Work:",
+        "work [now]",
+        "Too late?",
+        "work later",
+    ):
         assert text in out
+    assert "?:" not in out
 
 
 def test_wrong_usage_is_exit_code_2() -> None:

@@ -6,12 +6,13 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from tests.cli.conftest import Program
-from tokenmill import Engine
+from tokenmill import LLM, Engine
 from tokenmill.builder.build import build
 from tokenmill.builder.engine_picture import engine_picture
 from tokenmill.errors import EngineFileError
@@ -62,8 +63,45 @@ def test_steps_that_the_engine_cannot_run_are_not_measured(
     assert program("inspect", str(engine_dir), *arguments).returncode == 0  # costs are arithmetic
 
 
-@pytest.mark.parametrize("option", ["--profile", "--picture=page.html"])
-def test_a_checkpoint_has_no_operations_to_measure(program: Program, tiny_model: Path, option: str) -> None:
+@pytest.mark.spec("C3")
+def test_memory_is_planned_as_for_a_start(program: Program, engine_dir: Path) -> None:
+    sizes = ("--max-batch-size", "3", "--kv-cache-tokens", "640", "--max-seq-len", "100")
+    with LLM(engine_dir, max_batch_size=3, max_seq_len=100, kv_cache_config={"max_tokens": 640}) as llm:
+        expected = asdict(llm.description.memory)
+    report = json.loads(program("inspect", str(engine_dir), "--json", *sizes).stdout)
+    assert {**expected, "free": None} == {**{name: report["memory"][name] for name in expected}, "free": None}
+    assert (report["max_batch_size"], report["limits"]["max_batch_size"]) == (3, 4)
+    table = program("inspect", str(engine_dir), *sizes).stdout
+    assert "Memory on cpu in int8_group32" in table
+    for text in ("640 tokens in 21 blocks, bfloat16", "of 100 tokens; 6 of them fit", "a step of 48 tokens", "Total"):
+        assert text in table, text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--max-batch-size", "5"), "max_batch_size is 5, but the engine was built for 4 at most"),
+        (("--backend", "torch"), "A built engine cannot run on the torch backend"),
+        (("--quantization", "q4_0"), "The engine's weights are int8_group32, and 'q4_0' is asked for"),
+        (("--kernels",), "is a built engine, which has its kernels already"),
+    ],
+)
+def test_what_an_engine_cannot_start_with_is_refused(
+    program: Program, engine_dir: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    done = program("inspect", str(engine_dir), *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_memory_that_is_not_there_is_a_warning(program: Program, engine_dir: Path) -> None:
+    done = program("inspect", str(engine_dir), "--kv-cache-tokens", str(10**12))
+    assert done.returncode == 0
+    assert "does not fit this machine" in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--profile", "--picture=a.html", "--step-tokens=2", "--context=9", "--every-layer"])
+def test_a_checkpoint_has_no_operations_to_show(program: Program, tiny_model: Path, option: str) -> None:
     done = program("inspect", str(tiny_model), option)
     assert done.returncode == 2
     assert "is no built engine. Build one first: tokenmill build" in done.stderr

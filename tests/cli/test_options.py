@@ -67,6 +67,7 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
             "Did you mean 'max_tokens'",
         ),
         ("max_batch_size: many", InvalidParameterError, "max_batch_size", "'many'"),
+        ("max_batch_size: yes", InvalidParameterError, "max_batch_size", "not a boolean"),
         ("max_batch_size: 0", InvalidParameterError, "max_batch_size", "greater than or equal to 1"),
         (
             "scheduler_config:\n  capacity_scheduler_policy: EVICT",

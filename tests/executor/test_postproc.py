@@ -68,6 +68,27 @@ def test_characters_are_whole_however_tokens_come(tokenizer: Tokenizer, order: A
     assert postprocessor.num_requests == 0
 
 
+@pytest.mark.parametrize("sizes", [(1,) * 20, (20,), (3, 4, 13)])
+@pytest.mark.parametrize("min_tokens", [0, 1, 2, 4, 7, 12, 20])
+def test_stop_strings_begin_behind_the_least_number_of_tokens(
+    tokenizer: Tokenizer, sizes: tuple[int, ...], min_tokens: int
+) -> None:
+    token_ids = (tokenizer.encode("fox on fox on fox on fox on fox") * 2)[:20]
+    postprocessor = Postprocessor(tokenizer)
+    postprocessor.open(1, SamplingParams(max_tokens=50, min_tokens=min_tokens, stop="fox"), (1,))
+    text, left, is_hit = "", list(token_ids), False
+    for size in sizes:
+        delta = TokenDelta(1, 0, tuple(left[:size]), finish_reason="length" if len(left) == size else None)
+        left = left[size:]
+        result = postprocessor.process([delta], [])
+        text += text_of(result, 1)
+        is_hit |= any(output.finish_reason == "stop" for _, output in result.outputs)
+    whole = tokenizer.decode(token_ids)
+    passed = tokenizer.decode(token_ids[:min_tokens])
+    assert text == passed + whole[len(passed) :].partition("fox")[0]
+    assert is_hit == ("fox" in whole[len(passed) :])
+
+
 def test_a_request_without_text_ends_alone(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     postprocessor = Postprocessor(tokenizer)
     for request_id in (1, 2):

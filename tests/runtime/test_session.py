@@ -154,3 +154,11 @@ def test_a_session_starts_from_a_directory(engine: Any, tmp_path: Path) -> None:
     session = Session.from_engine_dir(folder, num_blocks=8, num_threads=1)
     expected = Session(engine, num_blocks=8, num_threads=1).run(GOOD)
     np.testing.assert_array_equal(session.run(GOOD)["logits"], expected["logits"])
+
+
+@pytest.mark.parametrize("name", ["num_blocks", "tokens_per_block", "num_threads"])
+@pytest.mark.parametrize("number", [0, -1, True, 1.5, "8"])
+def test_sizes_are_numbers_of_one_or_more(engine: Any, name: str, number: Any) -> None:
+    with pytest.raises(InvalidParameterError, match=f"{name} is") as caught:
+        Session(engine, **{name: number})
+    assert caught.value.field == name

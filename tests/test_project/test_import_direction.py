@@ -39,11 +39,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "builder",  # the program of the engine that a start would build
         "checkpoints",
         "executor.backend_choice",
+        "executor.description",
         "executor.engine_source",
         "executor.program_factory",
         "models",
         "models.linear_kernels",
         "ops.platform",
+        "program",
         "runtime",
         "tokenization",
     ),

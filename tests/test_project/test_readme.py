@@ -15,6 +15,7 @@ import pytest
 
 from tests.support.documents import code_blocks, heading_anchors, link_targets, pages, shell_commands
 from tests.support.source_tree import ROOT
+from tokenmill.executor import Executor
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -128,6 +129,13 @@ def text_files() -> list[Path]:
     for folder in TEXT_FOLDERS:
         found += [path for pattern in TEXT_FILES for path in (ROOT / folder).rglob(pattern)]
     return [*found, *(ROOT / "scripts").glob("[a-z]*[!.]"), ROOT / ".ci" / "run"]
+
+
+def test_the_page_of_the_low_level_executor_names_all_methods() -> None:
+    page = (ROOT / "docs" / "low-level-executor.md").read_text(encoding="utf-8")
+    methods = [name for name in vars(Executor) if not name.startswith("_")]
+    assert "await_responses" in methods
+    assert [name for name in methods if f"`{name}`" not in page] == []
 
 
 def test_no_file_names_one_machine_or_draws_pictures_in_text() -> None:

@@ -7,6 +7,8 @@ taken as it is; an alias is fetched from its Python packages; `organization/name
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,9 +20,13 @@ _HUB_ID: Final = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?::(?P<file>[\w./-]+
 # What a model directory needs; `*/*` keeps out the copies in other formats that repositories hold in folders.
 _HUB_PATTERNS: Final = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 _HUB_IGNORED: Final = ("*/*", "consolidated*.safetensors")
+_TOKENIZER_PATTERNS: Final = tuple(pattern for pattern in _HUB_PATTERNS if pattern != "*.safetensors")
+_VOCABULARIES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
-def resolve_model(model: str | Path, *, revision: str | None = None, show_progress: bool = True) -> Path:
+def resolve_model(
+    model: str | Path, *, revision: str | None = None, show_progress: bool = True, field: str = "model"
+) -> Path:
     """The directory or GGUF file of `model`, downloaded first where needed.
 
     Args:
@@ -28,6 +34,7 @@ def resolve_model(model: str | Path, *, revision: str | None = None, show_progre
             GGUF file of a hub repository (`organization/name:file.gguf`). An existing path goes before the others.
         revision: branch, tag or commit of a hub model; has no meaning for a path.
         show_progress: whether to show progress bars on stderr.
+        field: the parameter that errors name.
 
     Returns:
         A directory in Hugging Face format, or a GGUF file. A directory that holds one GGUF file and no config.json
@@ -38,6 +45,36 @@ def resolve_model(model: str | Path, *, revision: str | None = None, show_progre
         InvalidParameterError: `revision` is given for an alias.
         CheckpointError: a fetched file is not what was published.
     """
+    with _errors_name(field):
+        return _resolve(model, revision, show_progress)
+
+
+def resolve_tokenizer(tokenizer: str | Path, *, revision: str | None = None, show_progress: bool = True) -> Path:
+    """As `resolve_model`, for a tokenizer: of a hub repository no weights are fetched, nor need it have any.
+
+    Raises:
+        ModelNotFoundError, InvalidParameterError, CheckpointError: as there; the field is `tokenizer`.
+    """
+    hub_id = None if isinstance(tokenizer, Path) or tokenizer in DEMO_MODELS else _HUB_ID.fullmatch(tokenizer)
+    if hub_id is not None and hub_id["file"] is None and _existing(Path(tokenizer)) is None:
+        with _errors_name("tokenizer"):
+            directory = _snapshot(
+                hub_id["repo"], revision, show_progress, allow=_TOKENIZER_PATTERNS, ignore=_HUB_IGNORED
+            )
+        if any((directory / name).exists() for name in _VOCABULARIES):
+            return directory
+    return resolve_model(tokenizer, revision=revision, show_progress=show_progress, field="tokenizer")
+
+
+@contextmanager
+def _errors_name(field: str) -> Iterator[None]:
+    try:
+        yield
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(error.message, field=field, remedy=error.remedy) from error.__cause__
+
+
+def _resolve(model: str | Path, revision: str | None, show_progress: bool) -> Path:
     name = str(model)
     if name.strip():
         path = _existing(Path(model))

@@ -57,7 +57,10 @@ def _unwrapped(text: str) -> str:
 
 def examples(*pairs: tuple[str, str]) -> str:
     """An epilog out of (what it does, command line) pairs."""
-    blocks = [f"[dim]{escape(purpose)}:[/dim]\n  {escape(line)}" for purpose, line in pairs]
+    blocks = []
+    for purpose, line in pairs:
+        heading = purpose if purpose.endswith("?") else f"{purpose}:"
+        blocks.append(f"[dim]{escape(heading)}[/dim]\n  {escape(line)}")
     return "\n\n".join(["[bold]Examples[/bold]", *blocks])
 
 

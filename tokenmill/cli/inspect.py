@@ -11,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from tokenmill.cli.command import command, examples
-from tokenmill.cli.console import print_warning, progress, readable_size, stdout_console
+from tokenmill.cli.console import progress, readable_size, stdout_console
 from tokenmill.cli.inspect_engine import EngineView, print_engine
+from tokenmill.cli.memory_table import print_memory
 from tokenmill.cli.options import ModelOptions
 from tokenmill.errors import InvalidParameterError
 from tokenmill.program.engine_config import is_engine
@@ -84,31 +85,52 @@ def inspect(
     """Say what a model is and how much memory it takes. No weight is loaded.
 
     The memory plan is the one that is made at start, for the backend that would run the model and the free memory of
-    this machine. Of an engine that tokenmill build wrote, the operations are listed, with the bytes that each moves,
-    what it computes in a step, and with --profile what it takes.
+    this machine. Of an engine that tokenmill build wrote, the operations are listed, too, with the bytes that each
+    moves, what it computes in a step, and with --profile what it takes.
     """
-    if is_engine(Path(model)):
-        print_engine(Path(model), EngineView(step_tokens, context, every_layer, as_json, profile, picture))
-        return
-    if profile or picture is not None:
-        raise InvalidParameterError(
-            f"{model} is no built engine.",
-            field="profile" if profile else "picture",
-            remedy="Build one first: tokenmill build MODEL -o DIRECTORY.",
-        )
+    view = EngineView(step_tokens, context, every_layer, as_json, profile, picture)
+    _check_options(model, view, kernels)
     arguments = model_options.llm_arguments(model)
+    if is_engine(Path(model)):
+        print_engine(Path(model), view, arguments)
+        return
     with progress("Starting"):
         from tokenmill.inspection import inspect_model
     report = inspect_model(**arguments)
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2))
         return
-    tables = [_model_table(report), _memory_table(report), *([_kernel_table(report)] if kernels else [])]
     console = stdout_console()
-    for table in tables:
-        console.print(table)
-    if report.shortage is not None:
-        print_warning(f"It does not fit this machine: {report.shortage}")
+    console.print(_model_table(report))
+    print_memory(report)
+    if kernels:
+        console.print(_kernel_table(report))
+
+
+def _check_options(model: str, view: EngineView, kernels: bool) -> None:
+    """Refuse what only engines have of a model, and what only models have of an engine."""
+    if is_engine(Path(model)):
+        if kernels:
+            raise InvalidParameterError(
+                f"{model} is a built engine, which has its kernels already.",
+                field="kernels",
+                remedy="Leave --kernels out, or give the checkpoint.",
+            )
+        return
+    of_engines = {
+        "profile": view.profile,
+        "picture": view.picture is not None,
+        "step_tokens": view.num_tokens != 1,
+        "context": view.context_len is not None,
+        "every_layer": view.every_layer,
+    }
+    for field, is_given in of_engines.items():
+        if is_given:
+            raise InvalidParameterError(
+                f"{model} is no built engine.",
+                field=field,
+                remedy="Build one first: tokenmill build MODEL -o DIRECTORY.",
+            )
 
 
 def _model_table(report: ModelReport) -> Table:
@@ -156,37 +178,6 @@ def _backend(report: ModelReport) -> str:
 def _windows(report: ModelReport) -> str:
     sliding = sum(kind == "sliding_attention" for kind in report.config.layer_types)
     return f" ({sliding} of them see a window of {report.config.sliding_window:,} tokens)" if sliding else ""
-
-
-def _memory_table(report: ModelReport) -> Table:
-    memory = report.memory
-    title = f"Memory on {report.device} in {report.weight_formats}"
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    table.add_column(overflow="fold")
-
-    def row(name: str, num_bytes: int, note: str = "", style: str = "") -> None:
-        table.add_row(name, readable_size(num_bytes), note, style=style)
-
-    note = f"{report.num_parameters:,} parameters"
-    if report.backend == "engine" and report.weight_formats != report.dtype:
-        note += f", as the program reads them; what is not quantized is {report.dtype}"
-    row("Weights", memory.weights, note)
-    row(
-        "KV cache",
-        memory.kv_cache,
-        f"{memory.cache_tokens:,} tokens in {memory.num_blocks:,} blocks, {report.cache_dtype}",
-    )
-    row("  per token", memory.kv_bytes_per_token)
-    sequences = memory.cache_tokens // report.max_seq_len
-    row("  per sequence", report.kv_bytes_per_sequence, f"of {report.max_seq_len:,} tokens; {sequences:,} of them fit")
-    row("Activations", memory.activations, f"a step of {report.max_num_tokens:,} tokens, logits included")
-    if memory.graphs:
-        row("CUDA graphs", memory.graphs, f"decode steps of {report.max_batch_size} sequences")
-    row("Workspace", memory.slots, f"tokens and block tables of {report.max_batch_size} sequences")
-    row("Total", memory.total, "" if memory.free is None else f"{readable_size(memory.free)} are free", style="bold")
-    return table
 
 
 def _kernel_table(report: ModelReport) -> Table:

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from tokenmill.cli.build_summary import summary_table
 from tokenmill.cli.console import print_note, progress, readable_size, stdout_console
+from tokenmill.cli.memory_table import print_memory
 from tokenmill.cli.profile_engine import operation_times
 from tokenmill.errors import InvalidParameterError
 
@@ -50,17 +51,24 @@ class EngineView:
     picture: Path | None
 
 
-def print_engine(path: Path, view: EngineView) -> None:
-    """The summary and the table of operations of the engine in a directory.
+def print_engine(path: Path, view: EngineView, arguments: dict[str, Any]) -> None:
+    """The summary, the memory plan and the table of operations of the engine in a directory.
+
+    Args:
+        path: the directory.
+        view: what is shown.
+        arguments: of `LLM`, for the memory plan; `model` among them.
 
     Raises:
         EngineFileError: the engine is damaged, or for another machine.
-        InvalidParameterError: the step cannot be measured, or the picture not be written.
+        UserError: the engine cannot be started so, the step not be measured, or the picture not be written.
     """
     with progress("Starting"):
         from tokenmill.builder.engine import Engine
+        from tokenmill.inspection import plan_engine
         from tokenmill.program.costs import StepSize, operation_rows, rows_by_layer_part
     engine = Engine.load(path)
+    planned = plan_engine(engine, **arguments)
     cache_nbytes = {"float32": 4, "bfloat16": 2}.get(engine.config.kv_cache_dtype, 4)
     context_len = max(view.context_len or min(USUAL_CONTEXT, engine.config.limits.max_seq_len), view.num_tokens)
     step = StepSize(num_tokens=view.num_tokens, num_rows=1, context_len=context_len, cache_nbytes=cache_nbytes)
@@ -72,10 +80,11 @@ def print_engine(path: Path, view: EngineView) -> None:
         _write_picture(engine, view.picture, step, times)
     rows = operation_rows(engine.program, step, times)
     if view.as_json:
-        typer.echo(json.dumps(_plain(engine, rows, step), indent=2))
+        typer.echo(json.dumps({**planned.to_dict(), **_plain(engine, rows, step)}, indent=2))
         return
     console = stdout_console()
     console.print(summary_table(engine, str(path)))
+    print_memory(planned)
     tokens = "1 token" if step.num_tokens == 1 else f"{step.num_tokens:,} tokens"
     title = f"A step of {tokens}, {step.context_len:,} cached at its end"
     shown = rows if view.every_layer else rows_by_layer_part(rows)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Container
-from math import isfinite
 from typing import Protocol
 
+from tokenmill.config import is_number, shown
 from tokenmill.engine.request import GenerationRequest
 from tokenmill.engine.stop_words import MAX_STOP_WORD_TOKENS
 from tokenmill.errors import InvalidParameterError, PromptTooLongError, RequestTooLargeError
@@ -64,8 +64,8 @@ def check_request(inputs: GenerationRequest, limits: RequestLimits, kv: CacheLim
     sampling = inputs.sampling
     if inputs.request_id in known_ids:
         raise InvalidParameterError(f"A request with id {inputs.request_id} is running.", field="request_id")
-    if not isfinite(inputs.priority):
-        raise InvalidParameterError(f"priority is {inputs.priority}.", field="priority", remedy="Give a number.")
+    if not is_number(inputs.priority):
+        raise InvalidParameterError(f"priority is {shown(inputs.priority)}.", field="priority", remedy="Give a number.")
     if num_prompt_tokens == 0:
         raise InvalidParameterError("The prompt is empty.", field="prompt", remedy="Give at least one token.")
     if num_prompt_tokens >= limits.max_seq_len:

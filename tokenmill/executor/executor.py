@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import atexit
 import itertools
-import math
 import os
 import time
 from abc import ABC, abstractmethod
@@ -27,7 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from tokenmill.config import LlmArgs
+from tokenmill.config import LlmArgs, is_number, shown
 from tokenmill.engine.request import GenerationRequest
 from tokenmill.engine.validation import check_request, check_token_ids
 from tokenmill.errors import (
@@ -314,11 +313,9 @@ class GenerationExecutor(ABC):
 
 
 def _check_timeout(timeout: float | None) -> None:
-    if timeout is None:
-        return
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not math.isfinite(timeout) or timeout <= 0:
+    if timeout is not None and not (is_number(timeout) and timeout > 0):
         raise InvalidParameterError(
-            f"timeout is {timeout!r}, not a number of seconds above 0.",
+            f"timeout is {shown(timeout)}, not a number of seconds above 0.",
             field="timeout",
             remedy="Leave it out for none.",
         )

@@ -71,19 +71,25 @@ class Postprocessed:
 
 
 class _SequenceText:
-    """Text of one sequence: detokenizer, then stop strings."""
+    """Text of one sequence: detokenizer, then stop strings, which begin behind `min_tokens` tokens."""
 
     def __init__(self, tokenizer: Tokenizer, sampling: SamplingParams, prompt_token_ids: tuple[int, ...]) -> None:
         self._detokenizer = IncrementalDetokenizer(
             tokenizer, prompt_token_ids=prompt_token_ids, skip_special_tokens=sampling.skip_special_tokens
         )
         self._stop = StopStringChecker(sampling.stop_strings, sampling.include_stop_str_in_output)
+        self._num_to_pass = sampling.min_tokens or 0
 
     def append(self, token_ids: tuple[int, ...], is_last: bool) -> tuple[str, int, str | None]:
         """New safe text, how many of the tokens it took, and the stop string that was found."""
         text = ""
         for count, token_id in enumerate(token_ids, start=1):
-            safe, matched = self._stop.append(self._detokenizer.append([token_id]))
+            piece = self._detokenizer.append([token_id])
+            if self._num_to_pass:
+                self._num_to_pass -= 1
+                text += piece
+                continue
+            safe, matched = self._stop.append(piece)
             text += safe
             if matched is not None:
                 return text, count, matched

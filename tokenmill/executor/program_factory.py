@@ -36,6 +36,7 @@ from tokenmill.runtime.program_runner import ProgramRunner
 from tokenmill.runtime.slot_runner import SlotRunner
 from tokenmill.runtime.slot_state import SlotState
 from tokenmill.runtime.step_sizes import SHORT_TOKENS
+from tokenmill.runtime.weight_decoding import decoded_nbytes
 from tokenmill.sampling.slot_params import SlotSamplingParams
 
 
@@ -61,6 +62,21 @@ def build_program_engine(
         UserError: a parameter does not fit the engine.
         OutOfMemoryError: the cache does not fit.
     """
+    device = engine_device(args, package)
+    description = describe_program_engine(
+        args, package, device, package.weight_nbytes, free_memory(device) // num_sharing
+    )
+    cache_dtype = getattr(torch, description.cache_dtype)
+    runner = _make_runner(args, package, description, cache_dtype, device, on_progress)
+    return make_core(args, description, runner, overlap=device.type == "cuda"), description
+
+
+def engine_device(args: LlmArgs, package: EnginePackage) -> torch.device:
+    """The device that an engine runs on.
+
+    Raises:
+        InvalidParameterError: it is not here, or the caller wants another kind of device.
+    """
     device = resolve_device(package.config.target.device if args.device == "auto" else args.device)
     if device.type != package.config.target.device:
         raise InvalidParameterError(
@@ -68,12 +84,7 @@ def build_program_engine(
             field="device",
             remedy="Leave the device out, or build the engine for it.",
         )
-    description = describe_program_engine(
-        args, package, device, package.weight_nbytes, free_memory(device) // num_sharing
-    )
-    cache_dtype = getattr(torch, description.cache_dtype)
-    runner = _make_runner(args, package, description, cache_dtype, device, on_progress)
-    return make_core(args, description, runner, overlap=device.type == "cuda"), description
+    return device
 
 
 def describe_program_engine(
@@ -85,7 +96,7 @@ def describe_program_engine(
         args: how to serve.
         package: the engine; its weights are not looked at.
         device: of the engine.
-        weight_nbytes: of all weights.
+        weight_nbytes: of all weights in the engine; on a GPU they are decoded.
         free: bytes of memory; None plans the cache that all sequences of the longest length need.
 
     Raises:
@@ -106,9 +117,10 @@ def describe_program_engine(
         max_seq_len=sizes.max_seq_len,
         is_cpu=device.type == "cpu",
     )
-    step = package.program.arena_bytes
     if device.type == "cpu":
         step = cpu_step_nbytes(package.program, sizes.max_num_tokens, max(sizes.max_batch_size, MIN_LOGIT_ROWS))
+    else:
+        step, weight_nbytes = package.program.arena_bytes, decoded_nbytes(package.program)
     memory = plan_memory(config, request, args.kv_cache_config, free, MeasuredMemory(weight_nbytes, step))
     is_16_bit = all(buffer.dtype != "float32" for buffer in package.program.buffers)  # what products read
     check_deterministic(args, "engine", device, dtype if is_16_bit else torch.float32)

@@ -22,7 +22,8 @@ class GenerationResult:
     """A request under way.
 
     Wait for the end with `result()`, `await` or `aresult()`; iterate with `for` or `async for` to follow it: one
-    `RequestOutput` for each step with `streaming`, else only the last. One reader iterates; any number may wait.
+    `RequestOutput` for each step with `streaming`, else only the last. One reader iterates; any number may wait. The
+    request goes on when one of them is cancelled (`asyncio.wait_for`, say): `abort` ends it, or a `timeout` of its own.
 
     Raises (from waiting and iterating):
         TokenmillError: the request failed; everything that came before was handed out first.

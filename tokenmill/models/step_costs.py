@@ -1,13 +1,15 @@
 """What each part of a model moves and computes in a step, from its configuration alone, for any backend.
 
 The costs are those of the same operations in a program (`program.costs`); what is here is which operations a model of
-`models/` has. `bench` compares the times of kernels with them, `inspect` lists the linear layers. Imports no torch.
+`models/` has, and that behind the last layer's attention a step computes the wanted tokens alone
+(`ForwardBatch.wanted`). `bench` compares the times of kernels with them, `inspect` lists the linear layers. Imports no
+torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from tokenmill.models.config import ModelConfig
@@ -17,6 +19,8 @@ from tokenmill.program.program import AttributeValue, Weight
 OperationKind: TypeAlias = Literal[
     "embedding", "norm", "linear", "rope", "attention", "activation", "routing", "experts", "head", "sampling", "other"
 ]
+
+_CostOfStep: TypeAlias = Callable[[StepSize], Cost]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,58 +97,74 @@ def step_costs(config: ModelConfig, step: StepSize, *, linear_nbytes: float = 2.
 
     Args:
         config: of the model.
-        step: its size; `cache_nbytes` is of one cached number.
+        step: its size; `num_rows` tokens are computed behind the last layer's attention, and `cache_nbytes` is of one
+            cached number.
         linear_nbytes: bytes of a weight that `quantization` covers.
     """
-    found = [_linear(shape, step, linear_nbytes if shape.is_quantized else 2.0) for shape in linear_shapes(config)]
+    behind = _behind_attention(config)
+    found = [
+        _linear(shape, step, linear_nbytes if shape.is_quantized else 2.0, shape.name in behind)
+        for shape in linear_shapes(config)
+    ]
     found += _attention(config, step)
     tokens = Block("tokens", config.hidden_size, "bfloat16")
     norms = (4 if config.sandwich_norms else 2) * config.num_layers
-    found.append(_operation("norms", "norm", "add_rms_norm", norms, step, [tokens] * 2, [tokens] * 2))
+    add_rms_norm = _per_step("add_rms_norm", [tokens] * 2, [tokens] * 2)
+    found.append(_operation("norms", "norm", norms, step, add_rms_norm, 3 if config.sandwich_norms else 1))
     num_dense = config.num_layers - (0 if config.moe is None else sum(config.moe.layers))
     if num_dense:
         inner = Block("tokens", config.intermediate_size, "bfloat16")
-        found.append(_operation("activation", "activation", "gated_activation", num_dense, step, [inner] * 2, [inner]))
+        activation = _per_step("gated_activation", [inner] * 2, [inner])
+        found.append(_operation("activation", "activation", num_dense, step, activation, "down_proj" in behind))
     if config.moe is not None:
-        found.append(_experts(config, step, linear_nbytes))
+        experts = _experts(config, linear_nbytes)
+        found.append(_operation("experts", "experts", sum(config.moe.layers), step, experts, "router" in behind))
     table = Weight("embed_tokens", (config.vocab_size, config.hidden_size), "bfloat16")
     ids = {"token_ids": Block("tokens", 2, "float32")}
     embedding = operation_cost("embedding", ids, {"y": tokens}, {"table": table}, {}, step)
     found.append(StepOperation("embedding", "embedding", 1, embedding))
     logits = Block("rows", config.vocab_size, "bfloat16")
-    found.append(_operation("sampling", "sampling", "argmax", 1, step, [logits], []))
+    found.append(_operation("sampling", "sampling", 1, step, _per_step("argmax", [logits], [])))
     return tuple(found)
 
 
+def _behind_attention(config: ModelConfig) -> frozenset[str]:
+    """The linear layers behind the last layer's attention, the output head left out."""
+    order = linear_order(config)
+    return frozenset(order[len(order) - order[::-1].index("qkv_proj") : -1])
+
+
 def _operation(
-    name: str,
-    kind: OperationKind,
-    program_kind: str,
-    count: int,
-    step: StepSize,
-    inputs: list[Block],
-    outputs: list[Block],
-    attributes: Mapping[str, AttributeValue] | None = None,
+    name: str, kind: OperationKind, count: int, step: StepSize, cost_of: _CostOfStep, num_behind: int = 0
 ) -> StepOperation:
-    """Operations without weights worth counting."""
+    """`count` operations, `num_behind` of them behind the last layer's attention."""
+    wanted = replace(step, num_tokens=step.num_rows)
+    cost = _times(cost_of(step), count - num_behind) + _times(cost_of(wanted), num_behind)
+    return StepOperation(name, kind, count, cost)
+
+
+def _per_step(program_kind: str, inputs: list[Block], outputs: list[Block]) -> _CostOfStep:
+    """The cost of an operation without weights worth counting."""
     by_role = {str(index): block for index, block in enumerate(inputs)}
     outputs_by_role = {"y" if index == 0 else str(index): block for index, block in enumerate(outputs)}
-    cost = operation_cost(program_kind, by_role, outputs_by_role, {}, attributes or {}, step)
-    return StepOperation(name, kind, count, _times(cost, count))
+    return lambda step: operation_cost(program_kind, by_role, outputs_by_role, {}, {}, step)
 
 
 def _times(cost: Cost, count: int) -> Cost:
     return Cost(cost.weight_bytes * count, cost.activation_bytes * count, cost.flops * count)
 
 
-def _linear(shape: LinearShape, step: StepSize, nbytes: float) -> StepOperation:
+def _linear(shape: LinearShape, step: StepSize, nbytes: float, is_behind: bool) -> StepOperation:
     rows: Literal["rows", "tokens"] = "rows" if shape.name == "lm_head" else "tokens"
     x, y = Block(rows, shape.in_features, "bfloat16"), Block(rows, shape.out_features, "bfloat16")
     weight = Weight(shape.name, (shape.out_features, shape.in_features), "bfloat16")
-    cost = _times(operation_cost("linear", {"x": x}, {"y": y}, {"weight": weight}, {}, step), shape.count)
     kind: OperationKind = "head" if shape.name == "lm_head" else "linear"
-    moved = Cost(round(shape.num_values * nbytes), cost.activation_bytes, cost.flops)
-    return StepOperation(shape.name, kind, shape.count, moved)
+
+    def cost_of(step: StepSize) -> Cost:
+        return operation_cost("linear", {"x": x}, {"y": y}, {"weight": weight}, {}, step)
+
+    found = _operation(shape.name, kind, shape.count, step, cost_of, is_behind)
+    return replace(found, cost=replace(found.cost, weight_bytes=round(shape.num_values * nbytes)))
 
 
 def _attention(config: ModelConfig, step: StepSize) -> list[StepOperation]:
@@ -168,7 +188,7 @@ def _attention(config: ModelConfig, step: StepSize) -> list[StepOperation]:
     ]
 
 
-def _experts(config: ModelConfig, step: StepSize, nbytes: float) -> StepOperation:
+def _experts(config: ModelConfig, nbytes: float) -> _CostOfStep:
     moe = config.moe
     assert moe is not None, "the model has no experts"
     tokens = Block("tokens", config.hidden_size, "bfloat16")
@@ -178,7 +198,9 @@ def _experts(config: ModelConfig, step: StepSize, nbytes: float) -> StepOperatio
     }
     weights = {role: Weight(role, shape, "bfloat16") for role, shape in shapes.items()}
     attributes: dict[str, AttributeValue] = {"num_experts": moe.num_experts, "top_k": moe.top_k}
-    cost = operation_cost("experts", {"x": tokens}, {"y": tokens}, weights, attributes, step)
-    count = sum(moe.layers)
-    moved = Cost(round(cost.weight_bytes * nbytes / 2), cost.activation_bytes, cost.flops)
-    return StepOperation("experts", "experts", count, _times(moved, count))
+
+    def cost_of(step: StepSize) -> Cost:
+        cost = operation_cost("experts", {"x": tokens}, {"y": tokens}, weights, attributes, step)
+        return replace(cost, weight_bytes=round(cost.weight_bytes * nbytes / 2))
+
+    return cost_of

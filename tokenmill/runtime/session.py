@@ -14,6 +14,7 @@ from typing import Any, Final, Self, TypeAlias
 import numpy as np
 import torch
 
+from tokenmill.config import is_boolean, shown
 from tokenmill.errors import InvalidParameterError, UnknownParameterError, did_you_mean
 from tokenmill.program.package import EnginePackage
 from tokenmill.runtime.program_executor import ProgramExecutor, Values
@@ -58,6 +59,7 @@ class Session:
     Raises:
         EngineFileError: the engine has no weights.
         UnsupportedFeatureError: this machine has no kernels for it.
+        InvalidParameterError: a number is no number of 1 or more.
     """
 
     def __init__(
@@ -70,6 +72,10 @@ class Session:
         num_threads: int | None = None,
         use_kernels: bool = True,
     ) -> None:
+        for name, number in (("num_blocks", num_blocks), ("tokens_per_block", tokens_per_block)):
+            _check_count(name, number)
+        if num_threads is not None:
+            _check_count("num_threads", num_threads)
         self.engine = engine
         self._num_blocks = num_blocks
         limits = engine.config.limits
@@ -271,3 +277,8 @@ def _integers(name: str, value: Any) -> Integers:
 
 def _wrong(name: str, what: str) -> InvalidParameterError:
     return InvalidParameterError(f"The input '{name}' {what}.", field=name)
+
+
+def _check_count(name: str, number: Any) -> None:
+    if not isinstance(number, int) or is_boolean(number) or number < 1:
+        raise InvalidParameterError(f"{name} is {shown(number)}.", field=name, remedy="Give 1 or more.")

@@ -42,8 +42,9 @@ COMPILED_ROWS = (1, 2, 4, 16, 32, 64, 128, 256)
 MAX_PROMPT_GRAPHS = 48
 """Of steps with prompts, of all sizes: what each takes beside the memory that all share is small, but not nothing."""
 
-RUNS_IN_LARGER = (1, 3)
-"""How often a size, of decode and of prompts, runs as a larger one that is captured before it is captured itself."""
+RUNS_IN_LARGER = (8, 3)
+"""How often a size, of decode and of prompts, runs as a larger one that is captured before it is captured itself: the
+first run of a size and its capture take the host as long as ten replays of a decode step."""
 
 
 @dataclass(frozen=True, slots=True)

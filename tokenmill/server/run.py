@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import signal
 import socket
@@ -117,10 +118,13 @@ def open_listener(host: str, port: int) -> socket.socket:
     except OSError as error:
         if listener is not None:
             listener.close()
+        is_no_address = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
         raise InvalidParameterError(
             f"Cannot listen on {host} port {port}: {error}.",
-            field="host" if isinstance(error, socket.gaierror) else "port",
-            remedy="Choose another port, or 0 for any free one.",
+            field="host" if is_no_address else "port",
+            remedy="Give an address of this machine, or 0.0.0.0 for all of them."
+            if is_no_address
+            else "Choose another port, or 0 for any free one.",
         ) from None
     return listener
 

@@ -225,7 +225,7 @@ class SamplingFields(GenerationFields):
     max_tokens: Count | None = None
     """Most tokens to generate."""
     min_tokens: Count | None = None
-    """End tokens and stop tokens are banned before this many tokens."""
+    """End tokens and stop tokens are banned before this many tokens, and stop strings do not count before them."""
     ignore_eos: bool | None = None
     """Go on after the model's end token."""
     stop: Strings | None = None

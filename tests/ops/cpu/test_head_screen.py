@@ -171,9 +171,12 @@ def test_the_bound_is_one(data: st.DataObject) -> None:
         x[0, :32] = 0
     record, _ = quantize_activations(x)
     approximate, bounds = head.bounded(record)
-    errors = np.abs(head.logits(record).astype(np.float64) - approximate)
+    logits = head.logits(record)
+    errors = np.abs(logits.astype(np.float64) - approximate)
     assert np.all(errors <= bounds), (errors / bounds).max()
     assert np.all(np.isfinite(bounds))
+    # Above the logit, not at it, rounded as the kernel does: a row that only reaches another's logit is below it.
+    assert np.all(approximate.astype(np.float32) + bounds.astype(np.float32) > logits)
 
 
 def test_activations_in_the_direction_of_the_error() -> None:
@@ -287,6 +290,31 @@ def test_numbers_that_are_not_finite() -> None:
         record.reshape(-1, 40)[2, 32:36] = np.array([scale], np.float32).view(np.uint8)
         record.reshape(-1, 40)[2, 36:40] = np.array([total], np.float32).view(np.uint8)
         assert head.token(record) == NOT_FINITE
+
+
+def test_a_screen_whose_sums_are_infinite_excludes_nothing() -> None:
+    """Logits that float32 holds, beyond what it holds where low halves are taken for their middle.
+
+    With `unit`, the 300th part of the largest float32, all logits of the first tile are -256 units, by the screen -16;
+    those of the second -160 units, by the screen -384, with a bound of less than 300: finite.
+    """
+    weight, _ = make_weight("int8_group32", 32, 64)
+    quads = np.array([8, 9])  # of the second group, where activations are zero
+    scales, values = records_of(Head(weight, quads))
+    scales[:] = 65504.0
+    unit = np.finfo(np.float32).max / 300
+    plus, minus = values[:, 0, :4], values[:, 0, 4:]  # [tiles, quads, 16, columns]
+    plus[0], minus[0] = 0, 15
+    minus[0, 0, :, 0] += 16
+    plus[1], minus[1] = 14, 0
+    minus[1] += 16
+    minus[1, :, :, :2] += 16
+    record = np.zeros((2, 40), np.uint8)
+    record[0, :32] = np.repeat(np.array([127, -127], np.int8), 16).view(np.uint8)
+    record[0, 32:36] = np.array([unit / 127 / 65504], np.float32).view(np.uint8)
+    head = Head(weight, quads)
+    assert np.allclose(head.logits(record.reshape(-1)) / unit, [-256] * 16 + [-160] * 16)
+    assert head.token(record.reshape(-1)) == 16
 
 
 def test_few_tiles_are_computed_where_one_row_stands_out() -> None:

@@ -20,7 +20,6 @@ from tokenmill.checkpoints.resolve import resolve_model
 from tokenmill.errors import (
     ExecutorShutdownError,
     InvalidParameterError,
-    ModelNotFoundError,
     TokenmillError,
     UnsupportedFeatureError,
 )
@@ -244,10 +243,7 @@ def _local_path(model: Any) -> Path:
         raise InvalidParameterError(
             f"model_path_or_buffer is of type {type(model).__name__}, not a path or name.", field="model_path_or_buffer"
         )
-    try:
-        return resolve_model(model)
-    except ModelNotFoundError as error:
-        raise ModelNotFoundError(error.message, field="model_path_or_buffer", remedy=error.remedy) from None
+    return resolve_model(model, field="model_path_or_buffer")
 
 
 def _as_seconds(timeout: Any) -> float | None:
