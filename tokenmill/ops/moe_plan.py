@@ -1,7 +1,7 @@
 """Block sizes of the kernels that multiply tokens with their experts on a GPU. Pure arithmetic: no torch, no triton.
 
 The numbers were found by `python -m benchmarks.gpu.moe --tune` on an H100 (docs/log.md). Called by
-`ops.moe` and `ops.triton.moe_tiles`.
+`ops.moe` and the kernels in `ops.triton`.
 """
 
 from __future__ import annotations

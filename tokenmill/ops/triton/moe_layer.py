@@ -11,6 +11,7 @@ from tokenmill.ops.fp8 import QuantizedRows, per_token_quantize_fp8, static_quan
 from tokenmill.ops.moe import ExpertWeights, Routing
 from tokenmill.ops.moe_plan import MANY_ROWS, GroupedPlan, fits_many
 from tokenmill.ops.platform import is_hopper
+from tokenmill.ops.triton.launch import is_interpreted
 from tokenmill.ops.triton.moe_routing import combine
 from tokenmill.ops.triton.moe_scales import FEATURE_SCALES, quantize_groups, scale_kind_of
 from tokenmill.ops.triton.moe_sorting import MAX_TOGETHER, sort_many_pairs, sort_pairs
@@ -54,6 +55,7 @@ def programs_stay(x: torch.Tensor, weights: ExpertWeights, plan: GroupedPlan, nu
         plan.block_rows == MANY_ROWS
         and weights.scales_inner_by_token(num_pairs)
         and is_hopper(x.device)
+        and not is_interpreted()
         and x.element_size() == 2
         and scale_kind_of(weights.gate_up) == scale_kind_of(weights.down) == FEATURE_SCALES.value
         and weights.activation == "silu"

@@ -3,7 +3,7 @@
 There are as many programs as multiprocessors. Each multiplies 128 rows of one expert with 256 rows of its weights, tile
 after tile, and the blocks of the next tile are on their way while it finishes one. A loop that the compiler pipelines
 ends with each tile, so this is Gluon, where copies and waits are written out; it has no interpreter. Called by
-`moe_tiles.py` where arithmetic takes the time and not the weights.
+`moe_layer.py` where arithmetic takes the time and not the weights.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ def many_gate_up(
 
     Args:
         x: [T, H], a scale for each row.
-        routing, weights: see `moe_tiles.run_tiles`; the weights have a scale for each feature, the activation is SiLU.
+        routing, weights: see `moe_layer.run_tiles`; the weights have a scale for each feature, the activation is SiLU.
         blocks: tiles of `MANY_ROWS` rows, counted.
     """
     out = torch.empty(routing.experts.numel(), weights.down.values.shape[2], dtype=dtype, device=x.values.device)

@@ -1,7 +1,7 @@
 """Routing on the device: the experts of each token, and the sum of each token's experts.
 
 Nothing of it is known to the host, so a step with it can be captured in a CUDA graph. Called by `ops.moe` and
-`moe_tiles.py`; `moe_sorting.py` has what is between the two.
+`moe_layer.py`; `moe_sorting.py` has what is between the two.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Many tokens with their experts on a GPU: the two products of a gated MLP in tiles of rows of one expert each.
 
-The tokens were sorted by expert (`moe_routing.py`). The weight is the left operand of the tensor cores and the tile's
+The tokens were sorted by expert (`moe_sorting.py`). The weight is the left operand of the tensor cores and the tile's
 rows the right one, so that tiles of 16 rows and of 128 are the same kernel. With float8 weights x comes quantized, and
-what is between the projections is quantized on the way, with a scale for each 128 features. Called by `ops.moe`; the
-second kernel is also the product with a block-scaled weight of `ops.block_fp8`.
+what is between the projections is quantized on the way, with a scale for each 128 features. Called by `moe_layer.py`;
+the second kernel is also the product with a block-scaled weight of `ops.block_fp8`.
 """
 
 from __future__ import annotations
@@ -339,7 +339,7 @@ def grouped_gate_up(
     Args:
         x: [T, H], of the weights' type.
         x_scales: for float8: [T] float32, or [T, ceil(H / 128)] if the weights are block-scaled.
-        routing, weights, blocks, plan: see `run_tiles`.
+        routing, weights, blocks, plan: see `moe_layer.run_tiles`.
         unquantized: leave it in this type.
     """
     num_pairs, (hidden, size) = routing.experts.numel(), weights.down.values.shape[1:]
