@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,9 +11,11 @@ from tests.support.tiny_models import CPU, relative_error
 from tokenmill.attention.select import select_backend
 from tokenmill.errors import InvalidParameterError
 from tokenmill.layers.context import LayerContext
+from tokenmill.layers.linear import QKVLinear
 from tokenmill.layers.moe import Router, SparseMoe, names_of_stack
 from tokenmill.layers.norm import RMSNorm
 from tokenmill.layers.weights import finalize_weights, weight_targets
+from tokenmill.ops.expert_sum import PendingSum, summed
 from tokenmill.ops.fp8 import per_token_quantize_fp8
 from tokenmill.parallel.group import ParallelGroup
 from tokenmill.quantization.base import PlainAndQuantized
@@ -74,7 +78,7 @@ def test_two_ranks_add_up(expert_parallel: bool, name: str) -> None:
     for rank in range(2):
         moe = filled(context(ParallelGroup(rank, 2), expert_parallel=expert_parallel, name=name))
         assert moe.experts.first_expert == (3 * rank if expert_parallel else 0)
-        shares += moe.experts.method.apply(x, moe.gate(x))
+        shares += summed(moe.experts.method.apply(x, moe.gate(x)))
     # A rank that holds half of a row has scales of its own for it.
     assert relative_error(shares, whole) < (1e-5 if name == "none" or expert_parallel else 0.08)
 
@@ -114,3 +118,24 @@ def test_a_norm_gives_the_experts_quantized_rows_and_the_router_plain_ones(num_r
         assert torch.equal(rows.quantized.values, per_token_quantize_fp8(plain).values)
     assert torch.equal(stream, plain_stream)
     assert torch.equal(moe(rows), moe(plain))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["none", "fp8"])
+@pytest.mark.parametrize("num_rows", [4, 5, 300])
+def test_the_norm_behind_experts_adds_them_up(num_rows: int, name: str) -> None:
+    """On a GPU, from five tokens on; its consumer gets the same as if they had been added up before."""
+    gpu = torch.device("cuda")
+    on_gpu = replace(context(name=name), dtype=torch.bfloat16, device=gpu, backend=select_backend("auto", gpu))
+    moe, norm = filled(on_gpu), RMSNorm(16, 1e-5, on_gpu)
+    consumer = QKVLinear(16, 2, 1, 16, bias=False, context=on_gpu)
+    for target in weight_targets(consumer).values():
+        target.load(torch.randn(target.shape, generator=torch.Generator().manual_seed(0)))
+    finalize_weights(consumer)
+    x, residual = torch.randn(2, num_rows, 16, device=gpu, dtype=torch.bfloat16)
+    added = moe(x)
+    assert isinstance(added, PendingSum) == (num_rows > 4)
+    rows, stream = norm.add_and_norm_for(consumer, added, residual)
+    expected_rows, expected_stream = norm.add_and_norm_for(consumer, summed(added), residual)
+    assert relative_error(stream, expected_stream) < 5e-3  # sums in another order
+    assert relative_error(consumer(rows), consumer(expected_rows)) < 3e-2

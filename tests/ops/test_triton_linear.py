@@ -183,6 +183,9 @@ def test_narrow_outputs_are_split() -> None:
     assert small_batch_plan(100, 4096, 14336, 1).block_rows == 64
     assert small_batch_plan(100, 6144, 4096, 1).block_rows == 128
     assert small_batch_plan(200, 6144, 4096, 1).kernel == "library"
+    assert [small_batch_plan(rows, 5120, 2048, 1).num_splits for rows in (16, 64, 128, 256)] == [1] * 4
+    assert small_batch_plan(256, 5120, 2048, 1).block_out == 128
+    assert small_batch_plan(64, 2048, 4096, 1).block_rows == 16  # blocks of rows before splits
 
 
 def test_one_row_is_held_or_walked_over() -> None:

@@ -16,10 +16,13 @@ from torch import nn
 
 from tokenmill.layers.context import LayerContext
 from tokenmill.layers.weights import Shard, WeightTarget, join_name
+from tokenmill.ops.expert_sum import summed
 from tokenmill.ops.fp8 import QuantizedRows
-from tokenmill.ops.linear import PackedWeight, StreamedWeight, linear, pack_linear_weight
-from tokenmill.ops.moe import Routing, route
+from tokenmill.ops.linear import PackedWeight, StreamedWeight, pack_linear_weight
+from tokenmill.ops.moe import Routing
+from tokenmill.ops.router import choose_experts
 from tokenmill.quantization.base import (
+    Added,
     ConvertsExpertsWhileLoading,
     ExpertParameter,
     ExpertProjection,
@@ -60,7 +63,7 @@ class Router(nn.Module):
 
     def forward(self, x: torch.Tensor) -> Routing:
         """The experts of tokens [T, hidden_size]."""
-        return route(linear(x, self._prepared), self.top_k, normalize=self.normalize)
+        return choose_experts(x, self._prepared, self.top_k, normalize=self.normalize)
 
 
 class Experts(nn.Module):
@@ -102,12 +105,14 @@ class Experts(nn.Module):
         """The form in which rows like x [T, hidden_size] are best given."""
         return self.method.row_form(x)
 
-    def forward(self, x: torch.Tensor, routing: Routing, quantized: QuantizedRows | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, routing: Routing, quantized: QuantizedRows | None = None) -> Added:
         """[T, hidden_size] to [T, hidden_size], equal on all ranks."""
-        if quantized is not None:
+        if quantized is None:
+            added = self.method.apply(x, routing)
+        else:
             assert self._quantized_method is not None, "these rows are quantized for another layer"
-            return self.group.all_reduce(self._quantized_method.apply_quantized(x, quantized, routing))
-        return self.group.all_reduce(self.method.apply(x, routing))
+            added = self._quantized_method.apply_quantized(x, quantized, routing)
+        return added if self.group.size == 1 else self.group.all_reduce(summed(added))
 
     def finalize_weights(self) -> None:
         """Let the method prepare the filled weights."""
@@ -168,8 +173,8 @@ class SparseMoe(nn.Module):
         """Plain rows, which the router reads, or those and quantized ones for the experts."""
         return self.experts.row_form(x)
 
-    def forward(self, x: torch.Tensor | PlainAndQuantized) -> torch.Tensor:
-        """[T, hidden_size] to [T, hidden_size]."""
+    def forward(self, x: torch.Tensor | PlainAndQuantized) -> Added:
+        """[T, hidden_size] to [T, hidden_size], which may be left to the norm behind it to add up."""
         x, quantized = x if isinstance(x, PlainAndQuantized) else (x, None)
         return self.experts(x, self.gate(x), quantized)  # type: ignore[no-any-return]
 

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from tokenmill.layers.context import LayerContext
+from tokenmill.ops.expert_sum import PendingSum, add_sum_rms_norm, add_sum_rms_norm_fp8
 from tokenmill.ops.rms_norm import add_rms_norm, add_rms_norm_both, add_rms_norm_fp8, rms_norm, rms_norm_fp8
 from tokenmill.ops.row_product import PendingNorm
-from tokenmill.quantization.base import PlainAndQuantized, RowForm, Rows
+from tokenmill.quantization.base import Added, PlainAndQuantized, RowForm, Rows
 
 
 class TakesRows(Protocol):
@@ -39,19 +40,26 @@ class RMSNorm(nn.Module):
         """Normalize x [..., size]."""
         return rms_norm(x, self.scale, self.eps)
 
-    def add_and_norm(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def add_and_norm(self, x: Added, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """(normalized sum, sum) of x and residual [T, size]; without a residual, x starts the stream."""
+        if isinstance(x, PendingSum):
+            assert residual is not None, "experts add to a residual stream"
+            return add_sum_rms_norm(x, residual, self.scale, self.eps)
         if residual is None:
             return rms_norm(x, self.scale, self.eps), x
         return add_rms_norm(x, residual, self.scale, self.eps)
 
     def add_and_norm_for(
-        self, consumer: TakesRows, x: torch.Tensor, residual: torch.Tensor | None
+        self, consumer: TakesRows, x: Added, residual: torch.Tensor | None
     ) -> tuple[Rows | PlainAndQuantized, torch.Tensor]:
         """`add_and_norm`, the normalized sum in the form that `consumer` takes fastest.
 
         The sum may be written by the consumer only: nothing may read it before.
         """
+        if isinstance(x, PendingSum):
+            if residual is not None and consumer.row_form(residual) is RowForm.QUANTIZED:
+                return add_sum_rms_norm_fp8(x, residual, self.scale, self.eps)
+            return self.add_and_norm(x, residual)
         form = consumer.row_form(x)
         if form is RowForm.PENDING_NORM and self.scale.dtype == x.dtype:
             row = PendingNorm.of(x, residual, self.scale, self.eps)

@@ -23,7 +23,7 @@ from tokenmill.layers.rope import RotaryEmbedding, Rotation
 from tokenmill.models.base import CausalLM
 from tokenmill.models.config import ModelConfig
 from tokenmill.models.feed_forward import feed_forward
-from tokenmill.quantization.base import Rows
+from tokenmill.quantization.base import Added, Rows
 
 
 class LlamaAttention(nn.Module):
@@ -88,13 +88,13 @@ class LlamaDecoderLayer(nn.Module):
 
     def forward(
         self,
-        x: torch.Tensor,
+        x: Added,
         residual: torch.Tensor | None,
         rotation: Rotation,
         metadata: AttentionMetadata,
         cache: LayerCache,
         wanted: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[Added, torch.Tensor]:
         """(what the MLP adds, residual stream) of the rows at `wanted` [n, hidden_size]; the next norm adds them."""
         rows, residual = self.input_layernorm.add_and_norm_for(self.self_attn.qkv_proj, x, residual)
         x = self.self_attn(rows, rotation, metadata, cache, wanted)

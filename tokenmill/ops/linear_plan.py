@@ -59,7 +59,7 @@ class StreamPlan(NamedTuple):
 
 
 class SmallBatchBlocks(NamedTuple):
-    """Blocks of `small_batch` up to a number of rows, for outputs and inputs up to a number of features."""
+    """Blocks of `small_batch` up to a number of rows, for some numbers of output and input features."""
 
     max_rows: int
     block_in: int
@@ -67,8 +67,20 @@ class SmallBatchBlocks(NamedTuple):
     block_out: int = 64
     num_warps: int = 4
     max_block_rows: int = 128
+    min_out_features: int = 0
     max_out_features: int = 2**31
     max_in_features: int = 2**31
+    min_programs: int = MIN_PROGRAMS
+
+
+def _short_and_narrow(
+    max_rows: int, block_in: int, num_stages: int, *, block_out: int = 64, num_warps: int = 4
+) -> SmallBatchBlocks:
+    """For 4,097 to 5,120 features of at most 2,048: over so soon that adding up splits costs more than it gains."""
+    return SmallBatchBlocks(
+        max_rows, block_in, num_stages, block_out, num_warps,
+        min_out_features=4097, max_out_features=5120, max_in_features=2048, min_programs=1,
+    )  # fmt: skip
 
 
 SMALL_BATCH_16BIT = (
@@ -76,8 +88,14 @@ SMALL_BATCH_16BIT = (
     SmallBatchBlocks(64, 128, 4),
 )
 SMALL_BATCH_FP8 = (
+    _short_and_narrow(32, 256, 6),
+    _short_and_narrow(64, 128, 8),
+    _short_and_narrow(128, 128, 6),
+    _short_and_narrow(256, 128, 6, block_out=128, num_warps=8),
     SmallBatchBlocks(32, 256, 6),
+    SmallBatchBlocks(64, 256, 8, max_block_rows=16, max_out_features=2048),
     SmallBatchBlocks(64, 256, 4),
+    SmallBatchBlocks(128, 256, 6, max_block_rows=32, max_out_features=2048),
     SmallBatchBlocks(128, 256, 6, max_block_rows=64, max_out_features=5120),
     SmallBatchBlocks(128, 256, 4, max_out_features=8192),
     SmallBatchBlocks(256, 256, 4, max_block_rows=64, max_out_features=2048),
@@ -120,7 +138,8 @@ def matvec_plan(out_features: int, in_features: int, weight_bytes: int) -> Strea
 def small_batch_plan(num_rows: int, out_features: int, in_features: int, weight_bytes: int) -> StreamPlan:
     """The plan for some rows and a weight [O, I] of their type, `weight_bytes` an element."""
     for blocks in SMALL_BATCH_FP8 if weight_bytes == 1 else SMALL_BATCH_16BIT:
-        is_within = out_features <= blocks.max_out_features and in_features <= blocks.max_in_features
+        is_within = blocks.min_out_features <= out_features <= blocks.max_out_features
+        is_within &= in_features <= blocks.max_in_features
         if 0 < num_rows <= blocks.max_rows and is_within:
             block_rows = min(blocks.max_block_rows, max(MIN_BLOCK_ROWS, _power_of_two_from(num_rows)))
             num_blocks = -(-out_features // blocks.block_out) * -(-num_rows // block_rows)
@@ -130,7 +149,7 @@ def small_batch_plan(num_rows: int, out_features: int, in_features: int, weight_
                 blocks.block_in,
                 blocks.num_warps,
                 blocks.num_stages,
-                num_splits_for(num_blocks, -(-in_features // blocks.block_in)),
+                num_splits_for(num_blocks, -(-in_features // blocks.block_in), blocks.min_programs),
                 block_rows,
             )
     return StreamPlan("library")

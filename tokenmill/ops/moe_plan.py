@@ -91,6 +91,34 @@ def max_row_blocks(num_pairs: int, num_experts: int, block_rows: int) -> int:
     return num_pairs // block_rows + num_experts
 
 
+class RouterPlan(NamedTuple):
+    """How a router's product is computed for some hundred tokens.
+
+    Args:
+        block_rows, block_in: tokens and input features of a program, which holds that part of the weight.
+        num_warps: of such a program.
+        choice_rows: tokens for which a program chooses, with a warp for each.
+    """
+
+    block_rows: int
+    block_in: int
+    num_warps: int
+    choice_rows: int
+
+
+ROUTER_PLAN: Final = RouterPlan(16, 256, 8, 1)
+ROUTER_TOKENS: Final = range(5, 257)
+"""Fewer are the matter of `matvec`, more that of cuBLAS."""
+MAX_ROUTER_EXPERTS: Final = 256
+MAX_ROUTER_FEATURES: Final = 4096
+"""Each number of parts is compiled, and they are added up in registers."""
+
+
+def has_router_kernel(num_tokens: int, num_experts: int, hidden: int) -> bool:
+    """Whether a router's weight [E, H] has launches of its own for so many tokens."""
+    return num_tokens in ROUTER_TOKENS and num_experts <= MAX_ROUTER_EXPERTS and hidden <= MAX_ROUTER_FEATURES
+
+
 PAIR_ELEMENTS: Final = (2048, 1024)
 """Weights that a program holds of the first product's gate (and as many of up), and of one step of the second."""
 PAIR_ELEMENTS_PER_WARP: Final = 1024

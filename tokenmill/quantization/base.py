@@ -14,12 +14,15 @@ from typing import Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import nn
 
+from tokenmill.ops.expert_sum import PendingSum
 from tokenmill.ops.fp8 import QuantizedRows
 from tokenmill.ops.moe import Routing
 from tokenmill.ops.row_product import OneRow, PendingNorm
 
 Rows: TypeAlias = torch.Tensor | QuantizedRows | PendingNorm
 """What a linear layer takes: [T, in_features], plain, quantized by the op before it, or one row before its norm."""
+Added: TypeAlias = torch.Tensor | PendingSum
+"""What a block adds to the residual stream: [T, H], or experts' results that the norm behind the block adds up."""
 
 
 class PlainAndQuantized(NamedTuple):
@@ -153,8 +156,8 @@ class ExpertsMethod(Protocol):
         """PLAIN_AND_QUANTIZED if `apply` would quantize x [T, H] with a scale for each row; else PLAIN."""
         ...
 
-    def apply(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """[T, H] to [T, H]: what this rank's experts add, see `ops.moe.run_experts`."""
+    def apply(self, x: torch.Tensor, routing: Routing) -> Added:
+        """[T, H] to [T, H]: what this rank's experts add, see `ops.moe.expert_products`."""
         ...
 
 
@@ -162,7 +165,7 @@ class ExpertsMethod(Protocol):
 class TakesQuantizedExpertRows(Protocol):
     """An `ExpertsMethod` whose `row_form` may be PLAIN_AND_QUANTIZED."""
 
-    def apply_quantized(self, x: torch.Tensor, quantized: QuantizedRows, routing: Routing) -> torch.Tensor:
+    def apply_quantized(self, x: torch.Tensor, quantized: QuantizedRows, routing: Routing) -> Added:
         """`apply`, with x quantized already."""
         ...
 

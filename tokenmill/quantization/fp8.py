@@ -20,9 +20,9 @@ from tokenmill.ops.fp8 import (
     scaled_linear,
     weight_only_linear,
 )
-from tokenmill.ops.moe import ExpertMatrix, ExpertWeights, Routing, run_experts
+from tokenmill.ops.moe import ExpertMatrix, ExpertWeights, Routing, expert_products
 from tokenmill.ops.row_product import OneRow, can_fuse, row_product
-from tokenmill.quantization.base import ExpertParameter, ExpertProjection, ExpertSizes, ParameterAxes, RowForm
+from tokenmill.quantization.base import Added, ExpertParameter, ExpertProjection, ExpertSizes, ParameterAxes, RowForm
 from tokenmill.quantization.unquantized import register_experts
 
 BLOCK_ELEMENTS = 16 * 2**20
@@ -107,17 +107,17 @@ class FilledExperts:
         self._batch_invariant = batch_invariant
         self._weights: ExpertWeights | None = None
 
-    def apply(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+    def apply(self, x: torch.Tensor, routing: Routing) -> Added:
         """[T, H] to [T, H]."""
-        return run_experts(x, routing, self._filled)
+        return expert_products(x, routing, self._filled)
 
     def row_form(self, x: torch.Tensor) -> RowForm:
         """Plain rows for the router, and quantized ones where the experts quantize them row by row."""
         return RowForm.PLAIN_AND_QUANTIZED if self._filled.takes_quantized(x.shape[0]) else RowForm.PLAIN
 
-    def apply_quantized(self, x: torch.Tensor, quantized: QuantizedRows, routing: Routing) -> torch.Tensor:
+    def apply_quantized(self, x: torch.Tensor, quantized: QuantizedRows, routing: Routing) -> Added:
         """[T, H] to [T, H], with x quantized already."""
-        return run_experts(x, routing, self._filled, quantized)
+        return expert_products(x, routing, self._filled, quantized)
 
     @property
     def _filled(self) -> ExpertWeights:

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from tokenmill.ops.linear import PackedWeight, StreamedWeight, linear, pack_linear_weight
-from tokenmill.ops.moe import ExpertMatrix, ExpertWeights, Routing, run_experts
+from tokenmill.ops.moe import ExpertMatrix, ExpertWeights, Routing, expert_products
 from tokenmill.ops.row_product import OneRow, can_fuse, row_product
-from tokenmill.quantization.base import ExpertParameter, ExpertSizes, ParameterAxes, RowForm
+from tokenmill.quantization.base import Added, ExpertParameter, ExpertSizes, ParameterAxes, RowForm
 
 
 class UnquantizedLinear:
@@ -109,10 +109,10 @@ class UnquantizedExperts:
         """Plain rows."""
         return RowForm.PLAIN
 
-    def apply(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+    def apply(self, x: torch.Tensor, routing: Routing) -> Added:
         """[T, H] to [T, H]."""
         assert self._weights is not None, "process_after_loading was not called"
-        return run_experts(x, routing, self._weights)
+        return expert_products(x, routing, self._weights)
 
 
 def register_experts(

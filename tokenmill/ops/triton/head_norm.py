@@ -34,16 +34,9 @@ def _norm_and_rope_kernel(
     """One program: `block_heads` heads of one token."""
     if overlaps:
         gdc_launch_dependents()
-        gdc_wait()
-    token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * block_heads + tl.arange(0, block_heads)
     pairs = tl.arange(0, block_half)
     is_pair = pairs < half
-    mask = (heads < num_heads)[:, None] & is_pair[None, :]
-    first = x + token * token_stride + heads[:, None] * head_stride + pairs[None, :]
-    x1 = tl.load(first, mask=mask, other=0.0).to(tl.float32)
-    x2 = tl.load(first + half, mask=mask, other=0.0).to(tl.float32)
-    factor = tl.rsqrt(tl.sum(x1 * x1 + x2 * x2, axis=1) / (2 * half) + eps)[:, None]
     is_query = (heads < num_query_heads)[:, None] & is_pair[None, :]
     is_key = (heads >= num_query_heads)[:, None] & is_pair[None, :]
     across = tl.zeros([block_heads], tl.int32)[:, None] + pairs[None, :]
@@ -51,6 +44,14 @@ def _norm_and_rope_kernel(
     weight1 += tl.load(key_weight + across, mask=is_key, other=0.0).to(tl.float32)
     weight2 = tl.load(query_weight + half + across, mask=is_query, other=0.0).to(tl.float32)
     weight2 += tl.load(key_weight + half + across, mask=is_key, other=0.0).to(tl.float32)
+    if overlaps:
+        gdc_wait()  # the weights have been on their way before
+    token = tl.program_id(0).to(tl.int64)
+    mask = (heads < num_heads)[:, None] & is_pair[None, :]
+    first = x + token * token_stride + heads[:, None] * head_stride + pairs[None, :]
+    x1 = tl.load(first, mask=mask, other=0.0).to(tl.float32)
+    x2 = tl.load(first + half, mask=mask, other=0.0).to(tl.float32)
+    factor = tl.rsqrt(tl.sum(x1 * x1 + x2 * x2, axis=1) / (2 * half) + eps)[:, None]
     # Rounded as between two ops, so that the fused and the separate way agree.
     x1 = (x1 * factor * weight1).to(out.dtype.element_ty).to(tl.float32)
     x2 = (x2 * factor * weight2).to(out.dtype.element_ty).to(tl.float32)

@@ -1,4 +1,4 @@
-"""Experts of many tokens on a GPU, launch after launch: quantize, sort, multiply, multiply, add up.
+"""Experts of many tokens on a GPU, launch after launch: quantize, sort, multiply, multiply; the sum is left to others.
 
 The products are those of `moe_tiles.py`, or of `moe_many.py` where arithmetic takes the time. Called by `ops.moe`.
 """
@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import torch
 
+from tokenmill.ops.expert_sum import PendingSum
 from tokenmill.ops.fp8 import QuantizedRows, per_token_quantize_fp8, static_quantize_fp8
 from tokenmill.ops.moe import ExpertWeights, Routing
 from tokenmill.ops.moe_plan import MANY_ROWS, GroupedPlan, fits_many
 from tokenmill.ops.platform import is_hopper
 from tokenmill.ops.triton.launch import is_interpreted
-from tokenmill.ops.triton.moe_routing import combine
 from tokenmill.ops.triton.moe_scales import FEATURE_SCALES, quantize_groups, scale_kind_of
 from tokenmill.ops.triton.moe_sorting import MAX_TOGETHER, sort_many_pairs, sort_pairs
 from tokenmill.ops.triton.moe_tiles import grouped_down, grouped_gate_up
@@ -25,7 +25,18 @@ def run_tiles(
     plan: GroupedPlan,
     quantized: QuantizedRows | None = None,
 ) -> torch.Tensor:
-    """[T, H]: quantize if the weights are float8 and x was not `quantized` yet, sort, multiply, multiply, add up."""
+    """[T, H]: `tile_products` added up."""
+    return tile_products(x, routing, weights, plan, quantized).total()
+
+
+def tile_products(
+    x: torch.Tensor,
+    routing: Routing,
+    weights: ExpertWeights,
+    plan: GroupedPlan,
+    quantized: QuantizedRows | None = None,
+) -> PendingSum:
+    """Quantize if the weights are float8 and x [T, H] was not `quantized` yet, sort, multiply, multiply."""
     num_pairs = routing.experts.numel()
     of_rank = routing.experts, weights.first_expert, weights.num_experts
     by_token = weights.scales_inner_by_token(num_pairs)
@@ -46,7 +57,7 @@ def run_tiles(
         if isinstance(inner, torch.Tensor) and by_token:
             inner = _quantized(inner, weights)
         of_pairs = grouped_down(inner, routing, weights, blocks, plan, x.dtype)
-    return combine(of_pairs, *of_rank)
+    return PendingSum(of_pairs, *of_rank)
 
 
 def programs_stay(x: torch.Tensor, weights: ExpertWeights, plan: GroupedPlan, num_pairs: int) -> bool:

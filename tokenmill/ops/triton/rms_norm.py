@@ -18,6 +18,38 @@ ELEMENTS_PER_PROGRAM = 2048
 
 
 @triton.jit
+def store_normalized(
+    values: tl.tensor,  # [rows, columns] float32, zeros from column `size` on
+    factors: tl.tensor,  # [columns] float32, zeros likewise
+    eps: tl.tensor,
+    out: tl.tensor,
+    plain: tl.tensor,
+    scales: tl.tensor,
+    rows: tl.tensor,
+    num_rows: tl.tensor,
+    size: tl.tensor,
+    dtype: tl.constexpr,
+    quantizes: tl.constexpr,
+) -> None:
+    """Store the norm of some rows: to `out`, or quantized to `out` and `scales` and as it is to `plain`, if given."""
+    columns = tl.arange(0, values.shape[1])
+    mask = (rows < num_rows)[:, None] & (columns < size)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * size + columns[None, :]
+    mean_square = tl.sum(values * values, axis=1) / size
+    normalized = values * tl.rsqrt(mean_square + eps)[:, None] * factors[None, :]
+    if quantizes:
+        # Rounded to the input's type first, so that the fused and the separate quantization agree.
+        normalized = normalized.to(dtype)
+        if plain is not None:
+            tl.store(plain + offsets, normalized, mask=mask)
+        quantized_values, row_scales = quantized(normalized.to(tl.float32))
+        tl.store(out + offsets, quantized_values, mask=mask)
+        tl.store(scales + rows, row_scales, mask=rows < num_rows)
+    else:
+        tl.store(out + offsets, normalized.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _rms_norm_kernel(
     x: tl.tensor,
     residual: tl.tensor,
@@ -44,9 +76,11 @@ def _rms_norm_kernel(
     """
     if overlaps:
         gdc_launch_dependents()
-        gdc_wait()
-    rows = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
     columns = tl.arange(0, block_size)
+    factors = tl.load(weight + columns, mask=columns < size, other=0.0).to(tl.float32)
+    if overlaps:
+        gdc_wait()  # the factors have been on their way before
+    rows = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
     mask = (rows < num_rows)[:, None] & (columns < size)[None, :]
     offsets = (rows // rows_per_token).to(tl.int64) * token_stride + (rows % rows_per_token) * row_stride
     packed_offsets = rows.to(tl.int64)[:, None] * size + columns[None, :]
@@ -56,19 +90,7 @@ def _rms_norm_kernel(
         rounded = values.to(total.dtype.element_ty)
         tl.store(total + packed_offsets, rounded, mask=mask)
         values = rounded.to(tl.float32)  # the norm sees the residual stream as the next layer will
-    mean_square = tl.sum(values * values, axis=1) / size
-    factors = tl.load(weight + columns, mask=columns < size, other=0.0).to(tl.float32)
-    normalized = values * tl.rsqrt(mean_square + eps)[:, None] * factors[None, :]
-    if quantizes:
-        # Rounded to x's type first, so that the fused and the separate quantization agree.
-        normalized = normalized.to(x.dtype.element_ty)
-        if plain is not None:
-            tl.store(plain + packed_offsets, normalized, mask=mask)
-        quantized_values, row_scales = quantized(normalized.to(tl.float32))
-        tl.store(out + packed_offsets, quantized_values, mask=mask)
-        tl.store(scales + rows, row_scales, mask=rows < num_rows)
-    else:
-        tl.store(out + packed_offsets, normalized.to(out.dtype.element_ty), mask=mask)
+    store_normalized(values, factors, eps, out, plain, scales, rows, num_rows, size, x.dtype.element_ty, quantizes)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -161,6 +183,6 @@ def _launch(
         adds_residual=residual is not None,
         quantizes=scales is not None,
         overlaps=can_overlap(x.device),
-        num_warps=warps_for(block_rows * block_size),
+        num_warps=warps_for(2 * block_rows * block_size),
         launch_pdl=can_overlap(x.device),
     )
