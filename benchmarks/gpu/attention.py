@@ -29,7 +29,8 @@ from tokenmill.attention.base import AttentionBackend, AttentionMetadata, Attent
 from tokenmill.attention.flashinfer import FlashInferAttention
 from tokenmill.attention.triton import TritonAttention
 from tokenmill.attention.triton_common import Result
-from tokenmill.attention.triton_decode import DecodeTiles, decode_attention
+from tokenmill.attention.triton_decode import decode_attention
+from tokenmill.attention.triton_decode_tiles import DecodeTiles
 from tokenmill.attention.triton_kv_write import write_kv_triton
 from tokenmill.attention.triton_prefill import PrefillTiles, prefill_attention
 

@@ -27,7 +27,8 @@ from tokenmill.runtime.step_inputs import inputs_of_prompts
 pytest.importorskip("triton")
 from tokenmill.attention.triton import TritonAttention, first_row_without_history
 from tokenmill.attention.triton_common import Result
-from tokenmill.attention.triton_decode import DecodeTiles, choose_num_splits, decode_attention, decode_tiles
+from tokenmill.attention.triton_decode import decode_attention
+from tokenmill.attention.triton_decode_tiles import DecodeTiles, choose_num_splits, decode_tiles
 from tokenmill.attention.triton_kv_write import write_kv_triton
 from tokenmill.attention.triton_prefill import PrefillTiles, prefill_attention
 
@@ -289,27 +290,17 @@ def test_number_of_splits(programs: int, max_kv_len: int, expected: int) -> None
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "max_kv_len", "max_registers", "num_splits"),
+    ("num_rows", "max_kv_len", "num_splits"),
     [
-        (1, 2048, None, 33),
-        (17, 1024, None, 2),  # too short to be worth more parts
-        (17, 4096, None, 4),
-        (64, 4096, None, 1),
-        (99, 4096, None, 1),  # 6 on each of 132 multiprocessors
-        (100, 4096, 128, 1),  # 8 would be waited for as long as 792
-        (132, 4096, 128, 1),
-        (149, 4096, None, 1),
-        (512, 4096, 128, 1),
+        (1, 2048, 33),
+        (17, 1024, 2),  # too short to be worth more parts
+        (17, 4096, 4),
     ],
 )
-def test_registers_of_float8_decode_leave_the_fewest_multiprocessors_idle(
-    num_rows: int, max_kv_len: int, max_registers: int | None, num_splits: int
-) -> None:
-    tiles = decode_tiles(128, 1, num_rows * 8, max_kv_len, 132)
-    assert tiles.max_registers == max_registers
+def test_few_rows_of_a_float8_cache_are_cut_into_parts(num_rows: int, max_kv_len: int, num_splits: int) -> None:
+    tiles = decode_tiles(128, 1, num_rows, 8, 32, max_kv_len, 132)
+    assert tiles.kv_heads is None
     assert choose_num_splits(num_rows * 8, max_kv_len, 132, tiles) == num_splits
-    assert decode_tiles(128, 2, num_rows * 8, max_kv_len, 132).num_warps == (4 if num_rows > 65 else 2)
-    assert decode_tiles(256, 1, num_rows * 8, max_kv_len, 132).max_registers is None
 
 
 @pytest.mark.gpu

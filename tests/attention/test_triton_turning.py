@@ -25,7 +25,8 @@ from tokenmill.runtime.step_inputs import inputs_of_prompts
 pytest.importorskip("triton")
 from tokenmill.attention.triton import TritonAttention
 from tokenmill.attention.triton_common import Result, Turning
-from tokenmill.attention.triton_decode import DecodeTiles, decode_attention
+from tokenmill.attention.triton_decode import decode_attention
+from tokenmill.attention.triton_decode_tiles import DecodeTiles
 
 
 def random_angles(num_tokens: int, head_dim: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:

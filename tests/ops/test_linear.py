@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tokenmill.ops.linear import (
     PackedWeight,
+    StreamedWeight,
+    add_product,
+    adds_product,
     choose,
     linear,
     linear_reference,
+    new_arrivals,
     pack_linear_weight,
     padded_num_rows,
 )
@@ -38,6 +44,25 @@ def test_packed_plain_and_reference_agree(dtype: torch.dtype, num_rows: int, wit
         assert actual.dtype == dtype
         assert actual.shape == (num_rows, 80)
         torch.testing.assert_close(actual.double(), expected, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("num_rows", [0, 65, 300])
+def test_a_product_that_is_added(num_rows: int, device: str) -> None:
+    x, matrix, _ = (tensor.to(device) for tensor in inputs(num_rows, torch.bfloat16))
+    weight = StreamedWeight(matrix, new_arrivals(matrix))
+    assert adds_product(num_rows, weight)
+    stream = torch.randn(num_rows, 80, device=device).bfloat16()
+    expected = stream.double() + x.double() @ matrix.double().T
+    add_product(stream, x, weight)
+    torch.testing.assert_close(stream.double(), expected, atol=2e-2, rtol=2e-2)
+
+
+def test_where_products_are_added() -> None:
+    """Not where our own kernels multiply, and not where each row must have the same bits in any company."""
+    weight = StreamedWeight(torch.zeros(80, 48, dtype=torch.bfloat16), torch.zeros(1))
+    assert [adds_product(num_rows, weight) for num_rows in (1, 2, 64, 65)] == [False, False, False, True]
+    assert not adds_product(65, replace(weight, batch_invariant=True))
 
 
 def test_a_row_of_a_wider_tensor() -> None:

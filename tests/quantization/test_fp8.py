@@ -165,6 +165,20 @@ def test_rows_that_come_quantized() -> None:
     assert torch.equal(method.apply_quantized(per_token_quantize_fp8(x), layer.gate_up_proj.bias, x.dtype), expected)
 
 
+def test_a_product_that_is_added_to_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By two operations here; plain rows and quantized ones."""
+    monkeypatch.setattr("tokenmill.ops.fp8.add_scaled_product", lambda *_: False)
+    layer, _ = loaded_merged_layer()
+    method = layer.gate_up_proj.method
+    assert not method.adds(300, torch.float32)  # on a CPU
+    x = normal(4, 6)
+    stream = normal(4, layer.gate_up_proj.out_features, seed=1)
+    for rows in (x, per_token_quantize_fp8(x)):
+        total = stream.clone()
+        method.add_product(total, rows)
+        assert torch.equal(total, stream + method.apply(x, None))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_rows", [0, 1, 2, 17, 64, 200])
 def test_on_a_gpu(num_rows: int) -> None:

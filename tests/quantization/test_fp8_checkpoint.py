@@ -25,6 +25,7 @@ from tokenmill.models.config import ModelConfig
 from tokenmill.ops.block_fp8 import BlockScaledWeight, block_scaled_linear
 from tokenmill.ops.fp8 import static_quantize_fp8
 from tokenmill.ops.moe import run_experts_reference
+from tokenmill.quantization import fp8_checkpoint
 from tokenmill.quantization.base import RowForm
 from tokenmill.quantization.checkpoint_format import Fp8Format
 from tokenmill.quantization.fp8_checkpoint import BlockFp8Linear, CheckpointFp8Experts, ScaledFp8Linear
@@ -66,6 +67,19 @@ def test_prompts_are_quantized_on_the_way(models: tuple[str, CausalLM, CausalLM]
     expected = all_logits(exact, sequences_for(exact), [("a", token_ids)])
     errors = (actual - expected).norm(dim=1) / expected.norm(dim=1)
     assert 1e-4 < float(errors.median()) < (0.3 if kind in STATIC else 0.15)
+
+
+def test_products_added_to_the_stream(models: tuple[str, CausalLM, CausalLM], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, but by two operations."""
+    kind, model, _ = models
+    rows = [("a", random_tokens(40))]
+    expected = all_logits(model, sequences_for(model), rows)
+    added: list[int] = []
+    monkeypatch.setattr(fp8_checkpoint, "adds_product", lambda num_rows, weight, dtype: True)
+    monkeypatch.setattr("tokenmill.ops.fp8.add_scaled_product", lambda total, *_: bool(added.append(len(total))))
+    actual = all_logits(model, sequences_for(model), rows)
+    assert set(added) == (set() if "block" in kind else {40})
+    assert relative_error(actual, expected) < 1e-6
 
 
 def test_a_stack_of_merged_projections_keeps_each_ones_scale() -> None:

@@ -11,7 +11,8 @@ import torch
 
 from tokenmill.attention.base import AttentionMetadata, AttentionSpec, LayerCache
 from tokenmill.attention.triton_common import Result, Turning
-from tokenmill.attention.triton_decode import choose_num_splits, decode_attention, decode_tiles
+from tokenmill.attention.triton_decode import decode_attention
+from tokenmill.attention.triton_decode_tiles import choose_num_splits, decode_tiles
 from tokenmill.attention.triton_invariant import invariant_attention
 from tokenmill.attention.triton_kv_write import write_kv_triton
 from tokenmill.attention.triton_prefill import prefill_attention
@@ -120,9 +121,12 @@ class TritonAttention:
         max_kv_len = metadata.kv_len_bound
         if spec.sliding_window is not None:
             max_kv_len = min(max_kv_len, spec.sliding_window)
-        size = query.shape[0] * spec.num_kv_heads, max_kv_len, num_multiprocessors(query.device)
-        tiles = decode_tiles(spec.head_dim, cache[0].element_size(), *size)
-        num_splits = choose_num_splits(*size, tiles)
+        num_rows, tokens_per_block = query.shape[0], cache[0].shape[1]
+        bounds = max_kv_len, num_multiprocessors(query.device)
+        tiles = decode_tiles(
+            spec.head_dim, cache[0].element_size(), num_rows, spec.num_kv_heads, tokens_per_block, *bounds
+        )  # fmt: skip
+        num_splits = choose_num_splits(num_rows * spec.num_kv_heads, *bounds, tiles)
         decode_attention(
             spec, query, key, value, cache, metadata, result, num_splits=num_splits, tiles=tiles, turning=turning
         )

@@ -125,37 +125,38 @@ def scores_base2(products: tl.tensor, factor: tl.tensor, cap: tl.constexpr) -> t
 
 @triton.jit
 def softmax_step(
-    products: tl.tensor,  # [M, N] of queries and keys
-    visible: tl.tensor,  # [M, N] or [1, N], unused unless masked
-    maximum: tl.tensor,  # [M] so far, in base 2
-    total: tl.tensor,  # [M] so far
+    products: tl.tensor,  # [..., M, N] of queries and keys
+    visible: tl.tensor,  # of a shape that broadcasts to it, unused unless masked
+    maximum: tl.tensor,  # [..., M] so far, in base 2
+    total: tl.tensor,  # [..., M] so far
     factor: tl.tensor,
     cap: tl.constexpr,
     masked: tl.constexpr,
+    may_be_first: tl.constexpr = True,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """One step of the online softmax: probabilities, factor on what was summed before, new maximum, new total.
 
-    A query that has seen no key yet has the maximum -inf and the total 0.
+    A query that has seen no key yet has the maximum -inf and the total 0; unless it `may_be_first`, there is none.
     """
     if cap > 0:
         scores = scores_base2(products, factor, cap)
         if masked:
             scores = tl.where(visible, scores, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+        new_maximum = tl.maximum(maximum, tl.max(scores, -1))
         reference = new_maximum
-        if masked:
+        if masked and may_be_first:
             reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        probabilities = tl.exp2(scores - reference[:, None])
+        probabilities = tl.exp2(scores - tl.expand_dims(reference, -1))
     else:  # scaling after the maximum makes scale and subtraction one instruction
         if masked:
             products = tl.where(visible, products, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(products, 1) * factor)
+        new_maximum = tl.maximum(maximum, tl.max(products, -1) * factor)
         reference = new_maximum
-        if masked:
+        if masked and may_be_first:
             reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        probabilities = tl.exp2(products * factor - reference[:, None])
+        probabilities = tl.exp2(products * factor - tl.expand_dims(reference, -1))
     decay = tl.exp2(maximum - reference)
-    return probabilities, decay, new_maximum, total * decay + tl.sum(probabilities, 1)
+    return probabilities, decay, new_maximum, total * decay + tl.sum(probabilities, -1)
 
 
 @triton.jit
@@ -243,6 +244,44 @@ def load_tile(
 
 
 @triton.jit
+def load_exchanged(
+    data: tl.tensor,  # pointer to the head's first number
+    rows: tl.tensor,  # [N] offset of each row
+    inside: tl.tensor,  # [N]
+    head_dim: tl.constexpr,
+    block_d: tl.constexpr,
+) -> tl.tensor:
+    """`load_tile`, masked, of heads with their halves exchanged."""
+    dims = tl.arange(0, block_d)
+    partners = (dims + head_dim // 2) % head_dim
+    is_element = inside[:, None] & (dims < head_dim)[None, :]
+    return tl.load(data + rows[:, None] + partners[None, :], mask=is_element, other=0.0)
+
+
+@triton.jit
+def load_angles(
+    turning: Turning, token: tl.tensor, head_dim: tl.constexpr, block_d: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """Cosines and signed sines of a token, [block_d] each."""
+    dims = tl.arange(0, block_d)
+    angles = token * head_dim + dims
+    cosines = tl.load(turning.cos + angles, mask=dims < head_dim, other=0.0)
+    return cosines, tl.load(turning.signed_sin + angles, mask=dims < head_dim, other=0.0)
+
+
+@triton.jit
+def turn(
+    tile: tl.tensor,  # [N, block_d]
+    exchanged: tl.tensor,  # its halves exchanged
+    cosines: tl.tensor,  # [block_d]
+    sines: tl.tensor,
+) -> tl.tensor:
+    """The tile turned by the angles and rounded as between two ops."""
+    turned = tile.to(tl.float32) * cosines[None, :] + exchanged.to(tl.float32) * sines[None, :]
+    return turned.to(tile.dtype)
+
+
+@triton.jit
 def load_turned(
     data: tl.tensor,  # pointer to the head's first number
     rows: tl.tensor,  # [N] offset of each row
@@ -252,18 +291,12 @@ def load_turned(
     head_dim: tl.constexpr,
     block_d: tl.constexpr,
 ) -> tl.tensor:
-    """`load_tile`, masked, of heads of one token, turned by its angles and rounded as between two ops."""
+    """`load_tile`, masked, of heads of one token, turned by its angles."""
     tile = load_tile(data, rows, inside, head_dim, block_d, True)
     if turning is not None:
-        dims = tl.arange(0, block_d)
-        partners = (dims + head_dim // 2) % head_dim
-        is_element = inside[:, None] & (dims < head_dim)[None, :]
-        swapped = tl.load(data + rows[:, None] + partners[None, :], mask=is_element, other=0.0)
-        angles = token * head_dim + dims
-        cosines = tl.load(turning.cos + angles, mask=dims < head_dim, other=0.0)
-        sines = tl.load(turning.signed_sin + angles, mask=dims < head_dim, other=0.0)
-        turned = tile.to(tl.float32) * cosines[None, :] + swapped.to(tl.float32) * sines[None, :]
-        tile = turned.to(tile.dtype)
+        exchanged = load_exchanged(data, rows, inside, head_dim, block_d)
+        cosines, sines = load_angles(turning, token, head_dim, block_d)
+        tile = turn(tile, exchanged, cosines, sines)
     return tile
 
 

@@ -7,8 +7,6 @@ decode step needs no separate write. With more than one part, a second kernel co
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -36,82 +34,18 @@ from tokenmill.attention.triton_common import (
     triton_type,
 )
 from tokenmill.attention.triton_decode_float8 import attend_part_in_pairs
+from tokenmill.attention.triton_decode_heads import decode_attention_of_heads
 from tokenmill.attention.triton_decode_parts import (
     Partial,
     combine,
     new_partial,
+    prefetch_rows,
     store_part,
     tokens_per_split,
     visible_range,
 )
+from tokenmill.attention.triton_decode_tiles import DecodeTiles
 from tokenmill.ops.triton.launch import can_overlap
-
-MAX_SPLITS = 64
-"""Parts of a row's context at most, where the number is free: more cost more to combine than they gain."""
-MAX_SHORT_CONTEXT = 1024
-"""Bound of contexts that are not worth the launch that combines parts, where there is a program for half the device."""
-
-
-class DecodeTiles(NamedTuple):
-    """How the decode kernel is cut.
-
-    Args:
-        block_n: cached tokens in one step of the loop.
-        num_warps: of a program.
-        num_stages: steps whose loads are under way at a time.
-        programs_per_multiprocessor: what the number of splits aims at.
-        max_registers: of a thread; None: what the compiler takes.
-    """
-
-    block_n: int
-    num_warps: int
-    num_stages: int
-    programs_per_multiprocessor: int
-    max_registers: int | None = None
-
-
-def decode_tiles(
-    head_dim: int, cache_itemsize: int, num_programs: int, max_kv_len: int, num_multiprocessors: int
-) -> DecodeTiles:
-    """Tiles, found on an H100: small ones, so that many programs have loads under way.
-
-    A program of a float8 cache waits for its own arithmetic more than for memory, so what counts is how many of them
-    there are: 6 on a multiprocessor with the registers that the compiler takes, 8 with fewer. The choice is by what
-    the last of them leave idle.
-
-    Args:
-        head_dim: D.
-        cache_itemsize: bytes of a cached number.
-        num_programs: rows times key/value heads.
-        max_kv_len: upper bound of the rows' cached tokens.
-        num_multiprocessors: of the device.
-    """
-    if cache_itemsize > 1:
-        return DecodeTiles(32, 4 if num_programs >= 4 * num_multiprocessors else 2, 3, 2)
-    is_split = num_programs >= num_multiprocessors // 2 and max_kv_len > MAX_SHORT_CONTEXT
-    tiles = DecodeTiles(32, 2, 3, 4 if is_split else 2)
-    slots = 6 * num_multiprocessors, 8 * num_multiprocessors
-    usual, many = (_programs_waited_for(num_programs, count, 3 * num_multiprocessors) for count in slots)
-    return tiles._replace(max_registers=128) if head_dim == 128 and many < usual else tiles
-
-
-def _programs_waited_for(num_programs: int, num_slots: int, min_last: int) -> int:
-    """Time of programs that run `num_slots` at a time, in times of one: the last ones take as long as `min_last` do."""
-    last = num_programs % num_slots
-    return num_programs - last + (max(last, min_last) if last else 0)
-
-
-def choose_num_splits(num_programs: int, max_kv_len: int, num_multiprocessors: int, tiles: DecodeTiles) -> int:
-    """Parts that each row's context is cut into, from what is fixed when a CUDA graph is captured.
-
-    Args:
-        num_programs: rows times key/value heads.
-        max_kv_len: upper bound of the rows' cached tokens.
-        num_multiprocessors: of the device.
-        tiles: of the kernel.
-    """
-    wanted = (num_multiprocessors * tiles.programs_per_multiprocessor + num_programs // 2) // num_programs
-    return max(1, min(wanted, triton.cdiv(max_kv_len, tiles.block_n), MAX_SPLITS))
 
 
 @triton.jit
@@ -235,22 +169,6 @@ def _write_own(
 
 
 @triton.jit
-def _prefetch_rows(data: tl.tensor, rows: tl.tensor, inside: tl.tensor, head_dim: tl.constexpr) -> None:
-    """Ask for `head_dim` numbers from each of the offsets `rows` [N] on to come to L2, where `inside`."""
-    line: tl.constexpr = 128 // (data.dtype.element_ty.primitive_bitwidth // 8)
-    num_lines: tl.constexpr = (head_dim + line - 1) // line
-    lines = tl.arange(0, triton.next_power_of_2(num_lines)) % num_lines * line
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [data + tl.where(inside, rows, 0)[:, None] + lines[None, :]],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def _prefetch_first_tile(
     cache: PagedCache,
     table: tl.tensor,  # pointer
@@ -269,8 +187,8 @@ def _prefetch_first_tile(
         positions = start + tl.arange(0, block_n)
         inside = (positions >= first_visible) & (positions < end)
         rows = cache_slots(blocks, positions, tokens_per_block) * (num_kv_heads * head_dim) + kv_head * head_dim
-        _prefetch_rows(cache.key_data, rows, inside, head_dim)
-        _prefetch_rows(cache.value_data, rows, inside, head_dim)
+        prefetch_rows(cache.key_data, rows, inside, head_dim)
+        prefetch_rows(cache.value_data, rows, inside, head_dim)
 
 
 @triton.jit(
@@ -367,6 +285,12 @@ def decode_attention(
         tiles: see `decode_tiles`.
         turning: queries and keys are turned by these angles first; None: they are as they should be.
     """
+    if tiles.kv_heads is not None:
+        assert num_splits == 1, "contexts of several heads a program are not cut"
+        decode_attention_of_heads(
+            spec, query, key, value, cache, metadata, result, tiles=tiles, turning=turning
+        )  # fmt: skip
+        return
     head_dim = query.shape[2]
     partial = None if num_splits == 1 else new_partial(query, num_splits)
     cut = {

@@ -12,7 +12,7 @@ IS_INTERPRETED = tl.constexpr(is_interpreted())  # decided when kernels are defi
 
 
 @triton.jit
-def _unpack_float8(pairs: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+def unpack_float8(pairs: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """float16 of the low bytes and of the high bytes of int16 `pairs`, which are two float8_e4m3fn each."""
     if IS_INTERPRETED:
         low, high = (pairs & 0xFF).to(tl.uint8), ((pairs >> 8) & 0xFF).to(tl.uint8)
@@ -75,12 +75,12 @@ def attend_part_in_pairs(
         inside = (positions >= first_visible) & (positions < end)
         rows = cache_slots(blocks, positions, tokens_per_block) * (num_kv_heads * half) + kv_head * half
         blocks = load_blocks(table, tile + block_n, first_visible, end, tokens_per_block, block_n)
-        key_even, key_odd = _unpack_float8(load_tile(keys, rows, inside, half, half, True))
+        key_even, key_odd = unpack_float8(load_tile(keys, rows, inside, half, half, True))
         products = tl.dot(query_even, tl.trans(key_even), input_precision="ieee")
         products = tl.dot(query_odd, tl.trans(key_odd), products, input_precision="ieee")
         weights, decay, maximum, total = softmax_step(products, inside[None, :], maximum, total, factor, cap, True)
         weights = weights.to(tl.float16)
-        value_even, value_odd = _unpack_float8(load_tile(values, rows, inside, half, half, True))
+        value_even, value_odd = unpack_float8(load_tile(values, rows, inside, half, half, True))
         values_even = tl.dot(weights, value_even, values_even * decay[:, None], input_precision="ieee")
         values_odd = tl.dot(weights, value_odd, values_odd * decay[:, None], input_precision="ieee")
     return tl.join(values_even, values_odd).reshape(block_m, head_dim), maximum, total

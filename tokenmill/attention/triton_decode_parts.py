@@ -44,6 +44,22 @@ def tokens_per_split(num_tokens: tl.tensor, num_splits: tl.tensor, block_n: tl.c
 
 
 @triton.jit
+def prefetch_rows(data: tl.tensor, rows: tl.tensor, inside: tl.tensor, head_dim: tl.constexpr) -> None:
+    """Ask for `head_dim` numbers from each of the offsets `rows` [N] on to come to L2, where `inside`."""
+    line: tl.constexpr = 128 // (data.dtype.element_ty.primitive_bitwidth // 8)
+    num_lines: tl.constexpr = (head_dim + line - 1) // line
+    lines = tl.arange(0, triton.next_power_of_2(num_lines)) % num_lines * line
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [data + tl.where(inside, rows, 0)[:, None] + lines[None, :]],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def store_part(
     values: tl.tensor,  # [block_m, block_d], not divided by the totals
     maximum: tl.tensor,  # [block_m]

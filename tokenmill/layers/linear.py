@@ -20,6 +20,7 @@ from tokenmill.layers.weights import Shard, WeightTarget, join_name
 from tokenmill.ops.fp8 import QuantizedRows
 from tokenmill.ops.row_product import OneRow, PendingNorm
 from tokenmill.quantization.base import (
+    AddsProduct,
     ConvertsWhileLoading,
     FusesOneRow,
     ParameterAxes,
@@ -73,6 +74,7 @@ class LinearBase(nn.Module):
         self.method = context.linear_method(context.prefix)
         self._quantized_method = self.method if isinstance(self.method, TakesQuantizedRows) else None
         self._fusing_method = self.method if isinstance(self.method, FusesOneRow) else None
+        self._adding_method = self.method if isinstance(self.method, AddsProduct) else None
         axes = dict(self.method.create_weights(self, in_features, out_features, context.dtype, context.device))
         self.bias: nn.Parameter | None = None
         if bias:
@@ -217,10 +219,28 @@ class RowParallelLinear(LinearBase):
         source = (group.rank * rank_features, in_features) if group.size > 1 else None
         super().__init__(rank_features, out_features, bias=bias, context=context, source_inputs=source)
 
-    def forward(self, x: Rows) -> torch.Tensor:
-        """[T, this rank's input features] to [T, out_features], equal on all ranks."""
+    def forward(self, x: Rows, add_to: torch.Tensor | None = None) -> torch.Tensor:
+        """[T, this rank's input features] to [T, out_features], equal on all ranks.
+
+        Args:
+            x: the input.
+            add_to: [T, out_features], the residual stream. Where this layer adds in passing it is what is returned,
+                with the product added; elsewhere it is left as it is.
+        """
+        if add_to is not None and self._add_product(add_to, x):
+            return add_to
         bias = self.bias if self.group.rank == 0 else None  # added once, not by every rank
         return self.group.all_reduce(self._product(x, bias))
+
+    def _add_product(self, total: torch.Tensor, x: Rows) -> bool:
+        """Add the product to `total` if that is possible; whether it was."""
+        method = self._adding_method
+        if method is None or self.bias is not None or self.group.size > 1 or isinstance(x, PendingNorm):
+            return False
+        if not method.adds(x.values.shape[0] if isinstance(x, QuantizedRows) else x.shape[0], total.dtype):
+            return False
+        method.add_product(total, x)
+        return True
 
     def named_weight_targets(self, prefix: str) -> Iterator[tuple[str, WeightTarget]]:
         """The weight and the bias under this module's own name."""

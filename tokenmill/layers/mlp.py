@@ -41,11 +41,11 @@ class GatedMLP(nn.Module):
         """The form in which rows like x [T, hidden_size] are best given."""
         return self.gate_up_proj.row_form(x)
 
-    def forward(self, x: Rows) -> torch.Tensor:
-        """[T, hidden_size] to [T, hidden_size]."""
+    def forward(self, x: Rows, add_to: torch.Tensor | None = None) -> torch.Tensor:
+        """[T, hidden_size] to [T, hidden_size]; `add_to`: see `RowParallelLinear`."""
         if isinstance(x, PendingNorm) or (isinstance(x, torch.Tensor) and self.row_form(x) is RowForm.PENDING_NORM):
             return self.down_proj(self.gate_up_proj.activated(x, self._activation_name))  # type: ignore[no-any-return]
         gate_up = self.gate_up_proj(x)
         is_quantized = self.down_proj.row_form(gate_up) is RowForm.QUANTIZED
         activated = self.quantized_activation(gate_up) if is_quantized else self.activation(gate_up)
-        return self.down_proj(activated)  # type: ignore[no-any-return]
+        return self.down_proj(activated, add_to)  # type: ignore[no-any-return]

@@ -173,8 +173,11 @@ class SparseMoe(nn.Module):
         """Plain rows, which the router reads, or those and quantized ones for the experts."""
         return self.experts.row_form(x)
 
-    def forward(self, x: torch.Tensor | PlainAndQuantized) -> Added:
-        """[T, hidden_size] to [T, hidden_size], which may be left to the norm behind it to add up."""
+    def forward(self, x: torch.Tensor | PlainAndQuantized, add_to: torch.Tensor | None = None) -> Added:
+        """[T, hidden_size] to [T, hidden_size], which may be left to the norm behind it to add up.
+
+        Nothing is added to `add_to`, unlike in `GatedMLP`.
+        """
         x, quantized = x if isinstance(x, PlainAndQuantized) else (x, None)
         return self.experts(x, self.gate(x), quantized)  # type: ignore[no-any-return]
 

@@ -9,7 +9,14 @@ from torch import nn
 
 from tokenmill.layers.context import LayerContext
 from tokenmill.ops.expert_sum import PendingSum, add_sum_rms_norm, add_sum_rms_norm_fp8
-from tokenmill.ops.rms_norm import add_rms_norm, add_rms_norm_both, add_rms_norm_fp8, rms_norm, rms_norm_fp8
+from tokenmill.ops.rms_norm import (
+    add_rms_norm,
+    add_rms_norm_both,
+    add_rms_norm_fp8,
+    rms_norm,
+    rms_norm_both,
+    rms_norm_fp8,
+)
 from tokenmill.ops.row_product import PendingNorm
 from tokenmill.quantization.base import Added, PlainAndQuantized, RowForm, Rows
 
@@ -41,11 +48,14 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.scale, self.eps)
 
     def add_and_norm(self, x: Added, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(normalized sum, sum) of x and residual [T, size]; without a residual, x starts the stream."""
+        """(normalized sum, sum) of x and residual [T, size].
+
+        Without a residual x starts the stream; if it is the residual, the layer before has added to it (`add_to`).
+        """
         if isinstance(x, PendingSum):
             assert residual is not None, "experts add to a residual stream"
             return add_sum_rms_norm(x, residual, self.scale, self.eps)
-        if residual is None:
+        if residual is None or x is residual:
             return rms_norm(x, self.scale, self.eps), x
         return add_rms_norm(x, residual, self.scale, self.eps)
 
@@ -61,12 +71,16 @@ class RMSNorm(nn.Module):
                 return add_sum_rms_norm_fp8(x, residual, self.scale, self.eps)
             return self.add_and_norm(x, residual)
         form = consumer.row_form(x)
+        if x is residual:
+            residual = None
         if form is RowForm.PENDING_NORM and self.scale.dtype == x.dtype:
             row = PendingNorm.of(x, residual, self.scale, self.eps)
             return row, row.stream
         if form is RowForm.PLAIN_AND_QUANTIZED and residual is not None:
             normalized, quantized, total = add_rms_norm_both(x, residual, self.scale, self.eps)
             return PlainAndQuantized(normalized, quantized), total
+        if form is RowForm.PLAIN_AND_QUANTIZED:
+            return PlainAndQuantized(*rms_norm_both(x, self.scale, self.eps)), x
         if form is RowForm.QUANTIZED and residual is not None:
             return add_rms_norm_fp8(x, residual, self.scale, self.eps)
         if form is RowForm.QUANTIZED:

@@ -62,10 +62,11 @@ class LlamaAttention(nn.Module):
         metadata: AttentionMetadata,
         cache: LayerCache,
         wanted: torch.Tensor | None = None,
+        add_to: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """[T, hidden_size] to the rows at `wanted` [n, hidden_size]."""
+        """[T, hidden_size] to the rows at `wanted` [n, hidden_size]; `add_to`: see `RowParallelLinear`."""
         attended = self.attend(self.qkv_proj(x), rotation, metadata, cache)
-        return self.o_proj(wanted_rows(attended, wanted))  # type: ignore[no-any-return]
+        return self.o_proj(wanted_rows(attended, wanted), add_to)  # type: ignore[no-any-return]
 
     def attend(
         self, qkv: torch.Tensor, rotation: Rotation, metadata: AttentionMetadata, cache: LayerCache
@@ -95,11 +96,15 @@ class LlamaDecoderLayer(nn.Module):
         cache: LayerCache,
         wanted: torch.Tensor | None = None,
     ) -> tuple[Added, torch.Tensor]:
-        """(what the MLP adds, residual stream) of the rows at `wanted` [n, hidden_size]; the next norm adds them."""
+        """(what the MLP adds, residual stream) of the rows at `wanted` [n, hidden_size]; the next norm adds them.
+
+        Where products are added in passing both are the stream.
+        """
         rows, residual = self.input_layernorm.add_and_norm_for(self.self_attn.qkv_proj, x, residual)
-        x = self.self_attn(rows, rotation, metadata, cache, wanted)
-        rows, residual = self.post_attention_layernorm.add_and_norm_for(self.mlp, x, wanted_rows(residual, wanted))
-        return self.mlp(rows), residual
+        residual = wanted_rows(residual, wanted)
+        x = self.self_attn(rows, rotation, metadata, cache, wanted, add_to=residual)
+        rows, residual = self.post_attention_layernorm.add_and_norm_for(self.mlp, x, residual)
+        return self.mlp(rows, add_to=residual), residual
 
 
 class LlamaModel(nn.Module):

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional
 
+from tokenmill.ops.library_product import add_scaled_product, adds_scaled_product
 from tokenmill.ops.linear import new_arrivals
 from tokenmill.ops.linear_plan import invariant_plan, matvec_plan, small_batch_plan
 
@@ -80,6 +81,22 @@ def weight_only_linear(x: torch.Tensor, weight: Fp8Weight, bias: torch.Tensor | 
 def scaled_linear(x: QuantizedRows, weight: Fp8Weight, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """`x @ weight.T + bias` with x [T, I] quantized; [T, O] of type `dtype`."""
     return IMPLEMENTATIONS["scaled_linear"][choose(x.values.device, dtype)](x, weight, bias, dtype)  # type: ignore[no-any-return]
+
+
+def adds_product(num_rows: int, weight: Fp8Weight, dtype: torch.dtype) -> bool:
+    """Whether `add_product` is there for so many rows and a sum of type `dtype`: where the library multiplies."""
+    out_features, in_features = weight.values.shape
+    if weight.batch_invariant or choose(weight.values.device, dtype) != "triton":
+        return False
+    if small_batch_plan(num_rows, out_features, in_features, 1).kernel != "library":
+        return False
+    return adds_scaled_product(num_rows, out_features, in_features, dtype)
+
+
+def add_product(total: torch.Tensor, x: QuantizedRows, weight: Fp8Weight) -> None:
+    """Add `x @ weight.T` to `total` [T, O]; the sum is rounded once. `adds_product` says where that is possible."""
+    if not add_scaled_product(total, x.values, x.scales, weight.values, weight.scales):
+        total.add_(scaled_linear(x, weight, None, total.dtype))
 
 
 def per_token_quantize_reference(x: torch.Tensor) -> QuantizedRows:

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from tokenmill.ops import captured
+from tokenmill.ops.library_product import add_library_product, library_product
 from tokenmill.ops.linear_plan import invariant_plan, matvec_plan, num_arrivals, small_batch_plan
 from tokenmill.ops.platform import computes_bfloat16
 
@@ -110,8 +111,20 @@ def linear_streamed(x: torch.Tensor, weight: StreamedWeight, bias: torch.Tensor 
         return matvec(_rows(x), weight.data, None, bias, matvec_plan(out_features, in_features, x.element_size()))
     plan = small_batch_plan(num_rows, out_features, in_features, x.element_size())
     if plan.kernel == "library":
-        return functional.linear(x, weight.data, bias)
+        return library_product(x, weight.data) if bias is None else functional.linear(x, weight.data, bias)
     return small_batch(_rows(x), None, weight.data, None, bias, weight.arrivals, plan, x.dtype)
+
+
+def adds_product(num_rows: int, weight: StreamedWeight) -> bool:
+    """Whether `add_product` is there for so many rows: where cuBLAS multiplies."""
+    if weight.batch_invariant or num_rows == 1:
+        return False
+    return small_batch_plan(num_rows, *weight.data.shape, weight.data.element_size()).kernel == "library"
+
+
+def add_product(total: torch.Tensor, x: torch.Tensor, weight: StreamedWeight) -> None:
+    """Add `x @ weight.T` to `total` [T, O]; the sum is rounded once. `adds_product` says where that is possible."""
+    add_library_product(total, x, weight.data)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

@@ -68,6 +68,17 @@ def add_rms_norm_fp8(
     return per_token_quantize_fp8(normalized), total
 
 
+def rms_norm_both(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, QuantizedRows]:
+    """`rms_norm` of x [T, D], as it is and quantized."""
+    if choose(x.device, x.dtype) == "triton":
+        from tokenmill.ops.triton import rms_norm as kernels
+
+        normalized, values, scales = kernels.rms_norm_both(x, weight, eps)
+        return normalized, QuantizedRows(values, scales)
+    normalized = rms_norm(x, weight, eps)
+    return normalized, per_token_quantize_fp8(normalized)
+
+
 def add_rms_norm_both(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, QuantizedRows, torch.Tensor]:

@@ -86,6 +86,19 @@ class TakesQuantizedRows(Protocol):
 
 
 @runtime_checkable
+class AddsProduct(Protocol):
+    """A `LinearMethod` whose product can be added to a tensor in the pass that computes it."""
+
+    def adds(self, num_rows: int, dtype: torch.dtype) -> bool:
+        """Whether that is there, and faster than an addition in the norm that follows, for so many rows of a type."""
+        ...
+
+    def add_product(self, total: torch.Tensor, x: torch.Tensor | QuantizedRows) -> None:
+        """Add the product of x [T, in_features] to `total` [T, out_features], contiguous."""
+        ...
+
+
+@runtime_checkable
 class FusesOneRow(Protocol):
     """A `LinearMethod` whose `row_form` may be PENDING_NORM.
 

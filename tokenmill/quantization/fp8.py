@@ -16,6 +16,8 @@ from tokenmill.ops.fp8 import (
     FP8_DTYPE,
     Fp8Weight,
     QuantizedRows,
+    add_product,
+    adds_product,
     per_token_quantize_fp8,
     scaled_linear,
     weight_only_linear,
@@ -82,6 +84,14 @@ class Fp8Linear:
     def apply_quantized(self, x: QuantizedRows, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """Rows [T, in_features], quantized already, to [T, out_features] of type `dtype`."""
         return scaled_linear(x, self._filled, bias, dtype)
+
+    def adds(self, num_rows: int, dtype: torch.dtype) -> bool:
+        """See `ops.fp8.adds_product`."""
+        return self._quantizes(num_rows) and adds_product(num_rows, self._filled, dtype)
+
+    def add_product(self, total: torch.Tensor, x: torch.Tensor | QuantizedRows) -> None:
+        """Add the product of x [T, in_features] to `total` [T, out_features]."""
+        add_product(total, x if isinstance(x, QuantizedRows) else per_token_quantize_fp8(x), self._filled)
 
     def apply_fused(self, x: OneRow, bias: torch.Tensor | None, activation: str = "") -> torch.Tensor:
         """See `ops.row_product.row_product`."""

@@ -18,6 +18,8 @@ from tokenmill.ops.fp8 import (
     FP8_DTYPE,
     Fp8Weight,
     QuantizedRows,
+    add_product,
+    adds_product,
     per_token_quantize_fp8,
     scaled_linear,
     static_quantize_fp8,
@@ -102,8 +104,20 @@ class ScaledFp8Linear:
         assert self._weight is not None, "process_after_loading was not called"
         if x.shape[0] == 1 and not self._batch_invariant:
             return weight_only_linear(x, self._weight, bias)
-        rows = per_token_quantize_fp8(x) if self._input_scale is None else static_quantize_fp8(x, self._input_scale)
-        return scaled_linear(rows, self._weight, bias, x.dtype)
+        return scaled_linear(self._quantized(x), self._weight, bias, x.dtype)
+
+    def adds(self, num_rows: int, dtype: torch.dtype) -> bool:
+        """See `ops.fp8.adds_product`."""
+        assert self._weight is not None, "process_after_loading was not called"
+        return num_rows != 1 and adds_product(num_rows, self._weight, dtype)
+
+    def add_product(self, total: torch.Tensor, x: torch.Tensor | QuantizedRows) -> None:
+        """Add the product of x [T, in_features] to `total` [T, out_features]."""
+        assert self._weight is not None, "process_after_loading was not called"
+        add_product(total, x if isinstance(x, QuantizedRows) else self._quantized(x), self._weight)
+
+    def _quantized(self, x: torch.Tensor) -> QuantizedRows:
+        return per_token_quantize_fp8(x) if self._input_scale is None else static_quantize_fp8(x, self._input_scale)
 
     def row_form(self, x: torch.Tensor) -> RowForm:
         """Quantized rows where `apply` quantizes them, each with a scale of its own."""

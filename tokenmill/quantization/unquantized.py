@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from tokenmill.ops.linear import PackedWeight, StreamedWeight, linear, pack_linear_weight
+from tokenmill.ops.fp8 import QuantizedRows
+from tokenmill.ops.linear import PackedWeight, StreamedWeight, add_product, adds_product, linear, pack_linear_weight
 from tokenmill.ops.moe import ExpertMatrix, ExpertWeights, Routing, expert_products
 from tokenmill.ops.row_product import OneRow, can_fuse, row_product
 from tokenmill.quantization.base import Added, ExpertParameter, ExpertSizes, ParameterAxes, RowForm
@@ -52,6 +53,15 @@ class UnquantizedLinear:
         """[T, in_features] to [T, out_features]."""
         assert self._weight is not None, "create_weights was not called"
         return linear(x, self._weight, bias)
+
+    def adds(self, num_rows: int, dtype: torch.dtype) -> bool:
+        """See `ops.linear.adds_product`."""
+        return isinstance(self._weight, StreamedWeight) and adds_product(num_rows, self._weight)
+
+    def add_product(self, total: torch.Tensor, x: torch.Tensor | QuantizedRows) -> None:
+        """Add the product of x [T, in_features] to `total` [T, out_features]."""
+        assert isinstance(self._weight, StreamedWeight) and isinstance(x, torch.Tensor), "`adds` was not asked"
+        add_product(total, x, self._weight)
 
     def row_form(self, x: torch.Tensor) -> RowForm:
         """Plain rows, or one before its norm where the product includes it."""

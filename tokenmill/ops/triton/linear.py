@@ -127,7 +127,7 @@ def _small_batch_kernel(
     columns = tl.arange(0, block_in)
     starts = tl.minimum(features, out_features - 1).to(tl.int64) * in_features
     weights = weight + starts[:, None] + columns[None, :]
-    values = x + tl.minimum(rows, num_rows - 1).to(tl.int64)[None, :] * x_stride + columns[:, None]
+    values = x + (rows % num_rows).to(tl.int64)[None, :] * x_stride + columns[:, None]  # not all one row: a hot spot
     first = split * blocks_per_split * block_in
     last = tl.minimum(first + blocks_per_split * block_in, in_features)
     if overlaps:

@@ -84,7 +84,7 @@ def _product_kernel(
     columns = tl.arange(0, block_in)
     starts = tl.minimum(features, out_features - 1).to(tl.int64) * in_features
     weights = weight + starts[:, None] + columns[None, :]
-    values = x + tl.minimum(rows, num_rows - 1).to(tl.int64)[None, :] * x_stride + columns[:, None]
+    values = x + (rows % num_rows).to(tl.int64)[None, :] * x_stride + columns[:, None]  # not all one row: a hot spot
     offsets = rows.to(tl.int64)[None, :] * out_features + features[:, None]
     mask = is_feature[:, None] & is_row[None, :]
     if is_split and partials is None:

@@ -127,6 +127,14 @@ def add_rms_norm_fp8(
     return out, scales, total
 
 
+def rms_norm_both(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The norm of x [T, D]: as it is, and quantized (values [T, D], scales [T])."""
+    out, scales = _quantized_outputs(x)
+    plain = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch(x, None, weight, eps, out, None, scales, plain)
+    return plain, out, scales
+
+
 def add_rms_norm_both(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
