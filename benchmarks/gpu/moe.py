@@ -24,8 +24,11 @@ from benchmarks.gpu.timing import BF16_FLOPS, FP8_FLOPS, READ_BANDWIDTH, Row, gr
 from tokenmill.ops.fp8 import QuantizedRows, per_token_quantize_fp8
 from tokenmill.ops.moe import ExpertMatrix, ExpertWeights, Routing, route, run_experts
 from tokenmill.ops.moe_plan import MAX_PAIR_TOKENS, GroupedPlan, PairPlan, grouped_plan
+from tokenmill.ops.triton.moe_layer import programs_stay
+from tokenmill.ops.triton.moe_many import many_down, many_gate_up
 from tokenmill.ops.triton.moe_pairs import run_pairs
-from tokenmill.ops.triton.moe_routing import combine, sort_pairs
+from tokenmill.ops.triton.moe_routing import combine
+from tokenmill.ops.triton.moe_sorting import MAX_TOGETHER, RowBlocks, sort_many_pairs, sort_pairs
 from tokenmill.ops.triton.moe_tiles import grouped_down, grouped_gate_up
 
 HIDDEN, SIZE, NUM_EXPERTS, TOP_K = 2048, 768, 128, 8
@@ -76,27 +79,35 @@ def measure(num_tokens: int, weights: ExpertWeights, kind: str) -> Iterator[Row]
     if num_tokens <= MAX_PAIR_TOKENS:
         return
     plan = grouped_plan(num_tokens * TOP_K, NUM_EXPERTS)
-    tiles = [sort_pairs(r.experts, 0, NUM_EXPERTS, plan.block_rows) for r in chosen]
-    yield row(f"{work}: sort", [lambda: sort_pairs(chosen[0].experts, 0, NUM_EXPERTS, plan.block_rows)], None)
+    stays = programs_stay(x, weights, plan, num_tokens * TOP_K)
+    sort = sort_many_pairs if stays or num_tokens * TOP_K > MAX_TOGETHER else sort_pairs
+    tiles = [sort(r.experts, 0, NUM_EXPERTS, plan.block_rows) for r in chosen]
+    yield row(f"{work}: sort", [lambda: sort(chosen[0].experts, 0, NUM_EXPERTS, plan.block_rows)], None)
     rows, scales = operand(x, bytes_per_weight)
     by_token = weights.scales_inner_by_token(num_tokens * TOP_K)
-    unquantized = BF16 if by_token else None
-    gate_up = [
-        lambda r=r, t=t: grouped_gate_up(rows, scales, r, weights, t, plan, unquantized=unquantized)
-        for r, t in zip(chosen, tiles, strict=True)
-    ]  # fmt: skip
-    yield row(f"{work}: gate and up", gate_up, limit_of(num_tokens, chosen, bytes_per_weight, 2 / 3))
-    inner = gate_up[0]()
+
+    def first(r: Routing, t: RowBlocks) -> torch.Tensor | QuantizedRows:
+        if stays:
+            return many_gate_up(QuantizedRows(rows, scales), r, weights, t, BF16)
+        return grouped_gate_up(rows, scales, r, weights, t, plan, unquantized=BF16 if by_token else None)
+
+    both = list(zip(chosen, tiles, strict=True))
+    limits = [limit_of(num_tokens, chosen, bytes_per_weight, share) for share in (2 / 3, 1 / 3)]
+    yield row(f"{work}: gate and up", [partial(first, *pair) for pair in both], limits[0])
+    inner = first(*both[0])
     if by_token:
         assert isinstance(inner, torch.Tensor)
         between = inner
         yield row(f"{work}: quantize", [lambda: per_token_quantize_fp8(between)], None)
         inner = per_token_quantize_fp8(between)
-    down = [
-        lambda r=r, t=t: grouped_down(inner, r, weights, t, plan, BF16) for r, t in zip(chosen, tiles, strict=True)
-    ]  # fmt: skip
-    yield row(f"{work}: down", down, limit_of(num_tokens, chosen, bytes_per_weight, 1 / 3))
-    of_pairs = grouped_down(inner, chosen[0], weights, tiles[0], plan, BF16)
+
+    def second(r: Routing, t: RowBlocks) -> torch.Tensor:
+        if stays:
+            return many_down(inner, r, weights, t, BF16)
+        return grouped_down(inner, r, weights, t, plan, BF16)
+
+    yield row(f"{work}: down", [partial(second, *pair) for pair in both], limits[1])
+    of_pairs = second(*both[0])
     yield row(f"{work}: combine", [lambda: combine(of_pairs, chosen[0].experts, 0, NUM_EXPERTS)], None)
 
 

@@ -21,7 +21,16 @@ from tokenmill.ops.moe import (
     run_experts,
     run_experts_reference,
 )
-from tokenmill.ops.moe_plan import GROUPED_PLANS, down_pair_plan, gate_up_pair_plan, grouped_plan, max_row_blocks
+from tokenmill.ops.moe_plan import (
+    GROUPED_PLANS,
+    MANY_ROWS,
+    MANY_STAGES,
+    down_pair_plan,
+    fits_many,
+    gate_up_pair_plan,
+    grouped_plan,
+    max_row_blocks,
+)
 
 
 def by_hand(x: torch.Tensor, routing: Routing, weights: ExpertWeights) -> torch.Tensor:
@@ -174,3 +183,9 @@ def test_plans() -> None:
         assert plan.block_out & (plan.block_out - 1) == 0 < plan.block_out
         assert plan.block_in & (plan.block_in - 1) == 0 < plan.block_in
         assert 1 <= plan.num_warps <= 4
+
+
+def test_products_that_stay_take_whole_blocks() -> None:
+    assert fits_many(2048, 768) and fits_many(512, 384)
+    assert not any(fits_many(*shape) for shape in ((2048, 700), (2176, 768), (256, 768), (2048, 256)))
+    assert (3 * MANY_STAGES + 2) * MANY_ROWS * 128 <= 227 * 1024  # what a program has, with a block that it stores

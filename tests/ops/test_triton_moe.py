@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,17 +19,21 @@ from tokenmill.ops.moe import (
     run_experts_torch,
 )
 from tokenmill.ops.moe_plan import GroupedPlan, PairPlan, down_pair_plan, gate_up_pair_plan, grouped_plan
+from tokenmill.ops.platform import is_hopper
 
 pytest.importorskip("triton")
+from tokenmill.ops.triton.moe_layer import programs_stay, run_tiles
 from tokenmill.ops.triton.moe_pairs import run_pairs
-from tokenmill.ops.triton.moe_routing import combine, route, sort_pairs
+from tokenmill.ops.triton.moe_routing import combine, route
 from tokenmill.ops.triton.moe_scales import quantize_groups
-from tokenmill.ops.triton.moe_tiles import block_scaled_product, grouped_down, grouped_gate_up, run_tiles
+from tokenmill.ops.triton.moe_sorting import RowBlocks, sort_many_pairs, sort_pairs
+from tokenmill.ops.triton.moe_tiles import block_scaled_product, grouped_down, grouped_gate_up
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 BF16 = torch.bfloat16
 PAIR_PLANS = PairPlan(64, 128, 4), PairPlan(32, 64, 4)
 TINY_PLAN = GroupedPlan(16, 4, 2, 128, 64, 4, 2)
+Sort = Callable[[torch.Tensor, int, int, int], RowBlocks]
 KINDS: tuple[WeightKind, ...] = ("plain", "features", "blocks")
 TOLERANCE = {"plain": 1e-2, "features": 1.5e-2, "blocks": 1.5e-2}
 """Rounding to bfloat16, and single steps of float8 where sums differ in the last place."""
@@ -52,11 +57,12 @@ def test_routes_of_broken_logits_stay_within_the_experts(device: str) -> None:
     assert bool(((experts >= 0) & (experts < 5)).all())
 
 
+@pytest.mark.parametrize("sort", [sort_pairs, sort_many_pairs])
 @pytest.mark.parametrize(("first_expert", "num_experts"), [(0, 7), (2, 3)])
 @pytest.mark.parametrize("num_tokens", [1, 50, 2500])
-def test_sorted_pairs(num_tokens: int, first_expert: int, num_experts: int, device: str) -> None:
+def test_sorted_pairs(num_tokens: int, first_expert: int, num_experts: int, sort: Sort, device: str) -> None:
     routing = random_routing(num_tokens, 7, 2, device)
-    blocks = sort_pairs(routing.experts, first_expert, num_experts, 4)
+    blocks = sort(routing.experts, first_expert, num_experts, 4)
     flat = routing.experts.flatten().tolist()
     expected_tiles, expected_experts = [], []
     for expert in range(first_expert, first_expert + num_experts):
@@ -69,6 +75,9 @@ def test_sorted_pairs(num_tokens: int, first_expert: int, num_experts: int, devi
     assert blocks.pairs.view(-1, 4)[is_used].tolist() == expected_tiles
     assert blocks.experts[is_used].tolist() == expected_experts
     assert blocks.experts[~is_used].eq(-1).all()
+    if blocks.num_used is not None:
+        assert int(blocks.num_used) == len(expected_tiles)
+        assert is_used[: len(expected_tiles)].all()
 
 
 def test_combine_skips_other_ranks(device: str) -> None:
@@ -249,7 +258,32 @@ def test_real_shapes(num_tokens: int, kind: WeightKind) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_tokens", [1, 64])
+@pytest.mark.parametrize("is_static", [False, True])
+@pytest.mark.parametrize("shape", [(512, 384), (768, 640), (768, 1024), (1024, 768)])
+def test_products_that_stay(shape: tuple[int, int], is_static: bool) -> None:
+    """Fewest blocks to look ahead over, several tiles an expert, and a rank with an expert that nobody chose."""
+    weights = random_experts(7, *shape, BF16, "features", "cuda")
+    if is_static:
+        scales = torch.tensor([0.02], device="cuda"), torch.tensor([0.03], device="cuda")
+        weights = dataclasses.replace(weights, input_scales=scales)
+    gate_up, down = (
+        ExpertMatrix(matrix.values[1:6].contiguous(), matrix.scales[1:6].contiguous())
+        for matrix in (weights.gate_up, weights.down)
+        if matrix.scales is not None
+    )
+    part = dataclasses.replace(weights, gate_up=gate_up, down=down, first_expert=1)
+    x = torch.randn(700, shape[0], generator=torch.Generator().manual_seed(3)).to("cuda", BF16)
+    routing = random_routing(700, 6, 3, "cuda")
+    routing.experts[routing.experts == 4] = 6
+    plan = grouped_plan(routing.experts.numel(), 5)
+    assert programs_stay(x, part, plan, routing.experts.numel()) == is_hopper(x.device)
+    actual = run_tiles(x, routing, part, plan)
+    assert relative_error(actual, run_experts_torch(x, routing, part)) < TOLERANCE["features"]
+    assert torch.equal(run_tiles(x, routing, part, plan), actual)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 64, 600])
 def test_a_graph_follows_the_routing(num_tokens: int) -> None:
     """Captured with one routing, replayed with another."""
     weights = random_experts(16, 512, 256, BF16, "features", "cuda")

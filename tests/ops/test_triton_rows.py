@@ -101,6 +101,12 @@ def test_quantization(shape: tuple[int, int], dtype: torch.dtype, device: str) -
     check_quantized(fp8.per_token_quantize_fp8(x), x)
 
 
+def test_quantization_of_many_rows(device: str) -> None:
+    """Several rows a program, and the last one not full."""
+    x = normal((5000, 5), torch.bfloat16, device)
+    check_quantized(fp8.per_token_quantize_fp8(x), x)
+
+
 def test_quantization_of_extremes(device: str) -> None:
     """A row of zeros stays zero, the largest number of a row becomes 448, denormal rows do not overflow."""
     x = torch.tensor([[0.0, 0.0], [-7.0, 3.5], [1e-44, 0.0], [3e38, -1e38]], device=device)

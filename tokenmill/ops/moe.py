@@ -256,7 +256,7 @@ def run_experts_triton(
 
         hidden, size = weights.down.values.shape[1:]
         return run_pairs(rows, routing, weights, gate_up_pair_plan(size, hidden), down_pair_plan(hidden, size))
-    from tokenmill.ops.triton.moe_tiles import tile_products
+    from tokenmill.ops.triton.moe_layer import tile_products
 
     num_pairs = routing.experts.numel()
     plan = INVARIANT_PLAN if weights.batch_invariant else grouped_plan(num_pairs, weights.num_experts)

@@ -1,7 +1,7 @@
 """Block sizes of the kernels that multiply tokens with their experts on a GPU. Pure arithmetic: no torch, no triton.
 
 The numbers were found by `python -m benchmarks.gpu.moe --tune` on an H100 (docs/log.md). Called by
-`ops.moe` and `ops.triton.moe_tiles`.
+`ops.moe` and the kernels in `ops.triton`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ class GroupedPlan(NamedTuple):
         gate_up_bytes: bytes of each feature's weights in one stage of the first product.
         down_out: output features of a program of the second product, which has `SCALE_GROUP` bytes in a stage.
         down_warps, down_stages: of the second product.
+        halves: the first product multiplies a tile's first half alone if there are no more rows.
     """
 
     block_rows: int
@@ -33,6 +34,7 @@ class GroupedPlan(NamedTuple):
     down_out: int
     down_warps: int
     down_stages: int
+    halves: bool = False
 
 
 class PairPlan(NamedTuple):
@@ -44,7 +46,8 @@ class PairPlan(NamedTuple):
 
 
 GROUPED_PLANS: Final = (
-    (20.0, GroupedPlan(16, 8, 3, 256, 128, 4, 4)),
+    (12.0, GroupedPlan(16, 8, 3, 256, 128, 4, 4)),
+    (20.0, GroupedPlan(32, 4, 3, 256, 128, 4, 4, halves=True)),
     (32.0, GroupedPlan(32, 4, 3, 256, 128, 4, 4)),
     (48.0, GroupedPlan(64, 4, 4, 128, 128, 4, 4)),
     (float("inf"), GroupedPlan(128, 8, 4, 128, 256, 8, 4)),
@@ -69,6 +72,18 @@ def scales_inner_by_token(num_pairs: int, num_experts: int) -> bool:
     interrupt the tensor cores after every 128 features: then a pass of its own that finds a row's scale is cheaper.
     """
     return num_pairs / num_experts > GROUPED_PLANS[-2][0]
+
+
+MANY_ROWS: Final = 128
+"""Rows of a tile of the products that stay, `ops.triton.moe_many`; twice as many rows of weights are a block."""
+MANY_STAGES: Final = 4
+"""Blocks of 128 input features of both that are in shared memory at a time."""
+
+
+def fits_many(hidden: int, size: int) -> bool:
+    """Whether the products that stay take weights [2 I, H] and [H, I]: whole blocks only, and enough to look ahead."""
+    is_whole = hidden % (2 * MANY_ROWS) == 0 and size % MANY_ROWS == 0
+    return is_whole and min(hidden, size) >= (MANY_STAGES - 1) * SCALE_GROUP
 
 
 def max_row_blocks(num_pairs: int, num_experts: int, block_rows: int) -> int:

@@ -37,6 +37,11 @@ def is_hopper_or_newer(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Whether the device multiplies by groups of four warps, which no later one does."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def free_memory(device: torch.device) -> int:
     """Free memory of the device in bytes; for a CPU what the kernel could give without swapping."""
     if device.type == "cuda":

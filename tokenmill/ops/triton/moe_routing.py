@@ -1,38 +1,17 @@
-"""Routing on the device: the experts of each token, pairs of token and expert sorted into tiles of one expert each, and
-the sum of each token's experts. Nothing of it is known to the host, so a step with it can be captured in a CUDA graph.
+"""Routing on the device: the experts of each token, and the sum of each token's experts.
 
-A pair is a token and one of its experts: pair `t * K + k`. Called by `ops.moe` and `moe_tiles.py`.
+Nothing of it is known to the host, so a step with it can be captured in a CUDA graph. Called by `ops.moe` and
+`moe_layer.py`; `moe_sorting.py` has what is between the two.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tokenmill.ops.moe_plan import max_row_blocks
 from tokenmill.ops.triton.launch import can_overlap, warps_for
-
-SORT_BLOCKS = (256, 2048, 4096)
-"""Pairs that a sorting program looks at together; few values, since each is compiled once."""
-ENTRIES_PER_STORE = tl.constexpr(128)
-
-
-class RowBlocks(NamedTuple):
-    """Pairs sorted by expert, each expert's in whole tiles of R rows; there are more tiles than needed, here and there.
-
-    Args:
-        pairs: [tiles * R] int32; the number of all pairs where a tile is not full.
-        experts: [tiles] int32, each tile's expert; -1 for tiles that are not needed.
-        block_rows: R.
-    """
-
-    pairs: torch.Tensor
-    experts: torch.Tensor
-    block_rows: int
 
 
 @triton.jit
@@ -70,70 +49,6 @@ def _route_kernel(
         weights = weights / tl.sum(weights, axis=0)
     tl.store(experts_out + token * top_k + ranks, experts, mask=ranks < top_k)
     tl.store(weights_out + token * top_k + ranks, weights, mask=ranks < top_k)
-
-
-@triton.jit
-def _load_local(
-    experts: tl.tensor,
-    start: tl.tensor,
-    num_pairs: tl.tensor,
-    first: tl.tensor,
-    num_experts: tl.tensor,
-    block: tl.constexpr,
-) -> tl.tensor:
-    """The local experts of some pairs; `num_experts` for pairs of other ranks and past the end."""
-    pairs = start + tl.arange(0, block)
-    local = tl.load(experts + pairs, mask=pairs < num_pairs, other=-1) - first
-    return tl.where((pairs < num_pairs) & (local >= 0) & (local < num_experts), local, num_experts)
-
-
-@triton.jit
-def _fill(out: tl.tensor, first: tl.tensor, last: tl.tensor, value: tl.tensor) -> None:
-    for start in range(first, last, ENTRIES_PER_STORE):
-        places = start + tl.arange(0, ENTRIES_PER_STORE)
-        tl.store(out + places, tl.zeros([ENTRIES_PER_STORE], tl.int32) + value, mask=places < last)
-
-
-@triton.jit(do_not_specialize=["num_pairs", "first_expert", "num_tiles"])
-def _sort_kernel(
-    experts: tl.tensor,
-    pairs_out: tl.tensor,
-    tile_experts: tl.tensor,
-    num_pairs: int,
-    first_expert: int,
-    num_experts: int,
-    num_tiles: int,
-    block_rows: tl.constexpr,
-    block: tl.constexpr,
-    overlaps: tl.constexpr,
-) -> None:
-    """One program an expert, which knows where its tiles begin from how many pairs go to experts before it."""
-    if overlaps:
-        gdc_launch_dependents()
-        gdc_wait()
-    expert = tl.program_id(0)
-    before = tl.zeros([block], tl.int32)
-    own = tl.zeros([block], tl.int32)
-    for start in range(0, num_pairs, block):
-        local = _load_local(experts, start, num_pairs, first_expert, num_experts, block)
-        before += (local < expert).to(tl.int32)
-        own += (local == expert).to(tl.int32)
-    num_before, num_own = tl.sum(before, axis=0), tl.sum(own, axis=0)
-    first_tile = num_before // block_rows + expert
-    last_tile = first_tile + (num_own + block_rows - 1) // block_rows
-    next_tile = (num_before + num_own) // block_rows + expert + 1
-    if expert == num_experts - 1:
-        next_tile = num_tiles
-    place = first_tile * block_rows
-    for start in range(0, num_pairs, block):
-        local = _load_local(experts, start, num_pairs, first_expert, num_experts, block)
-        is_own = (local == expert).to(tl.int32)
-        ranks = tl.cumsum(is_own, axis=0) - 1
-        tl.store(pairs_out + place + ranks, start + tl.arange(0, block), mask=is_own == 1)
-        place += tl.sum(is_own, axis=0)
-    _fill(pairs_out, place, last_tile * block_rows, num_pairs)
-    _fill(tile_experts, first_tile, last_tile, expert)
-    _fill(tile_experts, last_tile, next_tile, -1)
 
 
 @triton.jit(do_not_specialize=["first_expert"])
@@ -187,31 +102,6 @@ def route(logits: torch.Tensor, top_k: int, normalize: bool) -> tuple[torch.Tens
             launch_pdl=overlaps,
         )
     return experts, weights
-
-
-def sort_pairs(experts: torch.Tensor, first_expert: int, num_experts: int, block_rows: int) -> RowBlocks:
-    """The pairs of experts [T, K] in tiles of `block_rows`; those of experts beyond this rank's are left out."""
-    num_pairs = experts.numel()
-    num_tiles = max_row_blocks(num_pairs, num_experts, block_rows)
-    pairs = torch.empty(num_tiles * block_rows, dtype=torch.int32, device=experts.device)
-    tile_experts = torch.empty(num_tiles, dtype=torch.int32, device=experts.device)
-    block = next((size for size in SORT_BLOCKS if num_pairs <= size), SORT_BLOCKS[-1])
-    overlaps = can_overlap(experts.device)
-    _sort_kernel[(num_experts,)](
-        experts,
-        pairs,
-        tile_experts,
-        num_pairs,
-        first_expert,
-        num_experts,
-        num_tiles,
-        block_rows=block_rows,
-        block=block,
-        overlaps=overlaps,
-        num_warps=min(8, block // 256),
-        launch_pdl=overlaps,
-    )
-    return RowBlocks(pairs, tile_experts, block_rows)
 
 
 def combine(of_pairs: torch.Tensor, experts: torch.Tensor, first_expert: int, num_experts: int) -> torch.Tensor:

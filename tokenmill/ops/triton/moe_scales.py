@@ -1,6 +1,6 @@
 """Scales of float8 in products with experts: what kernels multiply with, and activations quantized by groups.
 
-Called by `moe_tiles.py`, `moe_pairs.py` and `ops.moe`.
+Called by `moe_layer.py`, `moe_tiles.py`, `moe_pairs.py` and `ops.moe`.
 """
 
 from __future__ import annotations

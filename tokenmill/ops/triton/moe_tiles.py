@@ -1,9 +1,9 @@
 """Many tokens with their experts on a GPU: the two products of a gated MLP in tiles of rows of one expert each.
 
-The tokens were sorted by expert (`moe_routing.py`). The weight is the left operand of the tensor cores and the tile's
+The tokens were sorted by expert (`moe_sorting.py`). The weight is the left operand of the tensor cores and the tile's
 rows the right one, so that tiles of 16 rows and of 128 are the same kernel. With float8 weights x comes quantized, and
-what is between the projections is quantized on the way, with a scale for each 128 features. Called by `ops.moe`; the
-second kernel is also the product with a block-scaled weight of `ops.block_fp8`.
+what is between the projections is quantized on the way, with a scale for each 128 features. Called by `moe_layer.py`;
+the second kernel is also the product with a block-scaled weight of `ops.block_fp8`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tokenmill.ops.expert_sum import PendingSum
-from tokenmill.ops.fp8 import QuantizedRows, per_token_quantize_fp8, static_quantize_fp8
+from tokenmill.ops.fp8 import QuantizedRows
 from tokenmill.ops.moe import ExpertMatrix, ExpertWeights, Routing
 from tokenmill.ops.moe_plan import SCALE_GROUP, GroupedPlan, grouped_plan
 from tokenmill.ops.triton.activation import activated
 from tokenmill.ops.triton.fp8 import FP8_MAX, INVERSE_FP8_MAX, MIN_SCALE
 from tokenmill.ops.triton.launch import can_overlap, is_interpreted
-from tokenmill.ops.triton.moe_routing import RowBlocks, sort_pairs
 from tokenmill.ops.triton.moe_scales import (
     BLOCK_SCALES,
     FEATURE_SCALES,
@@ -28,9 +26,9 @@ from tokenmill.ops.triton.moe_scales import (
     NO_SCALES,
     block_scales,
     load_block,
-    quantize_groups,
     scale_kind_of,
 )
+from tokenmill.ops.triton.moe_sorting import RowBlocks
 
 
 @triton.jit
@@ -70,6 +68,7 @@ def _first_scale(
 @triton.jit
 def _gate_up_sums(
     values: tl.tensor,  # [block_in, block_rows], where the rows begin
+    is_row: tl.tensor,
     x_scale: tl.tensor,  # [block_rows], where the rows' scales begin
     weight: tl.tensor,  # the expert's
     weight_scale: tl.tensor,
@@ -93,7 +92,7 @@ def _gate_up_sums(
         of_up = tl.load(weight_scale + size + inside)
     for start in tl.range(0, in_features, columns.shape[0], num_stages=num_stages):
         is_column = columns < in_features - start
-        v = load_block(values + start, is_column[:, None], is_even)
+        v = tl.load(values + start, mask=is_column[:, None] & is_row[None, :], other=0.0)
         g = load_block(gate_weights + start, is_column[None, :], is_even)
         u = load_block(up_weights + start, is_column[None, :], is_even)
         if scale_kind == BLOCK_SCALES:
@@ -137,6 +136,44 @@ def _store_inner(
         tl.store(out_scale + places, scales, mask=is_row)
 
 
+@triton.jit
+def _gate_up_tile(
+    x: tl.tensor,
+    x_scale: tl.tensor,
+    weight: tl.tensor,  # the expert's
+    weight_scale: tl.tensor,
+    pairs: tl.tensor,  # the tile's
+    out: tl.tensor,
+    out_scale: tl.tensor,
+    num_pairs: tl.tensor,
+    in_features: tl.tensor,
+    size: tl.tensor,
+    x_stride: tl.tensor,
+    top_k: tl.constexpr,
+    block_rows: tl.constexpr,
+    block_in: tl.constexpr,
+    num_stages: tl.constexpr,
+    scale_kind: tl.constexpr,
+    is_silu: tl.constexpr,
+    is_even: tl.constexpr,
+    is_interpreted: tl.constexpr,
+) -> None:
+    """The first `block_rows` rows of a tile."""
+    rows = tl.load(pairs + tl.arange(0, block_rows))
+    is_row = rows < num_pairs
+    tokens = tl.where(is_row, rows // top_k, 0).to(tl.int64)
+    features = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
+    columns = tl.arange(0, block_in)
+    scales_in = (in_features + GROUP - 1) // GROUP
+    if scale_kind != NO_SCALES:
+        x_scale += tokens * scales_in if scale_kind == BLOCK_SCALES else tokens
+    gate, up = _gate_up_sums(
+        x + tokens[None, :] * x_stride + columns[:, None], is_row, x_scale, weight, weight_scale,
+        tl.minimum(features, size - 1), columns, in_features, size, num_stages, scale_kind, is_even, is_interpreted,
+    )  # fmt: skip
+    _store_inner(activated(gate, is_silu) * up, rows, is_row, features, size, out, out_scale)
+
+
 @triton.jit(do_not_specialize=["num_pairs"])
 def _gate_up_kernel(
     x: tl.tensor,
@@ -153,6 +190,7 @@ def _gate_up_kernel(
     x_stride: int,
     top_k: tl.constexpr,
     block_rows: tl.constexpr,
+    halves: tl.constexpr,
     block_in: tl.constexpr,
     num_stages: tl.constexpr,
     scale_kind: tl.constexpr,
@@ -168,26 +206,29 @@ def _gate_up_kernel(
     expert = tl.load(tile_experts + tl.program_id(1)).to(tl.int64)
     if expert < 0:
         return
-    rows = tl.load(pairs + tl.program_id(1) * block_rows + tl.arange(0, block_rows))
-    is_row = rows < num_pairs
-    tokens = tl.where(is_row, rows // top_k, 0).to(tl.int64)
-    features = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
-    columns = tl.arange(0, block_in)
-    scales_in = (in_features + GROUP - 1) // GROUP
+    pairs += tl.program_id(1) * block_rows
     weight += expert * 2 * size * in_features
     if scale_kind != NO_SCALES:
-        x_scale += tokens * scales_in if scale_kind == BLOCK_SCALES else tokens
         weight_scale += _first_scale(expert, 2 * size, in_features, scale_kind)
-    gate, up = _gate_up_sums(
-        x + tokens[None, :] * x_stride + columns[:, None], x_scale, weight, weight_scale,
-        tl.minimum(features, size - 1), columns, in_features, size, num_stages, scale_kind, is_even, is_interpreted,
-    )  # fmt: skip
-    _store_inner(activated(gate, is_silu) * up, rows, is_row, features, size, out, out_scale)
+    is_half = False
+    if halves:
+        is_half = tl.load(pairs + block_rows // 2) >= num_pairs
+    if is_half:
+        _gate_up_tile(
+            x, x_scale, weight, weight_scale, pairs, out, out_scale, num_pairs, in_features, size, x_stride, top_k,
+            block_rows // 2, block_in, num_stages, scale_kind, is_silu, is_even, is_interpreted,
+        )  # fmt: skip
+    else:
+        _gate_up_tile(
+            x, x_scale, weight, weight_scale, pairs, out, out_scale, num_pairs, in_features, size, x_stride, top_k,
+            block_rows, block_in, num_stages, scale_kind, is_silu, is_even, is_interpreted,
+        )  # fmt: skip
 
 
 @triton.jit
 def _sums_of_rows(
     values: tl.tensor,  # [block_in, block_rows], where the rows begin
+    is_row: tl.tensor,
     x_scale: tl.tensor,  # [block_rows], where the rows' scales begin
     weight: tl.tensor,
     weight_scale: tl.tensor,
@@ -209,7 +250,7 @@ def _sums_of_rows(
             of_rows = tl.load(x_scale)
     for start in tl.range(0, in_features, columns.shape[0], num_stages=num_stages):
         is_column = columns < in_features - start
-        v = load_block(values + start, is_column[:, None], is_even)
+        v = tl.load(values + start, mask=is_column[:, None] & is_row[None, :], other=0.0)
         w = load_block(weights + start, is_column[None, :], is_even)
         if scale_kind == NO_SCALES or scales_rows:
             total = _product(total, w, v, None, None, is_interpreted)
@@ -271,7 +312,7 @@ def _rows_kernel(
     if x_scale is not None:
         x_scale += sources if scales_rows else sources * ((in_features + GROUP - 1) // GROUP)
     total = _sums_of_rows(
-        x + sources[None, :] * x_stride + columns[:, None], x_scale, weight, weight_scale, inside, columns,
+        x + sources[None, :] * x_stride + columns[:, None], is_row, x_scale, weight, weight_scale, inside, columns,
         in_features, num_stages, scale_kind, scales_rows, is_even, is_interpreted,
     )  # fmt: skip
     if shares is not None:
@@ -281,38 +322,6 @@ def _rows_kernel(
     mask = (features < out_features)[:, None] & is_row[None, :]
     offsets = rows.to(tl.int64)[None, :] * out_features + features[:, None]
     tl.store(out + offsets, total.to(out.dtype.element_ty), mask=mask)
-
-
-def run_tiles(
-    x: torch.Tensor,
-    routing: Routing,
-    weights: ExpertWeights,
-    plan: GroupedPlan,
-    quantized: QuantizedRows | None = None,
-) -> torch.Tensor:
-    """[T, H]: `tile_products` added up."""
-    return tile_products(x, routing, weights, plan, quantized).total()
-
-
-def tile_products(
-    x: torch.Tensor,
-    routing: Routing,
-    weights: ExpertWeights,
-    plan: GroupedPlan,
-    quantized: QuantizedRows | None = None,
-) -> PendingSum:
-    """Quantize if the weights are float8 and x [T, H] was not `quantized` yet, sort, multiply, multiply."""
-    num_pairs, num_experts = routing.experts.numel(), weights.num_experts
-    blocks = sort_pairs(routing.experts, weights.first_expert, num_experts, plan.block_rows)
-    by_token = weights.scales_inner_by_token(num_pairs)
-    unquantized = x.dtype if by_token else None
-    operand = _operand(x, weights) if quantized is None else quantized
-    inner = grouped_gate_up(*operand, routing, weights, blocks, plan, unquantized=unquantized)
-    if isinstance(inner, torch.Tensor) and by_token:
-        scales = weights.input_scales
-        inner = per_token_quantize_fp8(inner) if scales is None else static_quantize_fp8(inner, scales[1])
-    of_pairs = grouped_down(inner, routing, weights, blocks, plan, x.dtype)
-    return PendingSum(of_pairs, routing.experts, weights.first_expert, num_experts)
 
 
 def grouped_gate_up(
@@ -330,7 +339,7 @@ def grouped_gate_up(
     Args:
         x: [T, H], of the weights' type.
         x_scales: for float8: [T] float32, or [T, ceil(H / 128)] if the weights are block-scaled.
-        routing, weights, blocks, plan: see `run_tiles`.
+        routing, weights, blocks, plan: see `moe_layer.run_tiles`.
         unquantized: leave it in this type.
     """
     num_pairs, (hidden, size) = routing.experts.numel(), weights.down.values.shape[1:]
@@ -357,6 +366,7 @@ def grouped_gate_up(
         x.stride(0),
         top_k=routing.experts.shape[1],
         block_rows=blocks.block_rows,
+        halves=plan.halves,
         block_in=block_in,
         num_stages=plan.gate_up_stages,
         scale_kind=scale_kind_of(weights.gate_up),
@@ -442,12 +452,3 @@ def _launch_rows(
         num_warps=plan.down_warps,
         launch_pdl=overlaps,
     )
-
-
-def _operand(x: torch.Tensor, weights: ExpertWeights) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """x as the first product takes it, and its scales."""
-    if weights.gate_up.scales is None:
-        return x, None
-    if weights.input_scales is not None:
-        return static_quantize_fp8(x, weights.input_scales[0])
-    return quantize_groups(x) if weights.gate_up.is_block_scaled else per_token_quantize_fp8(x)
