@@ -87,10 +87,50 @@ def test_every_algorithm_computes_the_product(num_rows: int, shape: tuple[int, i
         assert relative_error(total, stream.double() + exact) < 4e-3
 
 
+def test_shapes_are_measured_once_and_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen, measured = Algorithm(), []
+
+    def fastest(num_rows: int, weight: torch.Tensor) -> Algorithm:
+        measured.append((num_rows, *weight.shape))
+        return chosen
+
+    monkeypatch.setattr(library_product, "is_available", lambda: True)
+    monkeypatch.setattr(library_product, "_is_aligned", lambda x: True)
+    monkeypatch.setattr(library_product, "_fastest", fastest)
+    device = torch.device("cpu")
+    library_product._choices.cache_clear()
+    weight, gone = normal(24, 16), normal(8, 16)
+    for num_rows in (300, 301, 512, 0):
+        assert library_product._algorithm(normal(num_rows, 16), weight) is None, "torch, until it is measured"
+    assert library_product._algorithm(normal(300, 16), gone) is None
+    del gone
+    library_product.measure_products(device)
+    again = normal(8, 16)
+    assert library_product._algorithm(normal(290, 16), again) is None
+    assert measured == [(300, 24, 16), (512, 24, 16)], "301 rows share a choice with 300"
+    library_product.measure_products(device)
+    assert measured[2:] == [(290, 8, 16)], "another weight of the shape whose first one is gone"
+    assert library_product._algorithm(normal(303, 16), weight) is chosen
+    assert library_product._algorithm(normal(700, 16), weight) is None
+    monkeypatch.setattr(library_product, "_fastest", no_memory)
+    library_product.measure_products(device)
+    assert library_product._algorithm(normal(700, 16), weight) is None
+    monkeypatch.setattr(library_product, "_fastest", fastest)
+    library_product.measure_products(device)
+    assert len(measured) == 3, "what could not be measured is left to torch"
+    library_product._choices.cache_clear()
+
+
+def no_memory(num_rows: int, weight: torch.Tensor) -> Algorithm:
+    raise torch.OutOfMemoryError("no memory")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_rows", [0, 65, 192, 300])
 def test_the_chosen_algorithm(num_rows: int) -> None:
     x, weight = normal(num_rows, 2048, device="cuda"), normal(4096, 2048, device="cuda")
+    library_product.library_product(x, weight)
+    library_product.measure_products(x.device)
     exact = x.double() @ weight.double().T
     total = normal(num_rows, 4096, device="cuda")
     expected = total.double() + exact
@@ -105,6 +145,8 @@ def test_the_chosen_algorithm(num_rows: int) -> None:
 @pytest.mark.gpu
 def test_a_graph_records_the_choice() -> None:
     x, weight = normal(300, 2048, device="cuda"), normal(4096, 2048, device="cuda")
+    library_product.library_product(x, weight)
+    library_product.measure_products(x.device)
     eager = library_product.library_product(x, weight)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

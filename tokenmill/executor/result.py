@@ -46,7 +46,8 @@ class GenerationResult:
         self.streaming = streaming
         self._num_returned = sampling.n
         self._abort = abort
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._async_waiters = _AsyncWaiters()
         self._has_news = False
         self._was_seen = False
@@ -62,7 +63,7 @@ class GenerationResult:
 
     def push(self, delta: OutputDelta) -> None:
         """Add what is new; after the terminal event it is ignored. Called by the executor."""
-        with self._changed:
+        with self._lock:  # `_changed` as well, without a call of Python code
             if self._done:
                 return
             _apply(self._sequences[delta.sequence_index], delta)

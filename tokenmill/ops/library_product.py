@@ -1,19 +1,20 @@
 """Products of many rows by the vendor's library: by torch, or by one of cuBLASLt's algorithms where that is faster.
 
-Which one is measured when a shape is first met outside a recording: the library's own guess is often some percent, and
-sometimes a sixth slower than its best (docs/log.md, 2026-11-23). Numbers of rows share a choice with those a little
-larger. Called by `ops.linear` and `ops.fp8`.
+The library's own guess is often some percent, and sometimes a sixth slower than its best (docs/log.md, 2026-11-23), so
+`measure_products` times the shapes that have been met so far: when an engine starts and nothing else runs. Shapes that
+are met later are left to torch. Numbers of rows share a choice with those a little larger. Called by `ops.linear`
+and `ops.fp8`, and by the runtime to measure.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from statistics import median
-from threading import Lock
 from typing import Final
+from weakref import ReferenceType, ref
 
 import torch
 from torch.nn import functional
@@ -26,6 +27,8 @@ NEIGHBOURS: Final = (64, 256)
 """The algorithms for so many rows or the next multiple are tried as well."""
 ROUNDS: Final = 5
 """Runs of each candidate; the median counts. The fastest run of large products would be one at full clocks."""
+HOPELESS: Final = 1.25
+"""Candidates that take so many times as long as the fastest in the first round are not run again."""
 LARGEST_STEP: Final = 1024
 """Numbers of rows above share a choice with all up to the next power of two."""
 FACTOR: Final = 0.985
@@ -36,11 +39,19 @@ FLUSHED_BYTES: Final = 48 * 2**20
 
 @dataclass(slots=True)
 class _Choice:
-    """For one shape, and numbers of rows that share it; `algorithm` None: torch."""
+    """For one shape, and numbers of rows that share it.
 
+    Args:
+        num_rows: of the product that was met first.
+        weight: of it.
+        is_made: whether it was measured.
+        algorithm: the fastest; None: torch.
+    """
+
+    num_rows: int
+    weight: ReferenceType[torch.Tensor]
     is_made: bool = False
     algorithm: Algorithm | None = None
-    lock: Lock = field(default_factory=Lock)
 
 
 def library_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -83,47 +94,61 @@ def add_scaled_product(
     return True
 
 
+def measure_products(device: torch.device) -> None:
+    """Choose for all shapes that were met on a device and not measured yet. Nothing else should run there meanwhile."""
+    for choice in list(_choices(device).values()):
+        weight = choice.weight()
+        if not choice.is_made and weight is not None:
+            with suppress(torch.OutOfMemoryError, CublasLtError):  # torch will do
+                choice.algorithm = _fastest(choice.num_rows, weight)
+            choice.is_made = True
+
+
 def _algorithm(x: torch.Tensor, weight: torch.Tensor) -> Algorithm | None:
-    """The one for x [T, I] and weight [O, I]; measured, unless launches are recorded now. None: torch."""
-    if x.shape[0] == 0 or not is_available() or not _is_aligned(x) or not _is_aligned(weight):
+    """The one for x [T, I] and weight [O, I]; None: torch, as long as this shape is not measured."""
+    num_rows = x.shape[0]
+    if num_rows == 0 or not is_available() or not _is_aligned(x) or not _is_aligned(weight):
         return None
-    choice = _choice(_shared_rows(x.shape[0]), *weight.shape, x.dtype, x.device)
-    if not choice.is_made and not torch.cuda.is_current_stream_capturing():
-        with choice.lock:
-            if not choice.is_made:
-                with suppress(torch.OutOfMemoryError, CublasLtError):  # torch will do
-                    choice.algorithm = _fastest(x, weight)
-                choice.is_made = True
+    key = _shared_rows(num_rows), *weight.shape, x.dtype
+    choices = _choices(x.device)
+    choice = choices.get(key)
+    if choice is None or (not choice.is_made and choice.weight() is None):
+        choice = choices[key] = _Choice(num_rows, ref(weight))
     return choice.algorithm
 
 
-def _fastest(x: torch.Tensor, weight: torch.Tensor) -> Algorithm | None:
-    """Time torch and the algorithms for this product, in turns.
+def _fastest(num_rows: int, weight: torch.Tensor) -> Algorithm | None:
+    """Time torch and the algorithms for `num_rows` rows by weight [O, I], in turns.
 
-    Not with x: an engine starts with steps of padding, whose rows are all alike, and such products take less power.
+    The rows are random: an engine starts with steps of padding, whose rows are all alike, and such products take less
+    power.
     """
-    generator = torch.Generator(x.device).manual_seed(0)
-    x = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+    generator = torch.Generator(weight.device).manual_seed(0)
+    x = torch.randn(num_rows, weight.shape[1], dtype=weight.dtype, device=weight.device, generator=generator)
     out, flushed = _new_out(x, weight), torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=x.device)
     candidates = _candidates(x, weight, out)
     calls: list[Callable[[], object]] = [partial(torch.mm, x, weight.t(), out=out)]
     calls += [partial(_run, algorithm, x, weight, out) for algorithm in candidates]
-    events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in calls]
     for call in calls:
         call()  # the driver loads its kernel
-    for _ in range(ROUNDS):
-        for call, pairs in zip(calls, events, strict=True):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            flushed.zero_()
-            start.record()
-            call()
-            end.record()
-            pairs.append((start, end))
-    torch.cuda.current_stream(x.device).synchronize()
-    torchs, *others = [median(start.elapsed_time(end) for start, end in pairs) for pairs in events]
+    first = [_milliseconds(call, flushed) for call in calls]
+    kept = [index for index, time in enumerate(first) if index == 0 or time <= HOPELESS * min(first)]
+    rounds = [[_milliseconds(calls[index], flushed) for index in kept] for _ in range(ROUNDS)]
+    torchs, *others = (median(times) for times in zip(*rounds, strict=True))
     if not others or min(others) > FACTOR * torchs:
         return None
-    return candidates[others.index(min(others))]
+    return candidates[kept[1 + others.index(min(others))] - 1]
+
+
+def _milliseconds(call: Callable[[], object], flushed: torch.Tensor) -> float:
+    """On the device, with weights that are not in its L2 cache."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    flushed.zero_()
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end))
 
 
 def _candidates(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> list[Algorithm]:
@@ -166,9 +191,10 @@ def _is_aligned(x: torch.Tensor) -> bool:
     return x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0
 
 
-@lru_cache(maxsize=4096)
-def _choice(rows: int, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device) -> _Choice:
-    return _Choice()
+@lru_cache(maxsize=64)
+def _choices(device: torch.device) -> dict[tuple[int, int, int, torch.dtype], _Choice]:
+    """Of all shapes that were met, by rows, features and type."""
+    return {}
 
 
 @lru_cache(maxsize=4096)

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from tokenmill.engine.plan import Row
+from tokenmill.ops.library_product import measure_products
 from tokenmill.ops.upload import upload
 from tokenmill.runtime import step_sizes
 from tokenmill.runtime.slot_state import SlotState
@@ -128,11 +129,15 @@ class StepGraphs:
         """Capture the largest step with prompts, and greedy decode steps of all numbers of rows, of short contexts
         where that makes a difference.
 
-        Largest first, so that the others find room in its memory.
+        Largest first, so that the others find room in its memory. All have run before, so that products of all sizes
+        have been met, and are measured.
         """
-        for size in (*self._largest_with_prompts(), *self._decode_sizes()):
+        sizes = (*self._largest_with_prompts(), *self._decode_sizes())
+        for size in sizes:
             if size not in self._has_run:
                 self._run_first(size)
+        measure_products(self._state.device)
+        for size in sizes:
             self._try_capture(size)
 
     def _largest_with_prompts(self) -> list[StepSize]:
