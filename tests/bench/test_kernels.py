@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+import tokenmill
 from tokenmill.bench.kernels import DeviceLimits, Kernel, kernels_of_steps, operation_of, step_table
 from tokenmill.models.config import ModelConfig
 from tokenmill.program.costs import StepSize
@@ -41,6 +44,19 @@ def launches(num_steps: int) -> list[Kernel]:
         Kernel(name, float(start), microseconds)
         for start, (name, microseconds) in enumerate((*LAYER, *LAYER, *HEAD) * num_steps)
     ]
+
+
+def own_kernels() -> list[str]:
+    """Names of all kernels in the sources."""
+    jit = re.compile(r"^@(?:triton|gluon)\.jit(?:\([^)]*\))?\ndef (\w+_kernel)\(", re.MULTILINE)
+    root = Path(tokenmill.__file__).parent
+    return sorted({name for path in root.rglob("*.py") for name in jit.findall(path.read_text(encoding="utf-8"))})
+
+
+def test_all_own_kernels_belong_to_an_operation() -> None:
+    kernels = own_kernels()
+    assert {"_decode_heads_kernel", "_many_kernel", "_rms_norm_kernel"} <= set(kernels)
+    assert [name for name in kernels if operation_of(name, has_experts=True) == "other"] == ["_copy_blocks_kernel"]
 
 
 def test_linear_layers_are_told_by_their_order() -> None:

@@ -24,12 +24,29 @@ COMPANIONS: Final = ("_combine_kernel", "_splits_kernel", "splitKreduce")
 """Kernels that end what the kernel before them began."""
 
 PATTERNS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
-    ("attention", ("_decode_kernel", "_prefill_kernel", "_attention_kernel", "flash", "fmha", "BatchDecode")),
+    (
+        "attention",
+        (
+            "_decode_kernel",
+            "_decode_heads_kernel",
+            "_prefill_kernel",
+            "_attention_kernel",
+            "flash",
+            "fmha",
+            "BatchDecode",
+        ),
+    ),
     ("rope and cache write", ("rope", "_write_kernel")),
     ("step inputs", ("_rotation_kernel", "_decode_inputs_kernel")),
     ("norms", ("rms_norm",)),
     ("activation", ("_gated",)),
-    ("experts", ("_pair_", "_gate_up_kernel", "_rows_kernel", "_route_kernel", "_sort_kernel", "expert")),
+    (
+        "experts",
+        (
+            *("_pair_", "_gate_up_kernel", "_rows_kernel", "_many_kernel"),
+            *("_route_kernel", "_sort_kernel", "_count_kernel", "_place_kernel", "expert"),
+        ),
+    ),
     ("sampling", ("argmax", "_parts_kernel", "_choose_kernel", "_sample")),
     ("linear", ("matvec", "small_batch", "_product_kernel", "gemm", "gemv", "nvjet", "cutlass", "cublas", "xmma")),
     ("quantization", ("quantize", "_static_kernel")),
