@@ -208,3 +208,12 @@ def test_defaults_are_not_shared() -> None:
     first, second = LlmArgs(model="a"), LlmArgs(model="b")
     first.kv_cache_config.max_tokens = 64
     assert second.kv_cache_config.max_tokens is None
+
+
+def test_errors_of_fields_that_take_several_types_name_the_field_and_the_item() -> None:
+    with pytest.raises(InvalidParameterError, match=r"^LlmArgs\.model: .*, got 3\.$") as caught:
+        LlmArgs(model=3)  # type: ignore[arg-type]
+    assert caught.value.field == "model"
+    with pytest.raises(InvalidParameterError, match=r"^SamplingParams\.stop\.1: .* string, got 4\.$") as caught:
+        SamplingParams(stop=["a", 4])  # type: ignore[list-item]
+    assert caught.value.field == "stop"

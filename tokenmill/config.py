@@ -12,7 +12,8 @@ import reprlib
 from enum import StrEnum
 from numbers import Real
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
@@ -49,7 +50,7 @@ class StrictModel(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise _invalid_parameter(type(self).__name__, error) from None
+            raise _invalid_parameter(type(self), error) from None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not name.startswith("_") and name not in type(self).model_fields:
@@ -63,7 +64,7 @@ class StrictModel(BaseModel):
             super().__setattr__(name, value)
         except ValidationError as error:
             self.__dict__.update(before)  # pydantic checks fields against each other only after it has assigned
-            raise _invalid_parameter(type(self).__name__, error) from None
+            raise _invalid_parameter(type(self), error) from None
 
     @field_validator("*", mode="before")
     @classmethod
@@ -102,16 +103,27 @@ def is_number(value: Any) -> bool:
         return False
 
 
-def _invalid_parameter(owner: str, error: ValidationError) -> UserError:
-    first = error.errors()[0]
+def _invalid_parameter(owner: type[BaseModel], error: ValidationError) -> UserError:
+    errors = error.errors()
+    of_one_field = [one for one in errors if one["loc"][:1] == errors[0]["loc"][:1]]
+    first = max(of_one_field, key=lambda one: len(one["loc"]))  # of the types that a field takes, what came furthest
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, UserError):  # raised by our own checks, here or in a nested configuration
         return cause
-    location = [str(part) for part in first["loc"]]
+    location = _without_type(owner, first["loc"])
     field = location[0] if location else None
     value = f", got {shown(first['input'])}" if field and not isinstance(first["input"], dict) else ""
     message = first["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")  # as callers see it
-    return InvalidParameterError(f"{owner}.{'.'.join(location)}: {message}{value}.", field=field)
+    return InvalidParameterError(f"{owner.__name__}.{'.'.join(location)}: {message}{value}.", field=field)
+
+
+def _without_type(owner: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Where a value stands, without the type that pydantic puts behind a field that takes several."""
+    parts = [str(part) for part in location]
+    field = owner.model_fields.get(parts[0]) if parts else None
+    types = [] if field is None else [one for one in get_args(field.annotation) if one is not NoneType]
+    takes_several = field is not None and get_origin(field.annotation) in (Union, UnionType) and len(types) > 1
+    return parts[:1] + parts[2:] if takes_several else parts
 
 
 def shown(value: Any) -> str:
