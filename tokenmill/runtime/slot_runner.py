@@ -85,7 +85,7 @@ class SlotRunner(ABC):
 
     def _collect(self, pending: LaunchedStep) -> StepOutput:
         rows = pending.plan.rows
-        outputs = [RowOutput() for _ in rows]
+        outputs = [RowOutput()] * len(rows)  # one for all that gave nothing
         of_prompts = {
             index: tuple(to_token_logprobs(tensors.cpu(), [num_top] * len(tensors.token_ids)))
             for index, (tensors, num_top) in pending.prompt_logprobs.items()
@@ -97,12 +97,8 @@ class SlotRunner(ABC):
         if pending.reads_all:
             sampled = [sampled[index] for index in pending.sampled_rows]
         for index, (token_id, logprobs) in zip(pending.sampled_rows, sampled, strict=True):
-            outputs[index] = RowOutput(
-                token_id=token_id,
-                logprobs=logprobs,
-                prompt_logprobs=of_prompts.get(index, ()),
-                error=None if token_id is not None else NOT_FINITE,
-            )
+            error = None if token_id is not None else NOT_FINITE
+            outputs[index] = RowOutput(token_id, logprobs, of_prompts.get(index, ()), error)
         return StepOutput(tuple(outputs))
 
     # ---- for subclasses --------------------------------------------------------------------------------------
