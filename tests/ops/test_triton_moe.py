@@ -22,7 +22,7 @@ from tokenmill.ops.moe_plan import GroupedPlan, PairPlan, down_pair_plan, gate_u
 from tokenmill.ops.platform import is_hopper
 
 pytest.importorskip("triton")
-from tokenmill.ops.triton.moe_layer import programs_stay, run_tiles
+from tokenmill.ops.triton.moe_layer import programs_stay, tile_products
 from tokenmill.ops.triton.moe_pairs import run_pairs
 from tokenmill.ops.triton.moe_routing import combine, route
 from tokenmill.ops.triton.moe_scales import quantize_groups
@@ -118,7 +118,7 @@ def test_tiles(num_tokens: int, hidden: int, device: str) -> None:
     weights = random_experts(4, hidden, 128, BF16, "plain", device)
     x = torch.randn(num_tokens, hidden, generator=torch.Generator().manual_seed(3)).to(device, BF16)
     routing = random_routing(num_tokens, 4, 2, device)
-    actual = run_tiles(x, routing, weights, TINY_PLAN)
+    actual = tile_products(x, routing, weights, TINY_PLAN).total()
     assert relative_error(actual, run_experts_reference(x, routing, weights)) < TOLERANCE["plain"]
 
 
@@ -129,7 +129,7 @@ def test_float32_is_exact(num_tokens: int, device: str) -> None:
     x = torch.randn(num_tokens, 160, generator=torch.Generator().manual_seed(3)).to(device)
     routing = random_routing(num_tokens, 4, 2, device)
     expected = run_experts_reference(x, routing, weights)
-    assert relative_error(run_tiles(x, routing, weights, TINY_PLAN), expected) < 1e-5
+    assert relative_error(tile_products(x, routing, weights, TINY_PLAN).total(), expected) < 1e-5
     assert relative_error(run_pairs(x, routing, weights, *PAIR_PLANS), expected) < 1e-5
 
 
@@ -192,7 +192,9 @@ def test_static_scales_of_inputs(device: str) -> None:
         matrix = weights.down.dequantized(expert, torch.float32).double()
         exact[pair // 2] += matrix @ inner * routing.weights.flatten()[pair]
     # The interpreter rounds to float8 badly: `test_triton_rows.check_quantized`.
-    assert relative_error(run_tiles(x, routing, weights, TINY_PLAN), exact) < (0.02 if device == "cuda" else 0.2)
+    assert relative_error(tile_products(x, routing, weights, TINY_PLAN).total(), exact) < (
+        0.02 if device == "cuda" else 0.2
+    )
 
 
 def dequantized(rows: QuantizedRows) -> torch.Tensor:
@@ -207,7 +209,7 @@ def test_features_that_fill_no_block(device: str) -> None:
     x = torch.randn(6, 72, generator=torch.Generator().manual_seed(3)).to(device, BF16)
     routing = random_routing(6, 3, 2, device)
     expected = run_experts_reference(x, routing, weights)
-    assert relative_error(run_tiles(x, routing, weights, TINY_PLAN), expected) < 1.5e-2
+    assert relative_error(tile_products(x, routing, weights, TINY_PLAN).total(), expected) < 1.5e-2
     assert relative_error(run_pairs(x, routing, weights, *PAIR_PLANS), expected) < 1.5e-2
 
 
@@ -225,7 +227,7 @@ def test_a_rank_adds_its_own_experts_only(num_tokens: int, device: str) -> None:
     expected = run_experts_reference(x, routing, part)
     assert float(expected.float().norm()) > 0
     assert relative_error(run_pairs(x, routing, part, *PAIR_PLANS), expected) < 1e-2
-    assert relative_error(run_tiles(x, routing, part, TINY_PLAN), expected) < 1e-2
+    assert relative_error(tile_products(x, routing, part, TINY_PLAN).total(), expected) < 1e-2
 
 
 @pytest.mark.parametrize("num_rows", [0, 3, 17])
@@ -251,7 +253,7 @@ def test_real_shapes(num_tokens: int, kind: WeightKind) -> None:
     expected = run_experts_torch(x, routing, weights)
     run = lambda: run_pairs(x, routing, weights, gate_up_pair_plan(768, 2048), down_pair_plan(2048, 768))  # noqa: E731
     if num_tokens > 4:
-        run = lambda: run_tiles(x, routing, weights, grouped_plan(8 * num_tokens, 32))  # noqa: E731
+        run = lambda: tile_products(x, routing, weights, grouped_plan(8 * num_tokens, 32)).total()  # noqa: E731
     actual = run()
     assert relative_error(actual, expected) < TOLERANCE[kind]
     assert torch.equal(run(), actual)
@@ -277,9 +279,9 @@ def test_products_that_stay(shape: tuple[int, int], is_static: bool) -> None:
     routing.experts[routing.experts == 4] = 6
     plan = grouped_plan(routing.experts.numel(), 5)
     assert programs_stay(x, part, plan, routing.experts.numel()) == is_hopper(x.device)
-    actual = run_tiles(x, routing, part, plan)
+    actual = tile_products(x, routing, part, plan).total()
     assert relative_error(actual, run_experts_torch(x, routing, part)) < TOLERANCE["features"]
-    assert torch.equal(run_tiles(x, routing, part, plan), actual)
+    assert torch.equal(tile_products(x, routing, part, plan).total(), actual)
 
 
 @pytest.mark.gpu

@@ -344,7 +344,6 @@ def _launch_decode(
         block_m=max(16, triton.next_power_of_2(group)),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
-        maxnreg=tiles.max_registers,
         starts_early=starts_early,
         launch_pdl=starts_early,
         **cut,

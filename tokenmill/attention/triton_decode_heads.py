@@ -409,5 +409,4 @@ def decode_attention_of_heads(
         overlaps=can_overlap(query.device),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
-        maxnreg=tiles.max_registers,
     )

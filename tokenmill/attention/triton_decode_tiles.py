@@ -23,7 +23,6 @@ class DecodeTiles(NamedTuple):
         num_warps: of a program.
         num_stages: steps whose loads are under way at a time.
         programs_per_multiprocessor: what the number of splits aims at.
-        max_registers: of a thread; None: what the compiler takes.
         kv_heads: neighbouring key/value heads of a program, a warp each (`triton_decode_heads`): contexts are not cut
             then, and a tile lies in one cache block. None: one head for all warps.
     """
@@ -32,7 +31,6 @@ class DecodeTiles(NamedTuple):
     num_warps: int
     num_stages: int
     programs_per_multiprocessor: int
-    max_registers: int | None = None
     kv_heads: int | None = None
 
 

@@ -42,7 +42,7 @@ def summed(added: torch.Tensor | PendingSum) -> torch.Tensor:
 def add_sum_rms_norm(
     added: PendingSum, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`ops.rms_norm.add_rms_norm` of the total of all experts and `residual` [T, H], in one launch."""
+    """`ops.rms_norm.add_rms_norm` of the total and `residual` [T, H], in one launch. All experts must be here."""
     from tokenmill.ops.triton.expert_sum import sum_and_norm
 
     sums = sum_and_norm(added.of_pairs, residual, weight, eps, quantizes=False)

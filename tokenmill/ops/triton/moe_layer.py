@@ -18,17 +18,6 @@ from tokenmill.ops.triton.moe_sorting import MAX_TOGETHER, sort_many_pairs, sort
 from tokenmill.ops.triton.moe_tiles import grouped_down, grouped_gate_up
 
 
-def run_tiles(
-    x: torch.Tensor,
-    routing: Routing,
-    weights: ExpertWeights,
-    plan: GroupedPlan,
-    quantized: QuantizedRows | None = None,
-) -> torch.Tensor:
-    """[T, H]: `tile_products` added up."""
-    return tile_products(x, routing, weights, plan, quantized).total()
-
-
 def tile_products(
     x: torch.Tensor,
     routing: Routing,
@@ -36,7 +25,15 @@ def tile_products(
     plan: GroupedPlan,
     quantized: QuantizedRows | None = None,
 ) -> PendingSum:
-    """Quantize if the weights are float8 and x [T, H] was not `quantized` yet, sort, multiply, multiply."""
+    """What all pairs of token and expert give: quantize, sort, multiply, multiply.
+
+    Args:
+        x: [T, H].
+        routing: the experts of the tokens.
+        weights: of this rank's experts.
+        plan: how the products are cut.
+        quantized: x with a scale for each row, if it was quantized already; else it is here, for float8 weights.
+    """
     num_pairs = routing.experts.numel()
     of_rank = routing.experts, weights.first_expert, weights.num_experts
     by_token = weights.scales_inner_by_token(num_pairs)

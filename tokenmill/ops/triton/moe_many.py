@@ -215,7 +215,7 @@ def many_gate_up(
 
     Args:
         x: [T, H], a scale for each row.
-        routing, weights: see `moe_layer.run_tiles`; the weights have a scale for each feature, the activation is SiLU.
+        routing, weights: see `moe_layer.tile_products`; weights have a scale for each feature, the activation is SiLU.
         blocks: tiles of `MANY_ROWS` rows, counted.
     """
     out = torch.empty(routing.experts.numel(), weights.down.values.shape[2], dtype=dtype, device=x.values.device)

@@ -339,7 +339,7 @@ def grouped_gate_up(
     Args:
         x: [T, H], of the weights' type.
         x_scales: for float8: [T] float32, or [T, ceil(H / 128)] if the weights are block-scaled.
-        routing, weights, blocks, plan: see `moe_layer.run_tiles`.
+        routing, weights, blocks, plan: see `moe_layer.tile_products`.
         unquantized: leave it in this type.
     """
     num_pairs, (hidden, size) = routing.experts.numel(), weights.down.values.shape[1:]
