@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,10 @@ def test_weights_and_operations_are_those_of_the_program(case: str, num_rows: in
     options: dict[str, Any] = {"dtype": "bfloat16", "capture": "dispatch", "max_seq_len": 64}
     program = build(tmp_path, device="cuda", **options).program
     config = ModelConfig.from_hf(hf_model.config.to_dict())
+    sizes = {weight.name: math.prod(weight.shape) for weight in program.weights}
+    # Routers are float32 here, of which step costs count 2 bytes; biases, 4 bytes each, are left out.
+    uncounted = sum(2 * size for name, size in sizes.items() if name.endswith("mlp.gate.weight"))
+    uncounted += sum(4 * size for name, size in sizes.items() if name.endswith(".bias"))
     for kinds, own in (
         (("linear",), ("linear", "head")),
         (("attention",), ("attention",)),
@@ -37,7 +42,7 @@ def test_weights_and_operations_are_those_of_the_program(case: str, num_rows: in
         expected = sum((row.cost for row in operation_rows(program, step) if row.kind in kinds), Cost())
         found = sum((one.cost for one in step_costs(config, step) if one.kind in own), Cost())
         assert found.flops == expected.flops, kinds
-        assert found.weight_bytes == pytest.approx(expected.weight_bytes, rel=0.03), kinds  # routers may be wider
+        assert found.weight_bytes == expected.weight_bytes - (uncounted if "linear" in kinds else 0), kinds
 
 
 @pytest.mark.parametrize(("case", "norms_behind"), [("llama", 1), ("gemma3", 3)])
