@@ -79,8 +79,7 @@ def test_the_plan_of_a_demo_model_is_the_engines(alias: str) -> None:
         path = resolve_model(alias, show_progress=False)
     except ModelNotFoundError as error:
         pytest.skip(f"{alias} cannot be fetched: {error}")
-    if alias == "smollm2:135m":  # the other one's start takes ten seconds
-        assert_same(path, kv_cache_config={"max_tokens": 640})
+    assert_same(path, kv_cache_config={"max_tokens": 640})
     report = inspect_model(path, device="cpu")
     assert report.backend == "engine"
     assert report.cache_dtype == "bfloat16"
