@@ -6,9 +6,11 @@ import errno
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +237,38 @@ def test_an_engine_that_is_replaced_while_it_is_read_is_read_again(
     (engine / WEIGHTS_NAME).unlink()
     with pytest.raises(EngineFileError, match="is missing"):  # damage stays damage
         EnginePackage.load(engine)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux's list of open files")
+def test_a_directory_that_is_read_keeps_its_number_when_it_is_replaced(
+    package: EnginePackage, engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """File systems give the number of a removed directory to a new one, which a reader would take for the old one."""
+    real_read = FilesInFolder.read
+    first = engine.stat().st_ino
+    kept: list[bool] = []
+
+    def read(files: FilesInFolder, wanted: str) -> Any:
+        if wanted == PROGRAM_NAME and not kept:
+            package.save(engine)
+            kept.append(first in open_numbers())
+        return real_read(files, wanted)
+
+    monkeypatch.setattr(FilesInFolder, "read", read)
+    EnginePackage.load(engine)
+    assert kept == [True]
+    assert first not in open_numbers() and engine.stat().st_ino not in open_numbers()
+
+
+def open_numbers() -> set[int]:
+    """Of the directories that this process has open."""
+    found = set()
+    for entry in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # the one of the list itself
+            status = os.fstat(int(entry.name))
+            if stat.S_ISDIR(status.st_mode):
+                found.add(status.st_ino)
+    return found
 
 
 def test_a_folder_that_is_removed_before_it_is_claimed_is_made_again(

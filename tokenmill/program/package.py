@@ -9,10 +9,12 @@ of the same files. Both are checked from the first to the last byte before anyth
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Self, TypeAlias
@@ -144,15 +146,15 @@ class EnginePackage:
                 remedy="Give a directory that `tokenmill build` wrote.",
             )
         while True:
-            identity = _identity(folder)
-            try:
-                found = cls._read(FilesInFolder(folder), verify)
-            except EngineFileError:
+            with _kept(folder) as identity:
+                try:
+                    found = cls._read(FilesInFolder(folder), verify)
+                except EngineFileError:
+                    if _identity(folder) == identity:
+                        raise
+                    continue  # another engine came to this place while it was read: its files do not fit the others
                 if _identity(folder) == identity:
-                    raise
-                continue  # another engine came to this place while it was read, and its files do not fit the others
-            if _identity(folder) == identity:
-                return found
+                    return found
 
     @classmethod
     def from_buffer(cls, buffer: bytes | bytearray | memoryview, *, verify: bool = True) -> Self:
@@ -247,12 +249,31 @@ def check_target(config: EngineConfig, processor: Processor, source: str) -> Non
         )
 
 
+@contextmanager
+def _kept(folder: Path) -> Iterator[tuple[int, int] | None]:
+    """`_identity` of the directory, which stays open meanwhile: when it is removed, no other one gets its number."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        descriptor = None
+    if descriptor is None:
+        yield _identity(folder)
+        return
+    try:
+        yield _numbers(os.fstat(descriptor))
+    finally:
+        os.close(descriptor)
+
+
 def _identity(folder: Path) -> tuple[int, int] | None:
     """Of the directory that is there now; None if there is none."""
     try:
-        found = folder.stat()
+        return _numbers(folder.stat())
     except OSError:
         return None
+
+
+def _numbers(found: os.stat_result) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
