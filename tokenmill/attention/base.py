@@ -136,3 +136,41 @@ class TurnsHeads(Protocol):
     ) -> torch.Tensor:  # [T, H, D]
         """`AttentionBackend.forward` of queries and keys that `ops.rope.apply_rope` has not turned yet by `turning`."""
         ...
+
+
+@runtime_checkable
+class FusesDecode(Protocol):
+    """An `AttentionBackend` that does what stands around attention inside it, in some steps of decode rows."""
+
+    def fuses(self, spec: AttentionSpec, cache: LayerCache, metadata: AttentionMetadata) -> bool:
+        """Whether `forward_fused` can be called in this step."""
+        ...
+
+    def forward_fused(
+        self,
+        spec: AttentionSpec,
+        qkv: torch.Tensor,  # [T, H + 2 G, D]
+        turning: tuple[torch.Tensor, torch.Tensor],
+        norm: tuple[torch.Tensor, torch.Tensor, float] | None,
+        cache: LayerCache,
+        metadata: AttentionMetadata,
+        *,
+        quantizes: bool,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """`ops.head_norm.norm_and_rope` (without a norm `ops.rope.apply_rope`), then `AttentionBackend.forward`.
+
+        A last bit of a query or key may differ from those ops.
+
+        Args:
+            spec: of the layer.
+            qkv: heads of queries, keys and values.
+            turning: see `ops.rope.apply_rope`.
+            norm: factors of query and key heads, and `eps`; None: no norm.
+            cache: of the layer.
+            metadata: of the step.
+            quantizes: whether the rows are given to `ops.fp8.per_token_quantize_fp8` then.
+
+        Returns:
+            Rows [T, H * D]; quantized ones as values and scales.
+        """
+        ...

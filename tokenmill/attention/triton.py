@@ -10,13 +10,16 @@ from __future__ import annotations
 import torch
 
 from tokenmill.attention.base import AttentionMetadata, AttentionSpec, LayerCache
-from tokenmill.attention.triton_common import Result, Turning
+from tokenmill.attention.triton_common import HeadNorms, Result, Turning
 from tokenmill.attention.triton_decode import decode_attention
-from tokenmill.attention.triton_decode_tiles import choose_num_splits, decode_tiles
+from tokenmill.attention.triton_decode_heads import decode_attention_of_heads
+from tokenmill.attention.triton_decode_rows import QuantizedResult
+from tokenmill.attention.triton_decode_tiles import DecodeTiles, choose_num_splits, decode_tiles
 from tokenmill.attention.triton_invariant import invariant_attention
 from tokenmill.attention.triton_kv_write import write_kv_triton
 from tokenmill.attention.triton_prefill import prefill_attention
 from tokenmill.ops.platform import num_multiprocessors
+from tokenmill.ops.triton.fp8 import new_quantized
 
 
 def first_row_without_history(metadata: AttentionMetadata) -> int:
@@ -26,6 +29,26 @@ def first_row_without_history(metadata: AttentionMetadata) -> int:
         while row > metadata.num_decode_rows and metadata.kv_lens_host[row - 1] == metadata.query_lens[row - 1]:
             row -= 1
     return row
+
+
+def max_visible(spec: AttentionSpec, metadata: AttentionMetadata) -> int:
+    """No query sees more cached tokens."""
+    bound = metadata.kv_len_bound
+    return bound if spec.sliding_window is None else min(bound, spec.sliding_window)
+
+
+def decode_tiles_of(spec: AttentionSpec, cache: LayerCache, metadata: AttentionMetadata, num_rows: int) -> DecodeTiles:
+    """How decode attention of the step is cut."""
+    keys = cache[0]
+    return decode_tiles(
+        spec.head_dim,
+        keys.element_size(),
+        num_rows,
+        spec.num_kv_heads,
+        keys.shape[1],
+        max_visible(spec, metadata),
+        num_multiprocessors(keys.device),
+    )
 
 
 class TritonAttention:
@@ -40,6 +63,12 @@ class TritonAttention:
 
     def __init__(self, *, batch_invariant: bool = False) -> None:
         self.batch_invariant = batch_invariant
+        self._counters: torch.Tensor | None = None
+
+    def _arrivals(self, num_rows: int, device: torch.device) -> torch.Tensor:
+        if self._counters is None or self._counters.numel() < num_rows:
+            self._counters = torch.zeros(max(num_rows, 1024), dtype=torch.int32, device=device)
+        return self._counters
 
     def forward(
         self,
@@ -83,6 +112,49 @@ class TritonAttention:
         """
         return not self.batch_invariant
 
+    def fuses(self, spec: AttentionSpec, cache: LayerCache, metadata: AttentionMetadata) -> bool:
+        """Steps of many decode rows alone, see `triton_decode_heads`."""
+        if self.batch_invariant or metadata.parts is not None:
+            return False
+        num_rows = metadata.num_decode_rows
+        if num_rows == 0 or len(metadata.query_lens) != num_rows:
+            return False
+        return decode_tiles_of(spec, cache, metadata, num_rows).kv_heads is not None
+
+    def forward_fused(
+        self,
+        spec: AttentionSpec,
+        qkv: torch.Tensor,  # [T, H + 2 G, D]
+        turning: tuple[torch.Tensor, torch.Tensor],
+        norm: tuple[torch.Tensor, torch.Tensor, float] | None,
+        cache: LayerCache,
+        metadata: AttentionMetadata,
+        *,
+        quantizes: bool,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """See `FusesDecode.forward_fused`."""
+        num_rows, width = qkv.shape[0], spec.num_heads * spec.head_dim
+        query, key, value = torch.split(qkv, [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], 1)
+        output = torch.empty(query.shape, dtype=qkv.dtype, device=qkv.device)
+        quantized = None
+        if quantizes:
+            arrivals = self._arrivals(num_rows, qkv.device)
+            quantized = QuantizedResult(*new_quantized(num_rows, width, qkv.device), arrivals)
+        decode_attention_of_heads(
+            spec,
+            query,
+            key,
+            value,
+            cache,
+            metadata,
+            Result(output),
+            tiles=decode_tiles_of(spec, cache, metadata, num_rows),
+            turning=Turning(*turning),
+            norms=None if norm is None else HeadNorms(*norm),
+            quantized_result=quantized,
+        )
+        return output.flatten(1) if quantized is None else (quantized.float8, quantized.scales)
+
     def _prefill(
         self,
         spec: AttentionSpec,
@@ -118,14 +190,9 @@ class TritonAttention:
         metadata: AttentionMetadata,
         result: Result,
     ) -> None:
-        max_kv_len = metadata.kv_len_bound
-        if spec.sliding_window is not None:
-            max_kv_len = min(max_kv_len, spec.sliding_window)
-        num_rows, tokens_per_block = query.shape[0], cache[0].shape[1]
-        bounds = max_kv_len, num_multiprocessors(query.device)
-        tiles = decode_tiles(
-            spec.head_dim, cache[0].element_size(), num_rows, spec.num_kv_heads, tokens_per_block, *bounds
-        )  # fmt: skip
+        num_rows = query.shape[0]
+        tiles = decode_tiles_of(spec, cache, metadata, num_rows)
+        bounds = max_visible(spec, metadata), num_multiprocessors(query.device)
         num_splits = choose_num_splits(num_rows * spec.num_kv_heads, *bounds, tiles)
         decode_attention(
             spec, query, key, value, cache, metadata, result, num_splits=num_splits, tiles=tiles, turning=turning

@@ -54,6 +54,14 @@ class Result(NamedTuple):
     sinks: torch.Tensor | None = None
 
 
+class HeadNorms(NamedTuple):
+    """Norms of query and key heads, before they are turned: factors [D] and what is added to the mean square."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    eps: float
+
+
 class Scoring(NamedTuple):
     """How a product of query and key becomes a score in base 2, and what a cached number stands for.
 
@@ -160,6 +168,30 @@ def softmax_step(
 
 
 @triton.jit
+def end_softmax(
+    values: tl.tensor,  # [M, block_d], not divided by the totals
+    maximum: tl.tensor,  # [M] base 2
+    total: tl.tensor,  # [M]
+    places: tl.tensor,  # [M] token * H + head
+    heads: tl.tensor,  # [M]
+    is_result: tl.tensor,  # [M]
+    result: Result,
+    value_scale: tl.tensor,
+) -> tl.tensor:
+    """The results [M, block_d] where `is_result`, rounded; other lanes may have seen no key. Stores `log_sum_exp`."""
+    total = tl.where(is_result, total, 1.0)
+    if result.log_sum_exp is not None:
+        tl.store(result.log_sum_exp + places, (maximum + tl.log2(total)) * 0.6931471805599453, mask=is_result)
+    if result.sinks is not None:
+        sink = tl.load(result.sinks + heads, mask=is_result, other=0.0).to(tl.float32) * 1.4426950408889634
+        with_sink = tl.maximum(maximum, sink)
+        decay = tl.exp2(maximum - with_sink)
+        total = total * decay + tl.exp2(sink - with_sink)
+        values = values * decay[:, None]
+    return (values * (value_scale / total)[:, None]).to(result.output.dtype.element_ty)
+
+
+@triton.jit
 def store_result(
     values: tl.tensor,  # [M, block_d], not divided by the totals
     maximum: tl.tensor,  # [M] base 2
@@ -173,20 +205,11 @@ def store_result(
     block_d: tl.constexpr,
 ) -> None:
     """End the softmax and store where `is_result`; other lanes may have seen no key."""
-    total = tl.where(is_result, total, 1.0)
-    if result.log_sum_exp is not None:
-        tl.store(result.log_sum_exp + places, (maximum + tl.log2(total)) * 0.6931471805599453, mask=is_result)
-    if result.sinks is not None:
-        sink = tl.load(result.sinks + heads, mask=is_result, other=0.0).to(tl.float32) * 1.4426950408889634
-        with_sink = tl.maximum(maximum, sink)
-        decay = tl.exp2(maximum - with_sink)
-        total = total * decay + tl.exp2(sink - with_sink)
-        values = values * decay[:, None]
-    values = values * (value_scale / total)[:, None]
+    ended = end_softmax(values, maximum, total, places, heads, is_result, result, value_scale)
     dims = tl.arange(0, block_d)
     pointers = result.output + places[:, None] * head_dim + dims[None, :]
     is_element = is_result[:, None] & (dims < head_dim)[None, :]
-    tl.store(pointers, values.to(result.output.dtype.element_ty), mask=is_element)
+    tl.store(pointers, ended, mask=is_element)
 
 
 @triton.jit

@@ -10,16 +10,16 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tokenmill.attention.base import AttentionMetadata, AttentionSpec, LayerCache
 from tokenmill.attention.triton_common import (
+    HeadNorms,
     PagedCache,
     Result,
     Scoring,
     StridedHeads,
     Turning,
-    load_angles,
     load_blocks,
     load_exchanged,
     load_tile,
@@ -28,14 +28,13 @@ from tokenmill.attention.triton_common import (
     scoring,
     soft_cap_base2,
     softmax_step,
-    store_result,
     strided,
     to_cached,
     triton_type,
-    turn,
 )
 from tokenmill.attention.triton_decode_float8 import IS_INTERPRETED, unpack_float8
 from tokenmill.attention.triton_decode_parts import prefetch_rows
+from tokenmill.attention.triton_decode_rows import QuantizedResult, store_heads
 from tokenmill.attention.triton_decode_tiles import DecodeTiles
 from tokenmill.ops.triton.launch import can_overlap
 
@@ -217,30 +216,63 @@ def _attend(
 
 
 @triton.jit
-def _store_heads(
-    values: tl.tensor,  # [num_heads, block_m, head_dim]
-    maximum: tl.tensor,  # [num_heads, block_m]
-    total: tl.tensor,  # [num_heads, block_m]
-    row: tl.tensor,
+def _prefetch_tiles(
+    cache: PagedCache,
+    block: tl.tensor,  # of the first tile
+    start: tl.tensor,
+    end: tl.tensor,
     first_head: tl.tensor,
-    result: Result,
-    value_scale: tl.tensor,
     num_kv_heads: tl.constexpr,
-    group: tl.constexpr,
+    tokens_per_block: tl.constexpr,
     num_heads: tl.constexpr,
-    block_m: tl.constexpr,
+    num_tokens: tl.constexpr,
     head_dim: tl.constexpr,
 ) -> None:
-    """End the softmax and store the results of the heads that are there."""
-    num_lanes: tl.constexpr = num_heads * block_m
-    total = total.reshape(num_lanes)
-    total = tl.where(total > 0, total, 1.0)  # a row that pads has no tokens
-    lanes = tl.arange(0, num_lanes)
-    heads = (first_head + lanes // block_m) * group + lanes % block_m
-    store_result(
-        values.reshape(num_lanes, head_dim), maximum.reshape(num_lanes), total, row * (num_kv_heads * group) + heads,
-        heads, lanes % block_m < group, result, value_scale, head_dim, head_dim,
+    """Ask for keys and values of the first tokens, which lie in one block, to come to L2."""
+    begin, _ = _tile_offsets(
+        block, start, first_head, num_kv_heads, tokens_per_block, num_heads, num_tokens, head_dim
     )  # fmt: skip
+    tokens = tl.arange(0, num_tokens)
+    rows = begin + tokens * (num_kv_heads * head_dim)
+    prefetch_rows(cache.key_data, rows, start + tokens < end, num_heads * head_dim)
+    prefetch_rows(cache.value_data, rows, start + tokens < end, num_heads * head_dim)
+
+
+@triton.jit
+def _load_for_rows(
+    data: tl.tensor, num_rows: tl.constexpr, head_dim: tl.constexpr, exchanged: tl.constexpr
+) -> tl.tensor:
+    """[num_rows, head_dim] float32: the same numbers for each row, or their halves exchanged.
+
+    Loaded by whoever needs them: spreading one row over the threads takes two barriers.
+    """
+    dims = tl.arange(0, head_dim)
+    if exchanged:
+        dims = (dims + head_dim // 2) % head_dim
+    return tl.load(data + (tl.zeros([num_rows], tl.int32)[:, None] + dims[None, :])).to(tl.float32)
+
+
+@triton.jit
+def _prepared(
+    heads: tl.tensor,  # [num_rows, head_dim]
+    exchanged: tl.tensor,  # their halves exchanged
+    factors: tl.tensor | None,  # pointer
+    eps: tl.tensor,
+    turning: Turning,
+    token: tl.tensor,
+    num_rows: tl.constexpr,
+    head_dim: tl.constexpr,
+) -> tl.tensor:
+    """Heads normalized, if there are factors, and turned by the token's angles; rounded as between two ops."""
+    cosines = _load_for_rows(turning.cos + token * head_dim, num_rows, head_dim, False)
+    sines = _load_for_rows(turning.signed_sin + token * head_dim, num_rows, head_dim, False)
+    numbers, other = heads.to(tl.float32), exchanged.to(tl.float32)
+    if factors is not None:
+        factor = tl.rsqrt(tl.sum(numbers * numbers, 1) / head_dim + eps)[:, None]
+        numbers = numbers * factor * _load_for_rows(factors, num_rows, head_dim, False)
+        other = other * factor * _load_for_rows(factors, num_rows, head_dim, True)
+        numbers, other = numbers.to(heads.dtype).to(tl.float32), other.to(heads.dtype).to(tl.float32)
+    return (numbers * cosines + other * sines).to(heads.dtype)
 
 
 @triton.jit
@@ -249,6 +281,7 @@ def _load_and_write_own(
     key: StridedHeads,
     value: StridedHeads,
     turning: Turning | None,
+    norms: HeadNorms | None,
     cache: PagedCache,
     block: tl.tensor,  # of the first tile
     slot: tl.tensor,
@@ -284,18 +317,16 @@ def _load_and_write_own(
     if turning is not None:
         exchanged_key = load_exchanged(key.data, key_rows, own >= 0, head_dim, head_dim)
         exchanged = load_exchanged(query.data, query_rows, is_head, head_dim, head_dim)
-        cosines, sines = load_angles(turning, row, head_dim, head_dim)
     if asks_early:
-        begin, _ = _tile_offsets(
-            block, start, first_head, num_kv_heads, tokens_per_block, num_heads, block_n, head_dim
+        _prefetch_tiles(
+            cache, block, start, end, first_head, num_kv_heads, tokens_per_block, num_heads, block_n, head_dim
         )  # fmt: skip
-        tokens = tl.arange(0, block_n)
-        rows = begin + tokens * (num_kv_heads * head_dim)
-        prefetch_rows(cache.key_data, rows, start + tokens < end, num_heads * head_dim)
-        prefetch_rows(cache.value_data, rows, start + tokens < end, num_heads * head_dim)
     if turning is not None:
-        own_key = turn(own_key, exchanged_key, cosines, sines)
-        q = turn(q, exchanged, cosines, sines)
+        query_factors, key_factors, eps = None, None, 0.0
+        if norms is not None:
+            query_factors, key_factors, eps = norms.query, norms.key, norms.eps
+        own_key = _prepared(own_key, exchanged_key, key_factors, eps, turning, row, num_heads, head_dim)
+        q = _prepared(q, exchanged, query_factors, eps, turning, row, num_heads * block_g, head_dim)
     places = ((slot * num_kv_heads + own) * head_dim)[:, None] + tl.arange(0, head_dim)[None, :]
     tl.store(cache.key_data + places, to_cached(own_key, score.key_scale, cache.key_data))
     tl.store(cache.value_data + places, to_cached(own_value, score.value_scale, cache.value_data))
@@ -311,12 +342,14 @@ def _decode_heads_kernel(
     key: StridedHeads,
     value: StridedHeads,
     turning: Turning | None,
+    norms: HeadNorms | None,
     cache: PagedCache,
     kv_lens: tl.tensor,
     block_tables: tl.tensor,
     table_stride: int,
     slot_mapping: tl.tensor,
     result: Result,
+    quantized_result: QuantizedResult | None,
     score: Scoring,
     num_kv_heads: tl.constexpr,
     group: tl.constexpr,
@@ -330,6 +363,7 @@ def _decode_heads_kernel(
     block_m: tl.constexpr,
     block_n: tl.constexpr,
     overlaps: tl.constexpr,
+    starts_early: tl.constexpr,
 ) -> None:
     """Grid: key/value heads in groups of `num_heads`, rows."""
     if overlaps:
@@ -343,9 +377,14 @@ def _decode_heads_kernel(
         block = load_blocks(table, start, first_visible, tl.maximum(end, 1), tokens_per_block, block_n)
     else:
         block = tl.load(table)  # without waiting for the row's length
+    if starts_early:  # the step's metadata and the cache are there, its queries are not
+        _prefetch_tiles(
+            cache, block, start, end, first_head, num_kv_heads, tokens_per_block, num_heads, block_n, head_dim
+        )  # fmt: skip
+        gdc_wait()
     q = _load_and_write_own(
-        query, key, value, turning, cache, block, slot, row, start, end, score, first_head, num_kv_heads, num_heads,
-        group, block_g, block_n, head_dim, tokens_per_block, overlaps,
+        query, key, value, turning, norms, cache, block, slot, row, start, end, score, first_head, num_kv_heads,
+        num_heads, group, block_g, block_n, head_dim, tokens_per_block, overlaps and not starts_early,
     ).to(operands)  # fmt: skip
     is_float8: tl.constexpr = cache.key_data.dtype.element_ty == tl.float8e4nv  # type: ignore[attr-defined]
     if is_float8 and operands == tl.float16:
@@ -358,9 +397,9 @@ def _decode_heads_kernel(
             q, cache, table, block, first_head, first_visible, start, end, score.factor, num_kv_heads,
             tokens_per_block, window, cap, operands, num_heads, block_g, block_m, block_n, head_dim,
         )  # fmt: skip
-    _store_heads(
-        values, maximum, total, row, first_head, result, score.value_scale, num_kv_heads, group, num_heads,
-        block_m, head_dim,
+    store_heads(
+        values, maximum, total, row, first_head, result, quantized_result, score.value_scale, num_kv_heads, group,
+        num_heads, block_m, head_dim,
     )  # fmt: skip
 
 
@@ -375,6 +414,9 @@ def decode_attention_of_heads(
     *,
     tiles: DecodeTiles,
     turning: Turning | None = None,
+    norms: HeadNorms | None = None,
+    quantized_result: QuantizedResult | None = None,
+    starts_early: bool = False,
 ) -> None:
     """`triton_decode.decode_attention` in one part, with tiles for several key/value heads a program."""
     head_dim, group, num_heads = query.shape[2], spec.num_heads // spec.num_kv_heads, tiles.kv_heads
@@ -388,12 +430,14 @@ def decode_attention_of_heads(
         strided(key),
         strided(value),
         turning,
+        norms,
         paged(cache),
         metadata.kv_lens,
         metadata.block_tables,
         metadata.block_tables.stride(0),
         metadata.slot_mapping,
         result,
+        quantized_result,
         scoring(spec),
         num_kv_heads=spec.num_kv_heads,
         group=group,
@@ -407,6 +451,8 @@ def decode_attention_of_heads(
         block_m=max(16, block_g),
         block_n=tiles.block_n,
         overlaps=can_overlap(query.device),
+        starts_early=starts_early,
+        launch_pdl=starts_early,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )

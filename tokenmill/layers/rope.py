@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 
-from tokenmill.layers.norm import RMSNorm
 from tokenmill.layers.rope_config import RopeConfig
 from tokenmill.ops import captured
 from tokenmill.ops.head_norm import HeadNorm, norm_and_rope
@@ -24,12 +23,14 @@ class Rotation(NamedTuple):
         """Turn all heads of x [T, heads, D]."""
         return apply_rope(x, self.cos, self.signed_sin)
 
-    def normalize_and_apply(
-        self, heads: torch.Tensor, num_query_heads: int, query_norm: RMSNorm, key_norm: RMSNorm
+    def apply_to_heads(
+        self, heads: torch.Tensor, num_query_heads: int, norm: HeadNorm | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normalize, then turn the query and key heads [T, H + G, D]: query [T, H, D] and key [T, G, D]."""
-        norm = HeadNorm(query_norm.scale, key_norm.scale, query_norm.eps)
-        return norm_and_rope(heads, num_query_heads, norm, self.cos, self.signed_sin)
+        """Normalize, if there is a norm, then turn heads [T, H + G, D]: query [T, H, D] and key [T, G, D]."""
+        if norm is not None:
+            return norm_and_rope(heads, num_query_heads, norm, self.cos, self.signed_sin)
+        turned = self.apply(heads)
+        return turned[:, :num_query_heads], turned[:, num_query_heads:]
 
 
 class RotaryEmbedding:

@@ -23,7 +23,7 @@ from tokenmill.layers.rope import RotaryEmbedding, Rotation
 from tokenmill.models.base import CausalLM
 from tokenmill.models.config import ModelConfig
 from tokenmill.models.feed_forward import feed_forward
-from tokenmill.quantization.base import Added, Rows
+from tokenmill.quantization.base import Added, RowForm, Rows
 
 
 class LlamaAttention(nn.Module):
@@ -65,14 +65,20 @@ class LlamaAttention(nn.Module):
         add_to: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """[T, hidden_size] to the rows at `wanted` [n, hidden_size]; `add_to`: see `RowParallelLinear`."""
-        attended = self.attend(self.qkv_proj(x), rotation, metadata, cache)
-        return self.o_proj(wanted_rows(attended, wanted), add_to)  # type: ignore[no-any-return]
+        qkv = self.qkv_proj(x)
+        form = self.o_proj.row_form(qkv) if wanted is None else RowForm.PLAIN
+        rows = self.attention.prepare_and_attend(
+            qkv, rotation, metadata, cache, norms=self.head_norms, form=form
+        )  # fmt: skip
+        if wanted is not None:
+            assert isinstance(rows, torch.Tensor), "plain rows were asked for"
+            rows = wanted_rows(rows, wanted)
+        return self.o_proj(rows, add_to)  # type: ignore[no-any-return]
 
-    def attend(
-        self, qkv: torch.Tensor, rotation: Rotation, metadata: AttentionMetadata, cache: LayerCache
-    ) -> torch.Tensor:
-        """Heads [T, H + 2 G, D] of queries, keys and values to [T, H * D]; keys and values go to the cache."""
-        return self.attention.turn_and_attend(qkv, rotation, metadata, cache)
+    @property
+    def head_norms(self) -> tuple[RMSNorm, RMSNorm] | None:
+        """Norms of query and of key heads."""
+        return None
 
 
 class LlamaDecoderLayer(nn.Module):

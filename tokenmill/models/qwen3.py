@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
-
-from tokenmill.attention.base import AttentionMetadata, LayerCache
 from tokenmill.layers.context import LayerContext
 from tokenmill.layers.norm import RMSNorm
-from tokenmill.layers.rope import Rotation
 from tokenmill.models.config import ModelConfig
 from tokenmill.models.llama import LlamaAttention, LlamaForCausalLM
 
@@ -27,17 +23,11 @@ class Qwen3Attention(LlamaAttention):
         super().__init__(config, layer, context)
         self.q_norm = self.norm_class(config.head_dim, config.rms_norm_eps, context)
         self.k_norm = self.norm_class(config.head_dim, config.rms_norm_eps, context)
-        self.num_rotated_heads = self.qkv_proj.num_heads + self.qkv_proj.num_kv_heads
 
-    def attend(
-        self, qkv: torch.Tensor, rotation: Rotation, metadata: AttentionMetadata, cache: LayerCache
-    ) -> torch.Tensor:
-        """Heads [T, H + 2 G, D] of queries, keys and values to [T, H * D]; keys and values go to the cache."""
-        query, key = rotation.normalize_and_apply(
-            qkv[:, : self.num_rotated_heads], self.qkv_proj.num_heads, self.q_norm, self.k_norm
-        )
-        value = qkv[:, self.num_rotated_heads :]
-        return self.attention(query, key, value, metadata, cache)  # type: ignore[no-any-return]
+    @property
+    def head_norms(self) -> tuple[RMSNorm, RMSNorm]:
+        """Norms of query and of key heads."""
+        return self.q_norm, self.k_norm
 
 
 class Qwen3ForCausalLM(LlamaForCausalLM):

@@ -1,0 +1,118 @@
+"""What decode attention of many rows does beside attention, against the kernels that do it alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.support.attention_steps import FP8, Case, Step, assert_close, make_step
+from tokenmill.attention.base import LayerCache
+from tokenmill.ops.head_norm import HeadNorm
+
+pytest.importorskip("triton")
+from tokenmill.attention.triton_common import HeadNorms, Result, Turning
+from tokenmill.attention.triton_decode_heads import decode_attention_of_heads
+from tokenmill.attention.triton_decode_rows import QuantizedResult
+from tokenmill.attention.triton_decode_tiles import DecodeTiles
+from tokenmill.ops.triton.fp8 import new_quantized, per_token_quantize_fp8
+from tokenmill.ops.triton.head_norm import norm_and_rope
+
+ROWS = ((1, 20), (1, 0), (1, 64), (1, 77))
+SMALL = Case(ROWS, num_heads=8, num_kv_heads=4, head_dim=32, dtype=torch.bfloat16, tokens_per_block=32, cache_dtype=FP8)
+REAL = Case(
+    ((1, 8191), (1, 0), (1, 1023), (1, 63)) * 40,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    tokens_per_block=32,
+    dtype=torch.bfloat16,
+    cache_dtype=FP8,
+)
+CASES = [
+    (SMALL, 2),
+    (SMALL, 4),
+    (replace(SMALL, num_heads=12, num_kv_heads=4), 2),
+    (replace(SMALL, num_heads=3, num_kv_heads=1, dtype=torch.float32), 1),
+    *(
+        pytest.param(case, kv_heads, marks=pytest.mark.gpu)
+        for case in (REAL, replace(REAL, num_kv_heads=4), replace(REAL, num_heads=28, num_kv_heads=4))
+        for kv_heads in (2, 4)
+    ),
+]
+
+
+def with_a_padding_row(step: Step) -> Step:
+    """The last row gets the length 0 and a slot in scratch block 0."""
+    kv_lens, slots = step.metadata.kv_lens.clone(), step.metadata.slot_mapping.clone()
+    kv_lens[-1], slots[-1] = 0, 0
+    return replace(step, metadata=replace(step.metadata, kv_lens=kv_lens, slot_mapping=slots))
+
+
+def new_result(step: Step) -> QuantizedResult:
+    """Room for the rows of a step, with one more row that must be left alone."""
+    num_rows, num_heads, head_dim = step.query.shape
+    values, scales = new_quantized(num_rows, num_heads * head_dim, step.query.device)
+    values.view(torch.uint8).fill_(0x7F)  # NaN
+    return QuantizedResult(
+        values, scales.fill_(torch.nan), torch.zeros(num_rows, dtype=torch.int32, device=step.query.device)
+    )
+
+
+def attend(
+    step: Step,
+    cache: LayerCache,
+    kv_heads: int,
+    quantized: QuantizedResult | None = None,
+    turning: Turning | None = None,
+    norms: HeadNorms | None = None,
+) -> torch.Tensor:
+    output = torch.full_like(step.query, torch.nan, memory_format=torch.contiguous_format)
+    decode_attention_of_heads(
+        step.spec, step.query, step.key, step.value, cache, step.metadata, Result(output), turning=turning, norms=norms,
+        tiles=DecodeTiles(32, kv_heads, 3, 1, kv_heads=kv_heads), quantized_result=quantized,
+    )  # fmt: skip
+    return output
+
+
+def angles_and_norm(step: Step) -> tuple[Turning, HeadNorm]:
+    generator = torch.Generator().manual_seed(5)
+    num_rows, _, head_dim = step.query.shape
+    turns = torch.randn(num_rows, 1, head_dim // 2, generator=generator).to(step.query.device)
+    factors = (torch.rand(2, head_dim, generator=generator) + 0.5).to(step.query)
+    turning = Turning(torch.cat([turns.cos()] * 2, -1), torch.cat([-turns.sin(), turns.sin()], -1))
+    return turning, HeadNorm(factors[0], factors[1], 1e-6)
+
+
+@pytest.mark.parametrize(("case", "kv_heads"), CASES, ids=str)
+def test_quantized_results_have_the_bits_of_the_kernel_that_quantizes(case: Case, kv_heads: int, device: str) -> None:
+    """Twice: what one launch leaves of its counters must do for the next."""
+    step = with_a_padding_row(make_step(case, device))
+    caches = [step.cloned_cache() for _ in range(3)]
+    values, scales = per_token_quantize_fp8(attend(step, caches[0], kv_heads).flatten(1))
+    result = new_result(step)
+    for cache in caches[1:]:
+        attend(step, cache, kv_heads, result)
+        assert torch.equal(result.float8.view(torch.uint8), values.view(torch.uint8))
+        assert torch.equal(result.scales, scales)
+        assert not result.arrivals.any()
+        result.float8.view(torch.uint8).fill_(0x7F)
+        result.scales.fill_(torch.nan)
+
+
+@pytest.mark.parametrize(("case", "kv_heads"), CASES, ids=str)
+def test_heads_are_normalized_on_the_way(case: Case, kv_heads: int, device: str) -> None:
+    step = with_a_padding_row(make_step(case, device))
+    turning, norm = angles_and_norm(step)
+    cache, expected_cache = step.cloned_cache(), step.cloned_cache()
+    heads = norm_and_rope(
+        torch.cat([step.query, step.key], 1), case.num_heads, norm.query, norm.key, norm.eps, *turning
+    )  # fmt: skip
+    before = replace(step, query=heads[:, : case.num_heads], key=heads[:, case.num_heads :])
+    expected = attend(before, expected_cache, kv_heads)
+    found = attend(step, cache, kv_heads, turning=turning, norms=HeadNorms(norm.query, norm.key, norm.eps))
+    assert_close(found, expected, 4e-2 if case.dtype == torch.bfloat16 else 1e-3)
+    for part, expected_part in zip(cache, expected_cache, strict=True):
+        same = part.view(torch.uint8) == expected_part.view(torch.uint8)
+        assert same.float().mean() > 0.998
