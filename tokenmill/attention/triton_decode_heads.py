@@ -239,40 +239,84 @@ def _prefetch_tiles(
 
 
 @triton.jit
-def _load_for_rows(
-    data: tl.tensor, num_rows: tl.constexpr, head_dim: tl.constexpr, exchanged: tl.constexpr
-) -> tl.tensor:
-    """[num_rows, head_dim] float32: the same numbers for each row, or their halves exchanged.
+def _attend_cached(
+    query: tl.tensor,  # [num_heads * block_g, head_dim]
+    cache: PagedCache,
+    table: tl.tensor,  # pointer
+    block: tl.tensor,  # of the first tile
+    first_head: tl.tensor,
+    first_visible: tl.tensor,
+    start: tl.tensor,
+    end: tl.tensor,
+    factor: tl.tensor,
+    num_kv_heads: tl.constexpr,
+    tokens_per_block: tl.constexpr,
+    window: tl.constexpr,
+    cap: tl.constexpr,
+    operands: tl.constexpr,
+    num_heads: tl.constexpr,
+    block_g: tl.constexpr,
+    block_m: tl.constexpr,
+    block_n: tl.constexpr,
+    head_dim: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """In the way that suits the cache's type."""
+    is_float8: tl.constexpr = cache.key_data.dtype.element_ty == tl.float8e4nv  # type: ignore[attr-defined]
+    if is_float8 and operands == tl.float16:
+        values, maximum, total = _attend_float8(
+            query, cache, table, block, first_head, first_visible, start, end, factor, num_kv_heads, tokens_per_block,
+            window, cap, num_heads, block_g, block_m, block_n, head_dim,
+        )  # fmt: skip
+    else:
+        values, maximum, total = _attend(
+            query, cache, table, block, first_head, first_visible, start, end, factor, num_kv_heads, tokens_per_block,
+            window, cap, operands, num_heads, block_g, block_m, block_n, head_dim,
+        )  # fmt: skip
+    return values, maximum, total
+
+
+@triton.jit
+def _load_for_rows(data: tl.tensor, num_rows: tl.constexpr, head_dim: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """[num_rows, head_dim]: the same numbers for each row, and with their halves exchanged.
 
     Loaded by whoever needs them: spreading one row over the threads takes two barriers.
     """
     dims = tl.arange(0, head_dim)
-    if exchanged:
-        dims = (dims + head_dim // 2) % head_dim
-    return tl.load(data + (tl.zeros([num_rows], tl.int32)[:, None] + dims[None, :])).to(tl.float32)
+    partners = (dims + head_dim // 2) % head_dim
+    rows = tl.zeros([num_rows], tl.int32)[:, None]
+    return tl.load(data + (rows + dims[None, :])), tl.load(data + (rows + partners[None, :]))
 
 
 @triton.jit
-def _prepared(
+def _load_angles(
+    turning: Turning, token: tl.tensor, num_rows: tl.constexpr, head_dim: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """Cosines and signed sines of a token for so many heads, [num_rows, head_dim]."""
+    places = token * head_dim + tl.zeros([num_rows], tl.int32)[:, None] + tl.arange(0, head_dim)[None, :]
+    return tl.load(turning.cos + places), tl.load(turning.signed_sin + places)
+
+
+@triton.jit
+def _turned(heads: tl.tensor, exchanged: tl.tensor, cosines: tl.tensor, sines: tl.tensor) -> tl.tensor:
+    """Heads [num_rows, head_dim] turned and rounded as between two ops."""
+    return (heads.to(tl.float32) * cosines + exchanged.to(tl.float32) * sines).to(heads.dtype)
+
+
+@triton.jit
+def _normalized(
     heads: tl.tensor,  # [num_rows, head_dim]
     exchanged: tl.tensor,  # their halves exchanged
-    factors: tl.tensor | None,  # pointer
+    factors: tl.tensor,
+    exchanged_factors: tl.tensor,
     eps: tl.tensor,
-    turning: Turning,
-    token: tl.tensor,
-    num_rows: tl.constexpr,
     head_dim: tl.constexpr,
-) -> tl.tensor:
-    """Heads normalized, if there are factors, and turned by the token's angles; rounded as between two ops."""
-    cosines = _load_for_rows(turning.cos + token * head_dim, num_rows, head_dim, False)
-    sines = _load_for_rows(turning.signed_sin + token * head_dim, num_rows, head_dim, False)
-    numbers, other = heads.to(tl.float32), exchanged.to(tl.float32)
-    if factors is not None:
-        factor = tl.rsqrt(tl.sum(numbers * numbers, 1) / head_dim + eps)[:, None]
-        numbers = numbers * factor * _load_for_rows(factors, num_rows, head_dim, False)
-        other = other * factor * _load_for_rows(factors, num_rows, head_dim, True)
-        numbers, other = numbers.to(heads.dtype).to(tl.float32), other.to(heads.dtype).to(tl.float32)
-    return (numbers * cosines + other * sines).to(heads.dtype)
+) -> tuple[tl.tensor, tl.tensor]:
+    """RMS norm of each head, rounded as between two ops."""
+    numbers = heads.to(tl.float32)
+    factor = tl.rsqrt(tl.sum(numbers * numbers, 1) / head_dim + eps)[:, None]
+    normalized = numbers * factor * factors.to(tl.float32)
+    other = exchanged.to(tl.float32) * factor * exchanged_factors.to(tl.float32)
+    return normalized.to(heads.dtype), other.to(heads.dtype)
 
 
 @triton.jit
@@ -317,16 +361,21 @@ def _load_and_write_own(
     if turning is not None:
         exchanged_key = load_exchanged(key.data, key_rows, own >= 0, head_dim, head_dim)
         exchanged = load_exchanged(query.data, query_rows, is_head, head_dim, head_dim)
+        key_cosines, key_sines = _load_angles(turning, row, num_heads, head_dim)
+        cosines, sines = _load_angles(turning, row, num_heads * block_g, head_dim)
+        if norms is not None:
+            key_factors, key_others = _load_for_rows(norms.key, num_heads, head_dim)
+            factors, others = _load_for_rows(norms.query, num_heads * block_g, head_dim)
     if asks_early:
         _prefetch_tiles(
             cache, block, start, end, first_head, num_kv_heads, tokens_per_block, num_heads, block_n, head_dim
         )  # fmt: skip
     if turning is not None:
-        query_factors, key_factors, eps = None, None, 0.0
         if norms is not None:
-            query_factors, key_factors, eps = norms.query, norms.key, norms.eps
-        own_key = _prepared(own_key, exchanged_key, key_factors, eps, turning, row, num_heads, head_dim)
-        q = _prepared(q, exchanged, query_factors, eps, turning, row, num_heads * block_g, head_dim)
+            own_key, exchanged_key = _normalized(own_key, exchanged_key, key_factors, key_others, norms.eps, head_dim)
+            q, exchanged = _normalized(q, exchanged, factors, others, norms.eps, head_dim)
+        own_key = _turned(own_key, exchanged_key, key_cosines, key_sines)
+        q = _turned(q, exchanged, cosines, sines)
     places = ((slot * num_kv_heads + own) * head_dim)[:, None] + tl.arange(0, head_dim)[None, :]
     tl.store(cache.key_data + places, to_cached(own_key, score.key_scale, cache.key_data))
     tl.store(cache.value_data + places, to_cached(own_value, score.value_scale, cache.value_data))
@@ -386,17 +435,10 @@ def _decode_heads_kernel(
         query, key, value, turning, norms, cache, block, slot, row, start, end, score, first_head, num_kv_heads,
         num_heads, group, block_g, block_n, head_dim, tokens_per_block, overlaps and not starts_early,
     ).to(operands)  # fmt: skip
-    is_float8: tl.constexpr = cache.key_data.dtype.element_ty == tl.float8e4nv  # type: ignore[attr-defined]
-    if is_float8 and operands == tl.float16:
-        values, maximum, total = _attend_float8(
-            q, cache, table, block, first_head, first_visible, start, end, score.factor, num_kv_heads,
-            tokens_per_block, window, cap, num_heads, block_g, block_m, block_n, head_dim,
-        )  # fmt: skip
-    else:
-        values, maximum, total = _attend(
-            q, cache, table, block, first_head, first_visible, start, end, score.factor, num_kv_heads,
-            tokens_per_block, window, cap, operands, num_heads, block_g, block_m, block_n, head_dim,
-        )  # fmt: skip
+    values, maximum, total = _attend_cached(
+        q, cache, table, block, first_head, first_visible, start, end, score.factor, num_kv_heads, tokens_per_block,
+        window, cap, operands, num_heads, block_g, block_m, block_n, head_dim,
+    )  # fmt: skip
     store_heads(
         values, maximum, total, row, first_head, result, quantized_result, score.value_scale, num_kv_heads, group,
         num_heads, block_m, head_dim,
