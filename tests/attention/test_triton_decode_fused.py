@@ -38,17 +38,17 @@ REAL = Case(
     dtype=torch.bfloat16,
     cache_dtype=FP8,
 )
-CASES = [
-    (SMALL, 2),
+WHOLE_ROWS = [
     (SMALL, 4),
-    (replace(SMALL, num_heads=12, num_kv_heads=4), 2),
+    (replace(SMALL, num_heads=12, num_kv_heads=4), 4),
+    (replace(SMALL, num_heads=10, num_kv_heads=2), 2),
     (replace(SMALL, num_heads=3, num_kv_heads=1, dtype=torch.float32), 1),
     *(
-        pytest.param(case, kv_heads, marks=pytest.mark.gpu)
-        for case in (REAL, replace(REAL, num_kv_heads=4), replace(REAL, num_heads=28, num_kv_heads=4))
-        for kv_heads in (2, 4)
+        pytest.param(replace(REAL, num_heads=num_heads, num_kv_heads=kv_heads), kv_heads, marks=pytest.mark.gpu)
+        for num_heads, kv_heads in ((32, 4), (28, 4), (16, 2))
     ),
 ]
+CASES = [*WHOLE_ROWS, (SMALL, 2), pytest.param(REAL, 2, marks=pytest.mark.gpu)]
 
 
 def with_a_padding_row(step: Step) -> Step:
@@ -59,13 +59,11 @@ def with_a_padding_row(step: Step) -> Step:
 
 
 def new_result(step: Step) -> QuantizedResult:
-    """Room for the rows of a step, with one more row that must be left alone."""
+    """Room for the rows of a step, full of what must not be left there."""
     num_rows, num_heads, head_dim = step.query.shape
     values, scales = new_quantized(num_rows, num_heads * head_dim, step.query.device)
     values.view(torch.uint8).fill_(0x7F)  # NaN
-    return QuantizedResult(
-        values, scales.fill_(torch.nan), torch.zeros(num_rows, dtype=torch.int32, device=step.query.device)
-    )
+    return QuantizedResult(values, scales.fill_(torch.nan))
 
 
 def attend(
@@ -93,20 +91,14 @@ def angles_and_norm(step: Step) -> tuple[Turning, HeadNorm]:
     return turning, HeadNorm(factors[0], factors[1], 1e-6)
 
 
-@pytest.mark.parametrize(("case", "kv_heads"), CASES, ids=str)
+@pytest.mark.parametrize(("case", "kv_heads"), WHOLE_ROWS, ids=str)
 def test_quantized_results_have_the_bits_of_the_kernel_that_quantizes(case: Case, kv_heads: int, device: str) -> None:
-    """Twice: what one launch leaves of its counters must do for the next."""
     step = with_a_padding_row(make_step(case, device))
-    caches = [step.cloned_cache() for _ in range(3)]
-    values, scales = per_token_quantize_fp8(attend(step, caches[0], kv_heads).flatten(1))
+    values, scales = per_token_quantize_fp8(attend(step, step.cloned_cache(), kv_heads).flatten(1))
     result = new_result(step)
-    for cache in caches[1:]:
-        attend(step, cache, kv_heads, result)
-        assert torch.equal(result.float8.view(torch.uint8), values.view(torch.uint8))
-        assert torch.equal(result.scales, scales)
-        assert not result.arrivals.any()
-        result.float8.view(torch.uint8).fill_(0x7F)
-        result.scales.fill_(torch.nan)
+    attend(step, step.cloned_cache(), kv_heads, result)
+    assert torch.equal(result.float8.view(torch.uint8), values.view(torch.uint8))
+    assert torch.equal(result.scales, scales)
 
 
 @pytest.mark.parametrize(("case", "kv_heads"), CASES, ids=str)
@@ -193,7 +185,7 @@ def test_steps_in_which_nothing_is_fused(device: str, monkeypatch: pytest.Monkey
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_kv_heads", [4, 8])
 def test_a_captured_step_is_replayed_twice(num_kv_heads: int, device: str) -> None:
-    """Other lengths and other numbers each time, as from separate launches; counters are zeros again."""
+    """Other lengths and other numbers each time, as from separate launches."""
     assert device == "cuda"
     step = make_step(replace(REAL, rows=REAL.rows * 2, num_kv_heads=num_kv_heads), device)
     turning, norm = angles_and_norm(step)

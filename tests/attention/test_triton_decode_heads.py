@@ -132,3 +132,11 @@ def test_tiles_that_are_chosen_can_be_launched(
 def test_rows_from_which_on_programs_take_two_heads(cache_itemsize: int, num_kv_heads: int, num_rows: int) -> None:
     sizes = [decode_tiles(128, cache_itemsize, rows, num_kv_heads, 32, 4096, 132) for rows in (num_rows, num_rows - 1)]
     assert [tiles.kv_heads for tiles in sizes] == [2, None]
+
+
+@pytest.mark.parametrize("cache_itemsize", [1, 2])
+@pytest.mark.parametrize("num_kv_heads", [2, 4, 8])
+def test_rows_from_which_on_programs_take_whole_rows(cache_itemsize: int, num_kv_heads: int) -> None:
+    sizes = [decode_tiles(128, cache_itemsize, rows, num_kv_heads, 32, 4096, 132).kv_heads for rows in (184, 185, 512)]
+    has_whole = num_kv_heads == 4 and cache_itemsize == 1
+    assert [kv_heads == 4 for kv_heads in sizes] == [False, has_whole, has_whole]

@@ -63,12 +63,6 @@ class TritonAttention:
 
     def __init__(self, *, batch_invariant: bool = False) -> None:
         self.batch_invariant = batch_invariant
-        self._counters: torch.Tensor | None = None
-
-    def _arrivals(self, num_rows: int, device: torch.device) -> torch.Tensor:
-        if self._counters is None or self._counters.numel() < num_rows:
-            self._counters = torch.zeros(max(num_rows, 1024), dtype=torch.int32, device=device)
-        return self._counters
 
     def forward(
         self,
@@ -133,13 +127,12 @@ class TritonAttention:
         quantizes: bool,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """See `FusesDecode.forward_fused`."""
-        num_rows, width = qkv.shape[0], spec.num_heads * spec.head_dim
+        num_rows, tiles = qkv.shape[0], decode_tiles_of(spec, cache, metadata, qkv.shape[0])
         query, key, value = torch.split(qkv, [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], 1)
         output = torch.empty(query.shape, dtype=qkv.dtype, device=qkv.device)
         quantized = None
-        if quantizes:
-            arrivals = self._arrivals(num_rows, qkv.device)
-            quantized = QuantizedResult(*new_quantized(num_rows, width, qkv.device), arrivals)
+        if quantizes and tiles.kv_heads == spec.num_kv_heads:
+            quantized = QuantizedResult(*new_quantized(num_rows, spec.num_heads * spec.head_dim, qkv.device))
         decode_attention_of_heads(
             spec,
             query,
@@ -148,10 +141,11 @@ class TritonAttention:
             cache,
             metadata,
             Result(output),
-            tiles=decode_tiles_of(spec, cache, metadata, num_rows),
+            tiles=tiles,
             turning=Turning(*turning),
             norms=None if norm is None else HeadNorms(*norm),
             quantized_result=quantized,
+            starts_early=True,
         )
         return output.flatten(1) if quantized is None else (quantized.float8, quantized.scales)
 

@@ -21,40 +21,19 @@ from tokenmill.attention.triton_common import (
     StridedHeads,
     Turning,
     load_blocks,
-    load_exchanged,
-    load_tile,
     operand_type,
     paged,
     scoring,
     soft_cap_base2,
     softmax_step,
     strided,
-    to_cached,
     triton_type,
 )
 from tokenmill.attention.triton_decode_float8 import IS_INTERPRETED, unpack_float8
-from tokenmill.attention.triton_decode_parts import prefetch_rows
+from tokenmill.attention.triton_decode_own import load_and_write_own, prefetch_row, prefetch_tiles, tile_offsets
 from tokenmill.attention.triton_decode_rows import QuantizedResult, store_heads
 from tokenmill.attention.triton_decode_tiles import DecodeTiles
 from tokenmill.ops.triton.launch import can_overlap
-
-
-@triton.jit
-def _tile_offsets(
-    block: tl.tensor,
-    tile: tl.tensor,
-    first_head: tl.tensor,
-    num_kv_heads: tl.constexpr,
-    tokens_per_block: tl.constexpr,
-    num_heads: tl.constexpr,
-    block_n: tl.constexpr,
-    width: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:
-    """Where the tile begins in the cache, and from there its numbers [num_heads, block_n, width], as in any tile."""
-    begin = (block.to(tl.int64) * tokens_per_block + tile % tokens_per_block) * num_kv_heads + first_head
-    heads, tokens, dims = tl.arange(0, num_heads), tl.arange(0, block_n), tl.arange(0, width)
-    inner = tokens[None, :, None] * (num_kv_heads * width) + heads[:, None, None] * width + dims[None, None, :]
-    return begin * width, inner
 
 
 @triton.jit
@@ -155,7 +134,7 @@ def _attend_float8(
     values = cache.value_data.to(tl.pointer_type(tl.int16), bitcast=True)  # type: ignore[call-overload]
     for tile in range(start, end, block_n):
         visible = _is_visible(tile, first_visible, end, window, block_n)
-        begin, inner = _tile_offsets(
+        begin, inner = tile_offsets(
             block, tile, first_head, num_kv_heads, tokens_per_block, num_heads, block_n, half
         )  # fmt: skip
         block = load_blocks(table, tile + block_n, first_visible, end, tokens_per_block, block_n)
@@ -201,7 +180,7 @@ def _attend(
     sums = tl.zeros([num_heads, block_m, head_dim], tl.float32)
     for tile in range(start, end, block_n):
         visible = _is_visible(tile, first_visible, end, window, block_n)
-        begin, inner = _tile_offsets(
+        begin, inner = tile_offsets(
             block, tile, first_head, num_kv_heads, tokens_per_block, num_heads, block_n, head_dim
         )  # fmt: skip
         block = load_blocks(table, tile + block_n, first_visible, end, tokens_per_block, block_n)
@@ -213,29 +192,6 @@ def _attend(
         value = tl.load(cache.value_data + begin + inner, mask=visible[:, :, None], other=0.0).to(operands)
         sums = tl.dot(weights.to(operands), value, sums * decay[:, :, None], input_precision="ieee")
     return sums, maximum, total
-
-
-@triton.jit
-def _prefetch_tiles(
-    cache: PagedCache,
-    block: tl.tensor,  # of the first tile
-    start: tl.tensor,
-    end: tl.tensor,
-    first_head: tl.tensor,
-    num_kv_heads: tl.constexpr,
-    tokens_per_block: tl.constexpr,
-    num_heads: tl.constexpr,
-    num_tokens: tl.constexpr,
-    head_dim: tl.constexpr,
-) -> None:
-    """Ask for keys and values of the first tokens, which lie in one block, to come to L2."""
-    begin, _ = _tile_offsets(
-        block, start, first_head, num_kv_heads, tokens_per_block, num_heads, num_tokens, head_dim
-    )  # fmt: skip
-    tokens = tl.arange(0, num_tokens)
-    rows = begin + tokens * (num_kv_heads * head_dim)
-    prefetch_rows(cache.key_data, rows, start + tokens < end, num_heads * head_dim)
-    prefetch_rows(cache.value_data, rows, start + tokens < end, num_heads * head_dim)
 
 
 @triton.jit
@@ -273,114 +229,6 @@ def _attend_cached(
             window, cap, operands, num_heads, block_g, block_m, block_n, head_dim,
         )  # fmt: skip
     return values, maximum, total
-
-
-@triton.jit
-def _load_for_rows(data: tl.tensor, num_rows: tl.constexpr, head_dim: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """[num_rows, head_dim]: the same numbers for each row, and with their halves exchanged.
-
-    Loaded by whoever needs them: spreading one row over the threads takes two barriers.
-    """
-    dims = tl.arange(0, head_dim)
-    partners = (dims + head_dim // 2) % head_dim
-    rows = tl.zeros([num_rows], tl.int32)[:, None]
-    return tl.load(data + (rows + dims[None, :])), tl.load(data + (rows + partners[None, :]))
-
-
-@triton.jit
-def _load_angles(
-    turning: Turning, token: tl.tensor, num_rows: tl.constexpr, head_dim: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor]:
-    """Cosines and signed sines of a token for so many heads, [num_rows, head_dim]."""
-    places = token * head_dim + tl.zeros([num_rows], tl.int32)[:, None] + tl.arange(0, head_dim)[None, :]
-    return tl.load(turning.cos + places), tl.load(turning.signed_sin + places)
-
-
-@triton.jit
-def _turned(heads: tl.tensor, exchanged: tl.tensor, cosines: tl.tensor, sines: tl.tensor) -> tl.tensor:
-    """Heads [num_rows, head_dim] turned and rounded as between two ops."""
-    return (heads.to(tl.float32) * cosines + exchanged.to(tl.float32) * sines).to(heads.dtype)
-
-
-@triton.jit
-def _normalized(
-    heads: tl.tensor,  # [num_rows, head_dim]
-    exchanged: tl.tensor,  # their halves exchanged
-    factors: tl.tensor,
-    exchanged_factors: tl.tensor,
-    eps: tl.tensor,
-    head_dim: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:
-    """RMS norm of each head, rounded as between two ops."""
-    numbers = heads.to(tl.float32)
-    factor = tl.rsqrt(tl.sum(numbers * numbers, 1) / head_dim + eps)[:, None]
-    normalized = numbers * factor * factors.to(tl.float32)
-    other = exchanged.to(tl.float32) * factor * exchanged_factors.to(tl.float32)
-    return normalized.to(heads.dtype), other.to(heads.dtype)
-
-
-@triton.jit
-def _load_and_write_own(
-    query: StridedHeads,
-    key: StridedHeads,
-    value: StridedHeads,
-    turning: Turning | None,
-    norms: HeadNorms | None,
-    cache: PagedCache,
-    block: tl.tensor,  # of the first tile
-    slot: tl.tensor,
-    row: tl.tensor,
-    start: tl.tensor,
-    end: tl.tensor,
-    score: Scoring,
-    first_head: tl.tensor,
-    num_kv_heads: tl.constexpr,
-    num_heads: tl.constexpr,
-    group: tl.constexpr,
-    block_g: tl.constexpr,
-    block_n: tl.constexpr,
-    head_dim: tl.constexpr,
-    tokens_per_block: tl.constexpr,
-    asks_early: tl.constexpr,
-) -> tl.tensor:
-    """The row's queries [num_heads * block_g, head_dim]; its key and value go to the cache, where all warps see them.
-
-    All that is needed is asked for before anything is waited for, the first tile of the cache last (`asks_early`).
-    """
-    lanes = tl.arange(0, num_heads * block_g)
-    is_head = lanes % block_g < group
-    heads = (first_head + lanes // block_g) * group + lanes % block_g
-    query_rows = row * query.token_stride + heads * query.head_stride
-    own = first_head + tl.arange(0, num_heads)
-    key_rows = row * key.token_stride + own * key.head_stride
-    own_key = load_tile(key.data, key_rows, own >= 0, head_dim, head_dim, False)
-    own_value = load_tile(
-        value.data, row * value.token_stride + own * value.head_stride, own >= 0, head_dim, head_dim, False
-    )  # fmt: skip
-    q = load_tile(query.data, query_rows, is_head, head_dim, head_dim, True)
-    if turning is not None:
-        exchanged_key = load_exchanged(key.data, key_rows, own >= 0, head_dim, head_dim)
-        exchanged = load_exchanged(query.data, query_rows, is_head, head_dim, head_dim)
-        key_cosines, key_sines = _load_angles(turning, row, num_heads, head_dim)
-        cosines, sines = _load_angles(turning, row, num_heads * block_g, head_dim)
-        if norms is not None:
-            key_factors, key_others = _load_for_rows(norms.key, num_heads, head_dim)
-            factors, others = _load_for_rows(norms.query, num_heads * block_g, head_dim)
-    if asks_early:
-        _prefetch_tiles(
-            cache, block, start, end, first_head, num_kv_heads, tokens_per_block, num_heads, block_n, head_dim
-        )  # fmt: skip
-    if turning is not None:
-        if norms is not None:
-            own_key, exchanged_key = _normalized(own_key, exchanged_key, key_factors, key_others, norms.eps, head_dim)
-            q, exchanged = _normalized(q, exchanged, factors, others, norms.eps, head_dim)
-        own_key = _turned(own_key, exchanged_key, key_cosines, key_sines)
-        q = _turned(q, exchanged, cosines, sines)
-    places = ((slot * num_kv_heads + own) * head_dim)[:, None] + tl.arange(0, head_dim)[None, :]
-    tl.store(cache.key_data + places, to_cached(own_key, score.key_scale, cache.key_data))
-    tl.store(cache.value_data + places, to_cached(own_value, score.value_scale, cache.value_data))
-    tl.debug_barrier()
-    return q
 
 
 @triton.jit(
@@ -426,12 +274,13 @@ def _decode_heads_kernel(
         block = load_blocks(table, start, first_visible, tl.maximum(end, 1), tokens_per_block, block_n)
     else:
         block = tl.load(table)  # without waiting for the row's length
-    if starts_early:  # the step's metadata and the cache are there, its queries are not
-        _prefetch_tiles(
+    if starts_early:  # the step's metadata, its angles and the cache are there, its queries are not
+        prefetch_row(turning, norms, row, head_dim)
+        prefetch_tiles(
             cache, block, start, end, first_head, num_kv_heads, tokens_per_block, num_heads, block_n, head_dim
         )  # fmt: skip
         gdc_wait()
-    q = _load_and_write_own(
+    q = load_and_write_own(
         query, key, value, turning, norms, cache, block, slot, row, start, end, score, first_head, num_kv_heads,
         num_heads, group, block_g, block_n, head_dim, tokens_per_block, overlaps and not starts_early,
     ).to(operands)  # fmt: skip
@@ -460,26 +309,27 @@ def decode_attention_of_heads(
     quantized_result: QuantizedResult | None = None,
     starts_early: bool = False,
 ) -> None:
-    """`triton_decode.decode_attention` in one part, with tiles for several key/value heads a program."""
+    """`triton_decode.decode_attention` in one part, with tiles for several key/value heads a program.
+
+    Args:
+        spec, query, key, value, cache, metadata, result, tiles, turning: see there.
+        norms: queries and keys are normalized before they are turned; None: they are not.
+        quantized_result: where the rows go instead of `result`; None: they are not quantized.
+        starts_early: begin before the kernels before this one have ended, where the device can; they must not write the
+            metadata or the angles.
+    """
     head_dim, group, num_heads = query.shape[2], spec.num_heads // spec.num_kv_heads, tiles.kv_heads
     assert num_heads is not None and spec.num_kv_heads % num_heads == 0, "programs take as many heads each"
     assert tiles.num_warps == num_heads, "a head has a warp"
+    assert norms is None or turning is not None, "only heads that are turned are normalized"
+    assert quantized_result is None or num_heads == spec.num_kv_heads, "a row is quantized by the program that has it"
     assert head_dim == triton.next_power_of_2(head_dim), "a head must fill its tile"
     assert cache[0].shape[1] % tiles.block_n == 0, "a tile must lie in one block"
     block_g = triton.next_power_of_2(group)
+    overlaps = can_overlap(query.device)
     _decode_heads_kernel[(spec.num_kv_heads // num_heads, query.shape[0])](
-        strided(query),
-        strided(key),
-        strided(value),
-        turning,
-        norms,
-        paged(cache),
-        metadata.kv_lens,
-        metadata.block_tables,
-        metadata.block_tables.stride(0),
-        metadata.slot_mapping,
-        result,
-        quantized_result,
+        strided(query), strided(key), strided(value), turning, norms, paged(cache), metadata.kv_lens,
+        metadata.block_tables, metadata.block_tables.stride(0), metadata.slot_mapping, result, quantized_result,
         scoring(spec),
         num_kv_heads=spec.num_kv_heads,
         group=group,
@@ -492,9 +342,9 @@ def decode_attention_of_heads(
         block_g=block_g,
         block_m=max(16, block_g),
         block_n=tiles.block_n,
-        overlaps=can_overlap(query.device),
-        starts_early=starts_early,
-        launch_pdl=starts_early,
+        overlaps=overlaps,
+        starts_early=overlaps and starts_early,
+        launch_pdl=overlaps and starts_early,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
-    )
+    )  # fmt: skip

@@ -15,6 +15,10 @@ MIN_PAIRS = {1: 1.4, 2: 1.9}
 """Pairs of a row's key/value heads for each multiprocessor from which on programs take pairs, by bytes of a number."""
 
 
+MIN_WHOLE_ROWS = 1.4
+"""Rows for each multiprocessor from which on programs take whole rows of four key/value heads."""
+
+
 class DecodeTiles(NamedTuple):
     """How the decode kernel is cut.
 
@@ -46,7 +50,8 @@ def decode_tiles(
     """Tiles, found on an H100.
 
     Many rows are read two heads at a time: pieces of memory of 128 bytes reach 82 to 95 % of the bandwidth, those of
-    256 all of it. With fewer rows what counts is how many programs there are.
+    256 all of it. A program that has a whole row can quantize it; with four heads that costs nothing else. With fewer
+    rows what counts is how many programs there are.
 
     Args:
         head_dim: D.
@@ -58,6 +63,8 @@ def decode_tiles(
         num_multiprocessors: of the device.
     """
     if head_dim == 128 and tokens_per_block % 32 == 0 and num_kv_heads % 2 == 0 and cache_itemsize <= 2:
+        if cache_itemsize == 1 and num_kv_heads == 4 and num_rows >= MIN_WHOLE_ROWS * num_multiprocessors:
+            return DecodeTiles(32, 4, 3, 1, kv_heads=4)
         pairs = num_rows * num_kv_heads // 2
         if pairs >= MIN_PAIRS[cache_itemsize] * num_multiprocessors:
             return DecodeTiles(32 // cache_itemsize, 2, 3, 1, kv_heads=2)
