@@ -28,7 +28,7 @@ def test_every_token_lands_in_its_slot(name: str, cache_dtype: torch.dtype) -> N
 
 
 def test_float8_caches_hold_their_largest_value_for_what_is_larger() -> None:
-    """Whatever torch's own conversion does: before 2.13 it gives NaN."""
+    """Whatever torch's own conversion does: in 2.11 it gives NaN."""
     key_cache, value_cache = empty_caches(torch.float8_e4m3fn)
     key = torch.tensor([[[1000.0, -465.0, 448.0], [-1e9, 0.0, -448.0]]])
     write_kv_reference(key, -key, key_cache, value_cache, torch.tensor([2]))

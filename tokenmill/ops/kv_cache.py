@@ -113,7 +113,7 @@ def choose(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """x in the cache's type; what is beyond the range of float8 becomes its largest value (NaN in torch before 2.13)."""
+    """x in the cache's type; what is beyond the range of float8 becomes its largest value (torch 2.11 makes it NaN)."""
     if dtype.itemsize == 1:
         x = x.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
     return x.to(dtype)
