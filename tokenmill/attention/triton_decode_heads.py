@@ -315,8 +315,8 @@ def decode_attention_of_heads(
         spec, query, key, value, cache, metadata, result, tiles, turning: see there.
         norms: queries and keys are normalized before they are turned; None: they are not.
         quantized_result: where the rows go instead of `result`; None: they are not quantized.
-        starts_early: begin before the kernels before this one have ended, where the device can; they must not write the
-            metadata or the angles.
+        starts_early: begin, where the device can, before the kernel before this one has ended, which must not write the
+            metadata.
     """
     head_dim, group, num_heads = query.shape[2], spec.num_heads // spec.num_kv_heads, tiles.kv_heads
     assert num_heads is not None and spec.num_kv_heads % num_heads == 0, "programs take as many heads each"
