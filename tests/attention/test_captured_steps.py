@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.support.tiny_models import build_model, tiny_hf_model
-from tokenmill.attention.base import AttentionBackend, TurnsHeads
+from tokenmill.attention.base import AttentionBackend, FusesDecode, TurnsHeads
 from tokenmill.attention.cpu import CpuAttention
 from tokenmill.engine.plan import BatchPlan, NewSlot, Row
 from tokenmill.kv_cache.tensors import allocate_caches
@@ -51,6 +51,7 @@ def make_runner(model_type: str, backend: AttentionBackend) -> ModelRunner:
         if isinstance(layer, Attention):
             layer.backend = backend
             layer._turning_backend = backend if isinstance(backend, TurnsHeads) else None
+            layer._fusing_backend = backend if isinstance(backend, FusesDecode) else None
     config = model.config
     caches = allocate_caches(
         config.num_layers, 8, 16, config.num_key_value_heads, config.head_dim, torch.float32, CPU

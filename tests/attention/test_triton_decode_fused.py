@@ -91,6 +91,7 @@ def angles_and_norm(step: Step) -> tuple[Turning, HeadNorm]:
     return turning, HeadNorm(factors[0], factors[1], 1e-6)
 
 
+@pytest.mark.spec("E1")
 @pytest.mark.parametrize(("case", "kv_heads"), WHOLE_ROWS, ids=str)
 def test_quantized_results_have_the_bits_of_the_kernel_that_quantizes(case: Case, kv_heads: int, device: str) -> None:
     step = with_a_padding_row(make_step(case, device))
