@@ -136,7 +136,8 @@ def test_rows_from_which_on_programs_take_two_heads(cache_itemsize: int, num_kv_
 
 @pytest.mark.parametrize("cache_itemsize", [1, 2])
 @pytest.mark.parametrize("num_kv_heads", [2, 4, 8])
-def test_rows_from_which_on_programs_take_whole_rows(cache_itemsize: int, num_kv_heads: int) -> None:
-    sizes = [decode_tiles(128, cache_itemsize, rows, num_kv_heads, 32, 4096, 132).kv_heads for rows in (184, 185, 512)]
+def test_rows_of_which_programs_take_whole_ones(cache_itemsize: int, num_kv_heads: int) -> None:
+    rows = (250, 251, 256, 264, 265)
+    sizes = [decode_tiles(128, cache_itemsize, count, num_kv_heads, 32, 4096, 132).kv_heads for count in rows]
     has_whole = num_kv_heads == 4 and cache_itemsize == 1
-    assert [kv_heads == 4 for kv_heads in sizes] == [False, has_whole, has_whole]
+    assert [kv_heads == 4 for kv_heads in sizes] == [False, has_whole, has_whole, has_whole, False]

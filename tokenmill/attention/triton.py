@@ -107,8 +107,8 @@ class TritonAttention:
         return not self.batch_invariant
 
     def fuses(self, spec: AttentionSpec, cache: LayerCache, metadata: AttentionMetadata) -> bool:
-        """Steps of many decode rows alone, see `triton_decode_heads`."""
-        if self.batch_invariant or metadata.parts is not None:
+        """Steps of many decode rows alone with a float8 cache, see `triton_decode_heads`."""
+        if self.batch_invariant or metadata.parts is not None or cache[0].element_size() != 1:
             return False
         num_rows = metadata.num_decode_rows
         if num_rows == 0 or len(metadata.query_lens) != num_rows:
@@ -145,7 +145,6 @@ class TritonAttention:
             turning=Turning(*turning),
             norms=None if norm is None else HeadNorms(*norm),
             quantized_result=quantized,
-            starts_early=True,
         )
         return output.flatten(1) if quantized is None else (quantized.float8, quantized.scales)
 

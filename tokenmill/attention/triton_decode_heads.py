@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from tokenmill.attention.base import AttentionMetadata, AttentionSpec, LayerCache
 from tokenmill.attention.triton_common import (
@@ -30,7 +30,7 @@ from tokenmill.attention.triton_common import (
     triton_type,
 )
 from tokenmill.attention.triton_decode_float8 import IS_INTERPRETED, unpack_float8
-from tokenmill.attention.triton_decode_own import load_and_write_own, prefetch_row, prefetch_tiles, tile_offsets
+from tokenmill.attention.triton_decode_own import load_and_write_own, tile_offsets
 from tokenmill.attention.triton_decode_rows import QuantizedResult, store_heads
 from tokenmill.attention.triton_decode_tiles import DecodeTiles
 from tokenmill.ops.triton.launch import can_overlap
@@ -260,7 +260,6 @@ def _decode_heads_kernel(
     block_m: tl.constexpr,
     block_n: tl.constexpr,
     overlaps: tl.constexpr,
-    starts_early: tl.constexpr,
 ) -> None:
     """Grid: key/value heads in groups of `num_heads`, rows."""
     if overlaps:
@@ -274,15 +273,9 @@ def _decode_heads_kernel(
         block = load_blocks(table, start, first_visible, tl.maximum(end, 1), tokens_per_block, block_n)
     else:
         block = tl.load(table)  # without waiting for the row's length
-    if starts_early:  # the step's metadata, its angles and the cache are there, its queries are not
-        prefetch_row(turning, norms, row, head_dim)
-        prefetch_tiles(
-            cache, block, start, end, first_head, num_kv_heads, tokens_per_block, num_heads, block_n, head_dim
-        )  # fmt: skip
-        gdc_wait()
     q = load_and_write_own(
         query, key, value, turning, norms, cache, block, slot, row, start, end, score, first_head, num_kv_heads,
-        num_heads, group, block_g, block_n, head_dim, tokens_per_block, overlaps and not starts_early,
+        num_heads, group, block_g, block_n, head_dim, tokens_per_block, overlaps,
     ).to(operands)  # fmt: skip
     values, maximum, total = _attend_cached(
         q, cache, table, block, first_head, first_visible, start, end, score.factor, num_kv_heads, tokens_per_block,
@@ -307,7 +300,6 @@ def decode_attention_of_heads(
     turning: Turning | None = None,
     norms: HeadNorms | None = None,
     quantized_result: QuantizedResult | None = None,
-    starts_early: bool = False,
 ) -> None:
     """`triton_decode.decode_attention` in one part, with tiles for several key/value heads a program.
 
@@ -315,8 +307,6 @@ def decode_attention_of_heads(
         spec, query, key, value, cache, metadata, result, tiles, turning: see there.
         norms: queries and keys are normalized before they are turned; None: they are not.
         quantized_result: where the rows go instead of `result`; None: they are not quantized.
-        starts_early: begin, where the device can, before the kernel before this one has ended, which must not write the
-            metadata.
     """
     head_dim, group, num_heads = query.shape[2], spec.num_heads // spec.num_kv_heads, tiles.kv_heads
     assert num_heads is not None and spec.num_kv_heads % num_heads == 0, "programs take as many heads each"
@@ -326,7 +316,6 @@ def decode_attention_of_heads(
     assert head_dim == triton.next_power_of_2(head_dim), "a head must fill its tile"
     assert cache[0].shape[1] % tiles.block_n == 0, "a tile must lie in one block"
     block_g = triton.next_power_of_2(group)
-    overlaps = can_overlap(query.device)
     _decode_heads_kernel[(spec.num_kv_heads // num_heads, query.shape[0])](
         strided(query), strided(key), strided(value), turning, norms, paged(cache), metadata.kv_lens,
         metadata.block_tables, metadata.block_tables.stride(0), metadata.slot_mapping, result, quantized_result,
@@ -342,9 +331,7 @@ def decode_attention_of_heads(
         block_g=block_g,
         block_m=max(16, block_g),
         block_n=tiles.block_n,
-        overlaps=overlaps,
-        starts_early=overlaps and starts_early,
-        launch_pdl=overlaps and starts_early,
+        overlaps=can_overlap(query.device),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )  # fmt: skip

@@ -1,6 +1,6 @@
-"""The beginning of decode attention of many rows: what is fetched ahead, and a row's own query, key and value.
+"""The beginning of decode attention of many rows: a row's own queries, key and value, normalized and turned.
 
-Called by `triton_decode_heads.py`. Heads are normalized and turned here; the row's own key and value go to the cache.
+Called by `triton_decode_heads.py`. The key and the value go to the cache.
 """
 
 from __future__ import annotations
@@ -42,29 +42,6 @@ def tile_offsets(
 
 
 @triton.jit
-def prefetch_tiles(
-    cache: PagedCache,
-    block: tl.tensor,  # of the first tile
-    start: tl.tensor,
-    end: tl.tensor,
-    first_head: tl.tensor,
-    num_kv_heads: tl.constexpr,
-    tokens_per_block: tl.constexpr,
-    num_heads: tl.constexpr,
-    num_tokens: tl.constexpr,
-    head_dim: tl.constexpr,
-) -> None:
-    """Ask for keys and values of the first tokens, which lie in one block, to come to L2."""
-    begin, _ = tile_offsets(
-        block, start, first_head, num_kv_heads, tokens_per_block, num_heads, num_tokens, head_dim
-    )  # fmt: skip
-    tokens = tl.arange(0, num_tokens)
-    rows = begin + tokens * (num_kv_heads * head_dim)
-    prefetch_rows(cache.key_data, rows, start + tokens < end, num_heads * head_dim)
-    prefetch_rows(cache.value_data, rows, start + tokens < end, num_heads * head_dim)
-
-
-@triton.jit
 def _load_factors(data: tl.tensor, head_dim: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """Factors of a norm [head_dim], and with their halves exchanged."""
     dims = tl.arange(0, head_dim)
@@ -86,23 +63,6 @@ def _normalized(
     normalized = numbers * factor * factors.to(tl.float32)[None, :]
     other = exchanged.to(tl.float32) * factor * exchanged_factors.to(tl.float32)[None, :]
     return normalized.to(heads.dtype), other.to(heads.dtype)
-
-
-@triton.jit
-def prefetch_row(
-    turning: Turning | None,
-    norms: HeadNorms | None,
-    row: tl.tensor,
-    head_dim: tl.constexpr,
-) -> None:
-    """Ask for the row's angles and the norms' factors to come to L2."""
-    first = tl.zeros([1], tl.int64)
-    if turning is not None:
-        prefetch_rows(turning.cos, first + row * head_dim, first == 0, head_dim)
-        prefetch_rows(turning.signed_sin, first + row * head_dim, first == 0, head_dim)
-    if norms is not None:
-        prefetch_rows(norms.query, first, first == 0, head_dim)
-        prefetch_rows(norms.key, first, first == 0, head_dim)
 
 
 @triton.jit
@@ -152,9 +112,13 @@ def load_and_write_own(
             key_factors, key_others = _load_factors(norms.key, head_dim)
             factors, others = _load_factors(norms.query, head_dim)
     if asks_early:
-        prefetch_tiles(
-            cache, block, start, end, first_head, num_kv_heads, tokens_per_block, num_heads, block_n, head_dim
+        begin, _ = tile_offsets(
+            block, start, first_head, num_kv_heads, tokens_per_block, num_heads, block_n, head_dim
         )  # fmt: skip
+        tokens = tl.arange(0, block_n)
+        rows = begin + tokens * (num_kv_heads * head_dim)
+        prefetch_rows(cache.key_data, rows, start + tokens < end, num_heads * head_dim)
+        prefetch_rows(cache.value_data, rows, start + tokens < end, num_heads * head_dim)
     if turning is not None:
         if norms is not None:
             own_key, exchanged_key = _normalized(own_key, exchanged_key, key_factors, key_others, norms.eps, head_dim)

@@ -15,8 +15,9 @@ MIN_PAIRS = {1: 1.4, 2: 1.9}
 """Pairs of a row's key/value heads for each multiprocessor from which on programs take pairs, by bytes of a number."""
 
 
-MIN_WHOLE_ROWS = 1.4
-"""Rows for each multiprocessor from which on programs take whole rows of four key/value heads."""
+WHOLE_ROWS = (1.9, 2.0)
+"""Rows for each multiprocessor where programs take whole rows of four key/value heads: there is room for two, and with so
+many all places are filled, once."""
 
 
 class DecodeTiles(NamedTuple):
@@ -63,7 +64,8 @@ def decode_tiles(
         num_multiprocessors: of the device.
     """
     if head_dim == 128 and tokens_per_block % 32 == 0 and num_kv_heads % 2 == 0 and cache_itemsize <= 2:
-        if cache_itemsize == 1 and num_kv_heads == 4 and num_rows >= MIN_WHOLE_ROWS * num_multiprocessors:
+        fills_places = WHOLE_ROWS[0] <= num_rows / num_multiprocessors <= WHOLE_ROWS[1]
+        if cache_itemsize == 1 and num_kv_heads == 4 and fills_places:
             return DecodeTiles(32, 4, 3, 1, kv_heads=4)
         pairs = num_rows * num_kv_heads // 2
         if pairs >= MIN_PAIRS[cache_itemsize] * num_multiprocessors:

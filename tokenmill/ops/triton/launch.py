@@ -2,8 +2,7 @@
 
 A launch that overlaps (programmatic dependent launch, Hopper and later) may begin while the kernel before it still
 runs. Our kernels then do two things first: they let the next kernel begin, and they wait until all kernels before them
-are complete. Between the two they touch nothing but weights, which no kernel of a step writes, and decode attention
-its step's lengths and tables, which are there before the first launch of torch's, the embedding. Whoever writes weights
+are complete. Between the two they touch nothing but weights, which no kernel of a step writes. Whoever writes weights
 with a kernel of ours must put another launch, such as any of torch's, before their first use.
 """
 
