@@ -128,7 +128,7 @@ def test_a_cache_of_nearly_all_memory_leaves_enough_for_steps(either_dir: Path) 
     drawn = SamplingParams(max_tokens=12, temperature=0.8, top_p=0.9, seed=3, ignore_eos=True)
     with make_llm(either_dir, kv_cache_config=cache) as llm:
         memory = llm.description.memory
-        assert memory.kv_cache > 0.9 * ((3 << 30) - memory.graphs - memory.activations - (64 << 20))
+        assert memory.kv_cache > 0.8 * ((3 << 30) - memory.graphs - memory.activations)
         num_shortages = torch.cuda.memory_stats()["num_ooms"]
         for prompts in (PROMPTS, PROMPTS[::-1], PROMPTS):
             assert all(len(tokens) > 0 for tokens in tokens_of(llm, prompts))
