@@ -27,7 +27,7 @@ from tokenmill.runtime.step_sizes import StepSize
 from tokenmill.runtime.torch_program import TorchProgram
 from tokenmill.runtime.weight_decoding import decode_weight
 
-pytestmark = pytest.mark.spec("C3")
+pytestmark = pytest.mark.spec("C1", "C3")
 CPU = torch.device("cpu")
 MAX_TOKENS, MAX_ROWS, BLOCK = 1024, 6, 16
 FREE = 700 * MIB

@@ -15,7 +15,7 @@ from tokenmill.builder.build import build
 from tokenmill.runtime.step_graphs import StepGraphs
 from tokenmill.runtime.step_sizes import StepSize
 
-pytestmark = [pytest.mark.gpu, pytest.mark.spec("H3")]
+pytestmark = [pytest.mark.gpu, pytest.mark.spec("C1", "H3")]
 
 PROMPTS = prompts_of(600, 900, 1, 30, 513, 300, 1400, 64, 2, 700, 1023, 1024, 8, 250, 40, 768, 333, 90, 1201, 5)
 PARAMS = [SamplingParams(max_tokens=4 + 5 * index % 23, ignore_eos=True) for index in range(len(PROMPTS))]
