@@ -120,13 +120,16 @@ def test_a_built_engine_captures_the_steps_of_its_model(model_dir: Path, engine_
         llm.check_integrity()
 
 
-def test_a_cache_of_nearly_all_memory_leaves_enough_for_steps(either_dir: Path) -> None:
-    """Of 3 GiB, whatever else lies on the device: no step, and no graph that is captured later, finds too little."""
+def test_a_built_engines_cache_of_nearly_all_memory_leaves_enough_for_steps(engine_dir: Path) -> None:
+    """Of 3 GiB, whatever else lies on the device: no step, and no graph that is captured later, finds too little.
+
+    The same of models that are served directly: tests/runtime/test_device_errors.py.
+    """
     torch.cuda.empty_cache()
     others = torch.empty(torch.cuda.mem_get_info()[0] - (3 << 30), dtype=torch.uint8, device="cuda")
     cache = KvCacheConfig(free_gpu_memory_fraction=0.95, tokens_per_block=64, enable_block_reuse=False)
     drawn = SamplingParams(max_tokens=12, temperature=0.8, top_p=0.9, seed=3, ignore_eos=True)
-    with make_llm(either_dir, kv_cache_config=cache) as llm:
+    with make_llm(engine_dir, kv_cache_config=cache) as llm:
         memory = llm.description.memory
         assert memory.kv_cache > 0.8 * ((3 << 30) - memory.graphs - memory.activations)
         num_shortages = torch.cuda.memory_stats()["num_ooms"]
