@@ -127,6 +127,11 @@ class EngineCore:
         """Whether a step would do anything."""
         return self.scheduler.has_work
 
+    def release(self) -> None:
+        """Let go of the runner, with the model and its cache. No step can follow; statistics stay."""
+        self._launched = None
+        del self.runner
+
     def stats(self) -> EngineStats:
         """A snapshot of counters and gauges, with the records of the last steps."""
         stats = self.scheduler.stats()
