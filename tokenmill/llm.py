@@ -40,9 +40,9 @@ from tokenmill.tokenization import Tokenizer
 class LLM:
     """A model, ready to generate.
 
-    Threads, worker processes and memory are given back by `shutdown`, at the end of a `with` block, when the process ends,
-    and when nothing refers to the object any more. Results of requests under way count as references; a finished one
-    does not. `del llm` does not wait for the end, the next `LLM` does.
+    Threads, worker processes and memory are given back by `shutdown`, at the end of a `with` block, when the process
+    ends, and when nothing refers to the object any more. Results of requests under way count as references, finished
+    ones do not. `del llm` does not wait for the end, the next `LLM` does.
 
     Args:
         model: a directory in Hugging Face format, a `.gguf` file, a hub id or an alias such as `smollm2:135m`.

@@ -33,7 +33,7 @@ from typing import Final, Self
 
 from tokenmill.config import LlmArgs, is_number, shown
 from tokenmill.engine.request import GenerationRequest
-from tokenmill.engine.validation import check_request, check_token_ids
+from tokenmill.engine.validation import check_bans, check_request, check_token_ids
 from tokenmill.errors import (
     EngineStalledError,
     ExecutorShutdownError,
@@ -176,6 +176,7 @@ class GenerationExecutor(ABC):
         _check_timeout(timeout)
         check_request(request, self.description, self.description, self._table)
         check_token_ids(request, self.description.model.vocab_size)
+        check_bans(request, self.description.model.vocab_size)
         enqueue = self._prepare(replace(request, streaming=streaming))
         result = self._table.open(request, prompt, streaming=streaming, abort=self.abort_request)
         if timeout is not None:
