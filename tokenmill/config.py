@@ -13,11 +13,17 @@ from enum import StrEnum
 from numbers import Real
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin
+from typing import Any, ClassVar, Final, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from tokenmill.errors import InvalidParameterError, UnknownParameterError, UserError, did_you_mean
+from tokenmill.errors import (
+    InvalidParameterError,
+    UnknownParameterError,
+    UnsupportedFeatureError,
+    UserError,
+    did_you_mean,
+)
 
 
 class StrictModel(BaseModel):
@@ -208,6 +214,117 @@ class WorkerConfig(StrictModel):
     """Where worker processes write their logs; None: a private folder that is removed at shutdown."""
 
 
+_BuildQuantization = Literal["auto", "none", "int8", "int8_group32", "int8_channel", "q4_0", "q4_1", "q5_0", "q8_0"]
+
+
+class BuildConfig(StrictModel):
+    """How an engine is built: for `build`, and for `LLM(build_config=...)`, which builds one when it has to.
+
+    Sizes are the largest that it will serve; smaller steps need no other engine.
+    """
+
+    max_batch_size: int = Field(default=64, ge=1, le=65_536)
+    """Most sequences that run at the same time."""
+    max_num_tokens: int = Field(default=2048, ge=1, le=1 << 20)
+    """Most tokens computed in one step, over all sequences; memory for intermediate results is planned for it."""
+    max_input_len: int | None = Field(default=None, ge=1)
+    """Longest prompt in tokens; None: `max_seq_len` less one."""
+    max_seq_len: int | None = Field(default=None, ge=2)
+    """Longest prompt plus answer, in tokens; None: the model's context."""
+    max_beam_width: int = Field(default=1, ge=1)
+    """Beams of a sequence. This version has no beam search: more than 1 is refused."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of weights that are not quantized; auto: bfloat16 if the checkpoint is, else float32. Intermediate results
+    are float32 on a CPU."""
+    quantization: _BuildQuantization = "auto"
+    """Format of linear weights; auto: the checkpoint's own. `int8` is `int8_group32`: a scale for 32 values of a row;
+    `int8_channel` has one for a row. The others are ggml's block types; `none` decodes what is quantized."""
+    kv_cache_type: Literal["paged", "continuous", "disabled"] = "paged"
+    """How keys and values are kept. Engines have a paged cache, which also serves `continuous`, with a notice: one
+    piece for each sequence is another place for the same values. Without a cache (`disabled`) nothing is generated."""
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of cached keys and values; auto: the weights' type on a GPU; on a CPU bfloat16 beside quantized
+    weights, else float32."""
+    capture: Literal["export", "dispatch"] = "export"
+    """How the model's graph is found: `export` (torch.export) proves that it serves every number of tokens, `dispatch`
+    gives the same graph within milliseconds."""
+    opt_level: int = Field(default=2, ge=0, le=2)
+    """0: no passes but those that a program needs; 1: all passes; 2: kernel variants are measured, too."""
+    passes: tuple[str, ...] | None = None
+    """The passes to run, in this order; None: those of `opt_level` (`tokenmill build --list-passes`)."""
+    disabled_passes: tuple[str, ...] = ()
+    """Passes to leave out."""
+    profiles: tuple[int, ...] = (1, 4, 16, 64, 512)
+    """Numbers of tokens in a step for which kernel variants are measured; those over `max_num_tokens` are left out."""
+    strip_weights: bool = False
+    """Leave out the weights that the checkpoint holds: a small engine, to be refitted before it runs."""
+    debug_outputs: tuple[str, ...] = ()
+    """Operations whose results are kept after a step, by name (`tokenmill inspect ENGINE` lists them)."""
+    picture: bool = True
+    """Draw the network before and after the passes into `graph.html` of the engine."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """What the engine runs on; auto: a GPU if there is one."""
+    timing_cache: Path | None = None
+    """File of measured kernel variants that is read and added to; None: one in tokenmill's cache folder."""
+    num_threads: int | None = Field(default=None, ge=1, le=4096)
+    """Threads that kernel variants are measured with; None: one for each core."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+
+    @field_validator("passes", "disabled_passes", "debug_outputs", mode="after")
+    @classmethod
+    def _check_unique(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if names is not None and len(set(names)) < len(names):
+            raise ValueError("a name appears twice")
+        return names
+
+    @field_validator("profiles", mode="after")
+    @classmethod
+    def _check_profiles(cls, profiles: tuple[int, ...]) -> tuple[int, ...]:
+        if any(tokens < 1 for tokens in profiles) or list(profiles) != sorted(set(profiles)):
+            raise ValueError("must be ascending numbers of tokens, 1 or more")
+        return profiles
+
+    @model_validator(mode="after")
+    def _check_together(self) -> BuildConfig:
+        if self.max_beam_width > 1:
+            raise UnsupportedFeatureError(
+                f"max_beam_width={self.max_beam_width}: this version has no beam search.",
+                field="max_beam_width",
+                remedy="Set it to 1; SamplingParams(n=..., best_of=...) draws several answers and keeps the likeliest.",
+            )
+        if self.kv_cache_type == "disabled":
+            raise UnsupportedFeatureError(
+                "kv_cache_type='disabled': engines generate, and need a cache for it.",
+                field="kv_cache_type",
+                remedy="Set it to 'paged'; a small KvCacheConfig.max_tokens keeps the cache small.",
+            )
+        if self.max_num_tokens < self.max_batch_size:
+            raise InvalidParameterError(
+                f"max_num_tokens ({self.max_num_tokens}) is less than max_batch_size ({self.max_batch_size}): "
+                "a step of one token for each sequence would not fit.",
+                field="max_num_tokens",
+                remedy=f"Use {self.max_batch_size} or more, or a smaller max_batch_size.",
+            )
+        if self.max_seq_len is not None and self.max_input_len is not None and self.max_input_len >= self.max_seq_len:
+            raise InvalidParameterError(
+                f"max_input_len ({self.max_input_len}) leaves no room for an answer in max_seq_len "
+                f"({self.max_seq_len}).",
+                field="max_input_len",
+                remedy=f"Use {self.max_seq_len - 1} or less.",
+            )
+        return self
+
+    def options_of_engines(self) -> dict[str, Any]:
+        """What was set of the options that nothing but a built engine can honour."""
+        return {name: getattr(self, name) for name in _OPTIONS_OF_ENGINES if name in self.model_fields_set}
+
+
+_OPTIONS_OF_ENGINES: Final = (
+    "capture", "opt_level", "passes", "disabled_passes", "profiles", "debug_outputs", "picture", "timing_cache",
+)  # fmt: skip
+
+
 class LlmArgs(StrictModel):
     """All arguments of `LLM`, checked."""
 
@@ -278,8 +395,21 @@ class LlmArgs(StrictModel):
     worker_config: WorkerConfig = Field(default_factory=WorkerConfig)
     """Start, watch and end of worker processes."""
 
+    build_config: BuildConfig | None = None
+    """How the engine is built, for scripts that have a `BuildConfig` and for options that only a build has (`passes`,
+    `debug_outputs`, ...; with them the backend is the engine). What is an argument here, too, such as `max_batch_size`,
+    is taken from it; another value beside it is refused. Fields that are not set are as without it."""
+
+    @field_validator("build_config", mode="before")
+    @classmethod
+    def _keep_what_was_set(cls, value: Any) -> Any:
+        """Pydantic's private copy of a configuration would have all fields set."""
+        return value.model_dump(exclude_unset=True) if isinstance(value, BuildConfig) else value
+
     @model_validator(mode="after")
     def _check_together(self) -> LlmArgs:
+        if self.build_config is not None:
+            self._take(self.build_config)
         if self.num_postprocess_workers and not self.num_replicas:
             raise InvalidParameterError(
                 f"num_postprocess_workers is {self.num_postprocess_workers}, but num_replicas is 0.",
@@ -287,3 +417,52 @@ class LlmArgs(StrictModel):
                 remedy="Set num_replicas to 1 or more: postprocessing workers serve worker processes.",
             )
         return self
+
+    def _take(self, build: BuildConfig) -> None:
+        """Arguments that `build` has, too."""
+        if build.strip_weights:
+            raise InvalidParameterError(
+                "build_config.strip_weights: an LLM runs the engine, which needs its weights.",
+                field="strip_weights",
+                remedy="Leave it out; Engine.strip makes an engine without weights.",
+            )
+        for name in _ALSO_OF_BUILDS:
+            if name in build.model_fields_set:
+                own = getattr(self, name) if name in self.model_fields_set else None
+                if _agreed(name, own, getattr(build, name)):
+                    self._set(name, getattr(build, name))
+        formats = {"auto": None, "int8_group32": "int8"}
+        quantization = formats.get(build.quantization, build.quantization)
+        if _agreed("quantization", self.quantization, quantization) and quantization != "none":
+            self._set("quantization", quantization)
+        if _agreed("kv_cache_dtype", self.kv_cache_config.dtype, build.kv_cache_dtype):
+            self._set("kv_cache_config", self.kv_cache_config.model_copy(update={"dtype": build.kv_cache_dtype}))
+
+    def _set(self, name: str, value: Any) -> None:
+        """Without another round of checks."""
+        self.__dict__[name] = value
+        self.__pydantic_fields_set__.add(name)
+
+
+_ALSO_OF_BUILDS: Final = (
+    "max_batch_size", "max_num_tokens", "max_seq_len", "dtype", "device", "revision", "num_threads",
+)  # fmt: skip
+
+
+def _agreed(name: str, own: Any, of_build: Any) -> bool:
+    """Whether an argument has to be taken from a `BuildConfig`. None and `auto` say nothing.
+
+    Raises:
+        InvalidParameterError: both say something, and not the same.
+    """
+    if of_build in (None, "auto"):
+        return False
+    if own in (None, "auto"):
+        return True
+    if own != of_build and not (name == "device" and own.startswith(f"{of_build}:")):
+        raise InvalidParameterError(
+            f"{name} is {own!r} as an argument and {of_build!r} in build_config.",
+            field=name,
+            remedy="Give it in one of the two.",
+        )
+    return False

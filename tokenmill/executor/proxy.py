@@ -222,7 +222,7 @@ def _worker_start(
     """What the worker `index` is told; one that is started anew takes as much memory as the one before it."""
     known = replicas[index].description
     return StartWorker(
-        args=args.model_copy(update={"tokenizer": None}).model_dump_json(),
+        args=args.model_copy(update={"tokenizer": None}).model_dump_json(exclude_unset=True),
         tokenizer=location,
         num_postproc=args.num_postprocess_workers,
         replica=index,
