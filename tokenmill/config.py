@@ -15,7 +15,17 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Final, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FieldSerializationInfo,
+    ValidationError,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from tokenmill.errors import (
     InvalidParameterError,
@@ -76,7 +86,7 @@ class StrictModel(BaseModel):
     @classmethod
     def _refuse_booleans(cls, value: Any, info: ValidationInfo) -> Any:
         """Pydantic would take True for 1."""
-        if info.field_name in cls._number_fields and _holds_boolean(value):
+        if info.field_name in cls._number_fields and holds_boolean(value):
             raise ValueError("Input should be a number, not a boolean")
         return value
 
@@ -86,14 +96,19 @@ def _takes_numbers(annotation: Any) -> bool:
     return annotation in (int, float) or any(map(_takes_numbers, get_args(annotation)))
 
 
-def _holds_boolean(value: Any) -> bool:
-    """Whether it is a boolean, or a list or table with one among its items."""
+def holds_boolean(value: Any) -> bool:
+    """Whether it is a boolean, or a list or table with one inside, however deep."""
     if isinstance(value, dict):
-        return _holds_boolean([*value, *value.values()])
-    if isinstance(value, (list, tuple, set, frozenset)):
+        return holds_boolean([*value, *value.values()])
+    if isinstance(value, _LISTS):
         one_of_each_type = {type(item): item for item in value}  # lists of token ids are long
-        return any(map(is_boolean, one_of_each_type.values()))
+        if not any(issubclass(kind, (dict, *_LISTS)) for kind in one_of_each_type):
+            return any(map(is_boolean, one_of_each_type.values()))
+        return any(map(holds_boolean, value))
     return is_boolean(value)
+
+
+_LISTS: Final = (list, tuple, set, frozenset)
 
 
 def is_boolean(value: Any) -> bool:
@@ -405,6 +420,10 @@ class LlmArgs(StrictModel):
     def _keep_what_was_set(cls, value: Any) -> Any:
         """Pydantic's private copy of a configuration would have all fields set."""
         return value.model_dump(exclude_unset=True) if isinstance(value, BuildConfig) else value
+
+    @field_serializer("build_config")
+    def _tell_what_was_set(self, value: BuildConfig | None, info: FieldSerializationInfo) -> dict[str, Any] | None:
+        return None if value is None else value.model_dump(mode=info.mode, exclude_unset=True)
 
     @model_validator(mode="after")
     def _check_together(self) -> LlmArgs:
