@@ -19,14 +19,13 @@ from tokenmill.config import (
     LlmArgs,
     SchedulerConfig,
     StatsConfig,
-    StrictModel,
     WorkerConfig,
-    is_number,
 )
 from tokenmill.errors import InvalidParameterError, UnknownParameterError, UserError
 from tokenmill.executor.low_level.executor_config import ExecutorConfig
 from tokenmill.executor.low_level.request import Request, SamplingConfig
 from tokenmill.sampling_params import SamplingParams
+from tokenmill.strict_model import StrictModel, is_number
 
 CONFIGURATIONS: dict[type[StrictModel], dict[str, Any]] = {
     KvCacheConfig: {},

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Container
 from typing import Protocol
 
-from tokenmill.config import is_number, shown
 from tokenmill.engine.request import GenerationRequest
 from tokenmill.engine.stop_words import MAX_STOP_WORD_TOKENS
 from tokenmill.errors import (
@@ -14,6 +13,7 @@ from tokenmill.errors import (
     PromptTooLongError,
     RequestTooLargeError,
 )
+from tokenmill.strict_model import is_number, shown
 
 MAX_TOKEN_ID = 2**31 - 1
 """Largest id that the tensors of a runner can hold."""

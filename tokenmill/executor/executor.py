@@ -31,7 +31,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from tokenmill.config import LlmArgs, is_number, shown
+from tokenmill.config import LlmArgs
 from tokenmill.engine.request import GenerationRequest
 from tokenmill.engine.validation import check_bans, check_request, check_token_ids
 from tokenmill.errors import (
@@ -55,6 +55,7 @@ from tokenmill.executor.tokenizer_source import TokenizerSource
 from tokenmill.inputs import InputProcessor, PromptInput
 from tokenmill.outputs import FinishReason
 from tokenmill.sampling_params import SamplingParams
+from tokenmill.strict_model import is_number, shown
 from tokenmill.telemetry.stats import EngineStats, IterationStats
 
 HURRY_SECONDS: Final = 2.0

@@ -60,6 +60,11 @@ class GenerationResult:
         self._error: TokenmillError | None = None
         self._metrics = RequestMetrics(arrival_time=arrival_time)
 
+    def __repr__(self) -> str:
+        num_tokens = sum(len(sequence.token_ids) for sequence in self._sequences)
+        state = "under way" if not self._done else "finished" if self._error is None else repr(self._error)
+        return f"<GenerationResult of request {self.request_id}: {num_tokens} tokens, {state}>"
+
     # ---- the executor's side ---------------------------------------------------------------------------------
 
     def push(self, delta: OutputDelta) -> None:
@@ -70,7 +75,8 @@ class GenerationResult:
             _apply(self._sequences[delta.sequence_index], delta)
             self._has_news = True
             if self.streaming:
-                self._wake()
+                self._changed.notify_all()
+                self._async_waiters.wake_all()
 
     def finish(self, metrics: RequestMetrics, error: TokenmillError | None = None) -> None:
         """The terminal event. Called by the executor, once."""
@@ -80,7 +86,8 @@ class GenerationResult:
             self._error = error
             self._done = True
             self._abort = None  # a result that is kept does not keep the engine
-            self._wake()
+            self._changed.notify_all()
+            self._async_waiters.wake_all()
 
     def restart(self) -> bool:
         """Forget what has come, because the request is run again. False, and nothing is changed, if somebody has seen
@@ -91,10 +98,6 @@ class GenerationResult:
             self._sequences = [CompletionOutput(index=sequence.index) for sequence in self._sequences]
             self._has_news = False
             return True
-
-    def _wake(self) -> None:
-        self._changed.notify_all()
-        self._async_waiters.wake_all()
 
     # ---- the caller's side -----------------------------------------------------------------------------------
 

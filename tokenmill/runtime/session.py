@@ -14,12 +14,12 @@ from typing import Any, Final, Self, TypeAlias
 import numpy as np
 import torch
 
-from tokenmill.config import holds_boolean, is_boolean, shown
 from tokenmill.errors import InvalidParameterError, UnknownParameterError, did_you_mean
 from tokenmill.program.package import EnginePackage
 from tokenmill.runtime.program_executor import ProgramExecutor, Values
 from tokenmill.runtime.program_loading import StepLimits, load_executor, load_torch_executor
 from tokenmill.runtime.step_arrays import StepArrays
+from tokenmill.strict_model import holds_boolean, is_boolean, shown
 
 Integers: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 
