@@ -146,21 +146,3 @@ def test_a_script_that_ends_while_workers_end(model_dir: Path) -> None:
         assert process.wait(20.0) == 0
         assert not any(is_alive(pid) for pid in facts["pids"])
         assert not Path(facts["folder"]).exists()
-
-
-def test_a_fork_that_drops_its_copy_ends_nothing(model_dir: Path) -> None:
-    ending = """
-        result.abort()
-        del result
-        if os.fork() == 0:
-            del llm
-            sys.exit()
-        os.wait()
-        time.sleep(0.2)
-        print(llm.generate("rain", SamplingParams(max_tokens=3, detokenize=False)).finished, flush=True)
-    """
-    with running_script(model_dir, ending) as (process, facts):
-        assert process.stdout is not None
-        assert process.stdout.readline() == "True\n"
-        assert process.wait(20.0) == 0
-        assert not Path(facts["folder"]).exists()
