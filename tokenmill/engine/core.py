@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -129,7 +130,10 @@ class EngineCore:
 
     def release(self) -> None:
         """Let go of the runner, with the model and its cache. No step can follow; statistics stay."""
-        self._launched = None
+        if self._launched is not None:
+            with suppress(Exception):  # nobody waits for the step but the memory that it writes to
+                self.runner.collect(self._launched[1])
+            self._launched = None
         del self.runner
 
     def stats(self) -> EngineStats:
