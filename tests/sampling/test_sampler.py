@@ -86,7 +86,7 @@ def reference_scores(case: Any) -> torch.Tensor:
         scores[0, token] -= (sampling.presence_penalty or 0.0) + (sampling.frequency_penalty or 0.0) * count
     processors = LogitsProcessorList()
     if sampling.logit_bias:
-        bias = [[[token], value] for token, value in sampling.logit_bias.items()]
+        bias = {(token,): value for token, value in sampling.logit_bias.items()}  # a list may not name the token 0
         processors.append(SequenceBiasLogitsProcessor(bias))
     words = [list(word) for word in case.bad_words] + [[token] for token in sampling.bad_token_ids or []]
     if words:
