@@ -22,6 +22,7 @@ from tokenmill.runtime.model_loader import (
     check_deterministic,
     resolve_cache_dtype,
     resolve_device,
+    resolve_max_input_len,
     resolve_max_num_tokens,
 )
 from tokenmill.runtime.program_executor import ProgressCallback
@@ -147,7 +148,7 @@ def describe_program_engine(
         enable_chunked_prefill=args.enable_chunked_prefill,
         memory=memory,
         backend="engine",
-        max_input_len=package.config.limits.max_input_len,
+        max_input_len=min(package.config.limits.max_input_len, resolve_max_input_len(args) or sizes.max_seq_len),
     )
 
 
