@@ -16,8 +16,8 @@ MIN_PAIRS = {1: 1.4, 2: 1.9}
 
 
 WHOLE_ROWS = (1.9, 2.0)
-"""Rows for each multiprocessor where programs take whole rows of four key/value heads: there is room for two, and with so
-many all places are filled, once."""
+"""Rows for each multiprocessor where programs take whole rows of four key/value heads: there is room for two, and so
+many fill all places once."""
 
 
 class DecodeTiles(NamedTuple):
