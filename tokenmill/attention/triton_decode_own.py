@@ -42,6 +42,29 @@ def tile_offsets(
 
 
 @triton.jit
+def _prefetch_tile(
+    cache: PagedCache,
+    block: tl.tensor,
+    start: tl.tensor,
+    end: tl.tensor,
+    first_head: tl.tensor,
+    num_kv_heads: tl.constexpr,
+    tokens_per_block: tl.constexpr,
+    num_heads: tl.constexpr,
+    block_n: tl.constexpr,
+    head_dim: tl.constexpr,
+) -> None:
+    """Ask for the keys and values of the tile at `start` to come to L2."""
+    begin, _ = tile_offsets(
+        block, start, first_head, num_kv_heads, tokens_per_block, num_heads, block_n, head_dim
+    )  # fmt: skip
+    tokens = tl.arange(0, block_n)
+    rows = begin + tokens * (num_kv_heads * head_dim)
+    prefetch_rows(cache.key_data, rows, start + tokens < end, num_heads * head_dim)
+    prefetch_rows(cache.value_data, rows, start + tokens < end, num_heads * head_dim)
+
+
+@triton.jit
 def _load_factors(data: tl.tensor, head_dim: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """Factors of a norm [head_dim], and with their halves exchanged."""
     dims = tl.arange(0, head_dim)
@@ -112,13 +135,9 @@ def load_and_write_own(
             key_factors, key_others = _load_factors(norms.key, head_dim)
             factors, others = _load_factors(norms.query, head_dim)
     if asks_early:
-        begin, _ = tile_offsets(
-            block, start, first_head, num_kv_heads, tokens_per_block, num_heads, block_n, head_dim
+        _prefetch_tile(
+            cache, block, start, end, first_head, num_kv_heads, tokens_per_block, num_heads, block_n, head_dim
         )  # fmt: skip
-        tokens = tl.arange(0, block_n)
-        rows = begin + tokens * (num_kv_heads * head_dim)
-        prefetch_rows(cache.key_data, rows, start + tokens < end, num_heads * head_dim)
-        prefetch_rows(cache.value_data, rows, start + tokens < end, num_heads * head_dim)
     if turning is not None:
         if norms is not None:
             own_key, exchanged_key = _normalized(own_key, exchanged_key, key_factors, key_others, norms.eps, head_dim)
