@@ -51,7 +51,8 @@ class KvCacheConfig(StrictModel):
     """Share of the device memory left after loading weights that the cache may take."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8"] = "auto"
     """Type of cached keys and values; auto: the model's, or what a compiled engine was built with: on a CPU bfloat16
-    beside quantized weights. `fp8` (float8_e4m3fn) needs a GPU."""
+    beside quantized weights. `fp8` (float8_e4m3fn) needs a GPU; on Hopper prompts are then multiplied in float8, too
+    ("What a float8 cache rounds" in docs/operating.md)."""
 
 
 class StatsConfig(StrictModel):

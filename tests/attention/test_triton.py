@@ -25,6 +25,7 @@ from tokenmill.attention.reference import ReferenceAttention
 from tokenmill.runtime.step_inputs import inputs_of_prompts
 
 pytest.importorskip("triton")
+from tests.support.float8_attention import in_float8
 from tokenmill.attention.triton import TritonAttention, first_row_without_history
 from tokenmill.attention.triton_common import Result
 from tokenmill.attention.triton_decode import decode_attention
@@ -40,6 +41,7 @@ def check(case: Case, device: str, seed: int = 0) -> None:
     assert actual.is_contiguous()
     expected = ReferenceAttention().forward(step.spec, step.query, step.key, step.value, expected_cache, step.metadata)
     assert_same_cache(cache, expected_cache)
+    expected = in_float8(step, step.query, cache, expected)
     # float8 keys and values are multiplied in float16
     tolerance = max(TOLERANCES[case.dtype], TOLERANCES[torch.float16] if case.cache_dtype == FP8 else 0.0)
     assert_close(actual, expected, tolerance)

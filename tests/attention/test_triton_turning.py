@@ -23,6 +23,7 @@ from tokenmill.ops.rope import apply_rope_reference
 from tokenmill.runtime.step_inputs import inputs_of_prompts
 
 pytest.importorskip("triton")
+from tests.support.float8_attention import in_float8
 from tokenmill.attention.triton import TritonAttention
 from tokenmill.attention.triton_common import Result, Turning
 from tokenmill.attention.triton_decode import decode_attention
@@ -99,6 +100,7 @@ def test_prompts_are_turned_on_the_way(case: Case, device: str) -> None:
     backend = TritonAttention()
     assert backend.turns_heads(step.metadata)
     actual = backend.forward(step.spec, step.query, step.key, step.value, cache, step.metadata, turning=angles)
+    expected = in_float8(step, query, expected_cache, expected)
     tolerance = tolerance_of(case, device)
     assert_close(actual, expected, tolerance)
     if case.cache_dtype is None and (device == "cuda" or case.dtype == torch.float32):

@@ -7,6 +7,8 @@ through shapes and `max_kv_len`: it can be captured in a CUDA graph and replayed
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from tokenmill.attention.base import AttentionMetadata, AttentionSpec, LayerCache
@@ -16,10 +18,13 @@ from tokenmill.attention.triton_decode_heads import decode_attention_of_heads
 from tokenmill.attention.triton_decode_rows import QuantizedResult
 from tokenmill.attention.triton_decode_tiles import DecodeTiles, choose_num_splits, decode_tiles
 from tokenmill.attention.triton_invariant import invariant_attention
-from tokenmill.attention.triton_kv_write import write_kv_triton
+from tokenmill.attention.triton_kv_write import write_float8_kv, write_kv_triton
 from tokenmill.attention.triton_prefill import prefill_attention
 from tokenmill.ops.platform import num_multiprocessors
 from tokenmill.ops.triton.fp8 import new_quantized
+from tokenmill.attention.triton_prefill_float8 import multiplies_prompts, prompts_attention
+from tokenmill.ops.platform import is_hopper, num_multiprocessors
+from tokenmill.ops.triton.launch import is_interpreted
 
 
 def first_row_without_history(metadata: AttentionMetadata) -> int:
@@ -49,6 +54,26 @@ def decode_tiles_of(spec: AttentionSpec, cache: LayerCache, metadata: AttentionM
         max_visible(spec, metadata),
         num_multiprocessors(keys.device),
     )
+def groups_of_prompts(metadata: AttentionMetadata) -> Iterator[tuple[AttentionMetadata, slice, bool]]:
+    """Rows of prompts that have history and rows that have none, each if there are any; as far as the host knows."""
+    first, num_rows = metadata.num_decode_rows, len(metadata.query_lens)
+    if metadata.parts is None:
+        first_new = first_row_without_history(metadata)
+        groups = ((metadata, slice(first, first_new)), (metadata, slice(first_new, num_rows)))
+    else:
+        groups = ((metadata.parts.with_history, slice(None)), (metadata.parts.without_history, slice(None)))
+    for (group, rows), has_history in zip(groups, (True, False), strict=True):
+        if group.query_lens[rows]:
+            yield group, rows, has_history
+
+
+def multiplies_float8(spec: AttentionSpec, query: torch.Tensor, cache: LayerCache, result: Result) -> bool:
+    """Whether prompts are attended to in float8: with a float8 cache and queries of 16 bits, on Hopper.
+
+    The interpreter does so as well, as far as it can.
+    """
+    is_float8 = cache[0].dtype.itemsize == 1 and query.dtype.itemsize == 2
+    return is_float8 and multiplies_prompts(spec, result) and (is_interpreted() or is_hopper(query.device))
 
 
 class TritonAttention:
@@ -89,14 +114,17 @@ class TritonAttention:
         result = Result(output, None, sinks)
         has_prompts = len(metadata.query_lens) > metadata.num_decode_rows
         if has_prompts:
-            keys, values = write_kv_triton(spec, key, value, cache, metadata.slot_mapping, angles)
+            in_float8 = multiplies_float8(spec, query, cache, result)
+            write = write_float8_kv if in_float8 else write_kv_triton
+            keys, values = write(spec, key, value, cache, metadata.slot_mapping, angles)
         decode = metadata if metadata.parts is None else metadata.parts.decode
         if decode.num_decode_rows:
             rows = slice(decode.num_decode_rows)
             of_rows = Result(output[rows], None, sinks)
             self._decode(spec, query[rows], key[rows], value[rows], angles, cache, decode, of_rows)
         if has_prompts:  # behind the decode rows: some that pad them have written to prompts' results
-            self._prefill(spec, query, angles, keys, values, cache, metadata, result)
+            attend = self._prefill_in_float8 if in_float8 else self._prefill
+            attend(spec, query, angles, keys, values, cache, metadata, result)
         return output
 
     def turns_heads(self, metadata: AttentionMetadata) -> bool:
@@ -160,17 +188,30 @@ class TritonAttention:
         result: Result,
     ) -> None:
         """Rows with history and rows without it in a launch each, as far as those without stand at the end."""
-        first, num_rows = metadata.num_decode_rows, len(metadata.query_lens)
-        if metadata.parts is None:
-            first_new = first_row_without_history(metadata)
-            groups = ((metadata, slice(first, first_new)), (metadata, slice(first_new, num_rows)))
-        else:
-            groups = ((metadata.parts.with_history, slice(None)), (metadata.parts.without_history, slice(None)))
-        for (group, rows), has_history in zip(groups, (True, False), strict=True):
-            if group.query_lens[rows]:
+        for group, rows, has_history in groups_of_prompts(metadata):
+            prefill_attention(
+                spec, query, key, value, cache, group, result, rows=rows, has_history=has_history, turning=turning
+            )
+
+    def _prefill_in_float8(
+        self,
+        spec: AttentionSpec,
+        query: torch.Tensor,
+        turning: Turning | None,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cache: LayerCache,
+        metadata: AttentionMetadata,
+        result: Result,
+    ) -> None:
+        """As `_prefill`. Rows with history multiply queries and keys in float8, those without it everything."""
+        for group, rows, has_history in groups_of_prompts(metadata):
+            if has_history or is_interpreted():
                 prefill_attention(
-                    spec, query, key, value, cache, group, result, rows=rows, has_history=has_history, turning=turning
+                    spec, query, None, None, cache, group, result, rows=rows, has_history=True, turning=turning
                 )
+            else:
+                prompts_attention(spec, query, key, value, group, result.output, rows=rows, turning=turning)
 
     def _decode(
         self,

@@ -14,8 +14,10 @@ import triton
 import triton.language as tl
 
 from tokenmill.attention.base import AttentionSpec, LayerCache
+from tokenmill.ops.triton.launch import is_interpreted
 
 LOG2_E = math.log2(math.e)
+IS_INTERPRETED = tl.constexpr(is_interpreted())  # decided when kernels are defined, on import, like this
 
 
 class StridedHeads(NamedTuple):
@@ -141,13 +143,17 @@ def softmax_step(
     cap: tl.constexpr,
     masked: tl.constexpr,
     may_be_first: tl.constexpr = True,
+    factor_per_query: tl.constexpr = False,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """One step of the online softmax: probabilities, factor on what was summed before, new maximum, new total.
 
     A query that has seen no key yet has the maximum -inf and the total 0; unless it `may_be_first`, there is none.
     """
+    element_factor = factor
+    if factor_per_query:
+        element_factor = tl.expand_dims(factor, -1)
     if cap > 0:
-        scores = scores_base2(products, factor, cap)
+        scores = scores_base2(products, element_factor, cap)
         if masked:
             scores = tl.where(visible, scores, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(scores, -1))
@@ -162,7 +168,7 @@ def softmax_step(
         reference = new_maximum
         if masked and may_be_first:
             reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        probabilities = tl.exp2(products * factor - tl.expand_dims(reference, -1))
+        probabilities = tl.exp2(products * element_factor - tl.expand_dims(reference, -1))
     decay = tl.exp2(maximum - reference)
     return probabilities, decay, new_maximum, total * decay + tl.sum(probabilities, -1)
 
@@ -305,6 +311,33 @@ def turn(
 
 
 @triton.jit
+def turned_halves(
+    heads: StridedHeads,
+    turning: Turning | None,
+    rows: tl.tensor,  # [block_m] offset of each query
+    tokens: tl.tensor,  # [block_m]
+    is_query: tl.tensor,  # [block_m]
+    head_dim: tl.constexpr,
+    block_d: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Both halves of heads, [block_m, block_d / 2] each, turned and rounded as between two ops; zero where none is."""
+    half: tl.constexpr = head_dim // 2
+    pairs = tl.arange(0, block_d // 2)[None, :]
+    is_pair = is_query[:, None] & (pairs < half)
+    first = heads.data + rows[:, None] + pairs
+    x1 = tl.load(first, mask=is_pair, other=0.0)
+    x2 = tl.load(first + half, mask=is_pair, other=0.0)
+    if turning is not None:
+        angles = tokens[:, None] * head_dim + pairs
+        cosines = tl.load(turning.cos + angles, mask=is_pair, other=0.0)
+        sines = tl.load(turning.signed_sin + half + angles, mask=is_pair, other=0.0)
+        rounded: tl.constexpr = heads.data.dtype.element_ty  # type: ignore[attr-defined]
+        y1, y2 = x1.to(tl.float32), x2.to(tl.float32)
+        x1, x2 = (y1 * cosines - y2 * sines).to(rounded), (y2 * cosines + y1 * sines).to(rounded)
+    return x1, x2
+
+
+@triton.jit
 def load_turned(
     data: tl.tensor,  # pointer to the head's first number
     rows: tl.tensor,  # [N] offset of each row
@@ -321,6 +354,17 @@ def load_turned(
         cosines, sines = load_angles(turning, token, head_dim, block_d)
         tile = turn(tile, exchanged, cosines, sines)
     return tile
+
+
+@triton.jit
+def to_float8(numbers: tl.tensor) -> tl.tensor:
+    """float32 as float8, rounded to the nearest: the interpreter by itself would cut digits off."""
+    if IS_INTERPRETED:
+        bits = numbers.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & ~0xFFFFF  # three digits behind the first
+        small = (numbers + 24576.0) - 24576.0  # multiples of 2**-9
+        numbers = tl.where(tl.abs(numbers) < 0.015625, small, bits.to(tl.float32, bitcast=True))
+    return numbers.to(tl.float8e4nv)
 
 
 @triton.jit

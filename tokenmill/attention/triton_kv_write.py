@@ -11,7 +11,18 @@ import triton
 import triton.language as tl
 
 from tokenmill.attention.base import AttentionSpec, LayerCache
-from tokenmill.attention.triton_common import StridedHeads, Turning, operand_type, strided, to_cached
+from tokenmill.attention.triton_common import (
+    StridedHeads,
+    Turning,
+    load_tile,
+    operand_type,
+    strided,
+    to_cached,
+    turned_halves,
+)
+
+BLOCK_TOKENS = 64
+"""Of a program that writes one head."""
 
 
 @triton.jit(do_not_specialize_on_alignment=["slot_mapping"])
@@ -105,3 +116,79 @@ def write_kv_triton(
             block=triton.next_power_of_2(num_heads * head_dim),
         )
     return key if key_copy is None else key_copy, value if value_copy is None else value_copy
+
+
+@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["slot_mapping"])
+def _write_float8_kernel(
+    key: StridedHeads,
+    value: StridedHeads,
+    turning: Turning | None,
+    key_cache: tl.tensor,
+    value_cache: tl.tensor,
+    slot_mapping: tl.tensor,
+    key_copy: tl.tensor,  # [T, G, D]
+    value_copy: tl.tensor,  # [G, D, T up to the next multiple of 16]
+    key_scale: float,
+    value_scale: float,
+    num_tokens: int,
+    num_heads: tl.constexpr,
+    head_dim: tl.constexpr,
+    block_t: tl.constexpr,
+    block_d: tl.constexpr,
+) -> None:
+    """One program a head of `block_t` tokens, keys and values."""
+    head = tl.program_id(0) % num_heads
+    tokens = (tl.program_id(0) // num_heads * block_t + tl.arange(0, block_t)).to(tl.int64)
+    inside = tokens < num_tokens
+    slots = tl.load(slot_mapping + tokens, mask=inside, other=0)
+    places = (slots * num_heads + head) * head_dim
+    copies = (tokens * num_heads + head) * head_dim
+    half: tl.constexpr = head_dim // 2
+    pairs = tl.arange(0, block_d // 2)[None, :]
+    is_pair = inside[:, None] & (pairs < half)
+    first, second = turned_halves(
+        key, turning, tokens * key.token_stride + head * key.head_stride, tokens, inside, head_dim, block_d
+    )  # fmt: skip
+    first, second = to_cached(first, key_scale, key_cache), to_cached(second, key_scale, key_cache)
+    tl.store(key_cache + places[:, None] + pairs, first, mask=is_pair)
+    tl.store(key_cache + places[:, None] + half + pairs, second, mask=is_pair)
+    tl.store(key_copy + copies[:, None] + pairs, first, mask=is_pair)
+    tl.store(key_copy + copies[:, None] + half + pairs, second, mask=is_pair)
+    rows = tokens * value.token_stride + head * value.head_stride
+    values = to_cached(load_tile(value.data, rows, inside, head_dim, block_d, True), value_scale, value_cache)
+    dims = tl.arange(0, block_d)
+    is_element = inside[:, None] & (dims < head_dim)[None, :]
+    tl.store(value_cache + places[:, None] + dims[None, :], values, mask=is_element)
+    padded_tokens = tl.cdiv(num_tokens, 16).to(tl.int64) * 16  # a multiple to the compiler: it stores 16 at a time
+    along = value_copy + (head * head_dim + dims)[:, None] * padded_tokens + tokens[None, :]
+    tl.store(along, tl.trans(values), mask=(dims < head_dim)[:, None] & (tokens < padded_tokens)[None, :])
+
+
+def write_float8_kv(
+    spec: AttentionSpec,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: LayerCache,
+    slot_mapping: torch.Tensor,
+    turning: Turning | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`write_kv_triton` to a float8 cache, of which float8 products shall be made.
+
+    Returns:
+        The keys and values of the cache in float8, [T, G, D] each; values are contiguous along the tokens, as the
+        matrix units want them.
+    """
+    num_tokens, num_heads, head_dim = key.shape
+    key_copy = torch.empty(key.shape, dtype=cache[0].dtype, device=key.device)
+    padded_tokens = -(-num_tokens // 16) * 16  # the bulk copy engine's rows begin at multiples of 16 bytes
+    along_tokens = torch.empty(num_heads, head_dim, padded_tokens, dtype=cache[0].dtype, device=key.device)
+    if num_tokens:
+        _write_float8_kernel[(triton.cdiv(num_tokens, BLOCK_TOKENS) * num_heads,)](
+            *(strided(key), strided(value), turning, *cache, slot_mapping, key_copy, along_tokens),
+            *(spec.key_scale, spec.value_scale, num_tokens),
+            num_heads=num_heads,
+            head_dim=head_dim,
+            block_t=BLOCK_TOKENS,
+            block_d=max(16, triton.next_power_of_2(head_dim)),
+        )
+    return key_copy, along_tokens.permute(2, 0, 1)[:num_tokens]

@@ -3,7 +3,7 @@
 A program takes a tile of queries: `block_m // group` tokens of one row with all query heads of one key/value head, so
 that a short chunk still fills the matrix units. It walks over the row's history in the paged cache, then over this
 step's own keys and values, which it reads from the inputs: they lie side by side there. Tiles are found on the device
-(`_find_row`); the host only bounds their number.
+(`_find_tile`); the host only bounds their number.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from tokenmill.attention.triton_common import (
     strided,
     triton_type,
 )
+from tokenmill.attention.triton_prefill_queries import load_float8_queries, load_queries
 from tokenmill.ops.platform import is_hopper_or_newer
 
 
@@ -53,6 +54,10 @@ class PrefillTiles(NamedTuple):
     num_warps: int
     num_stages: int
     max_registers: int | None = None
+
+
+FLOAT8_TILES = PrefillTiles(64, 64, 4, 3, max_registers=168)
+"""Of queries and keys in float8, found like the others: three programs on a multiprocessor."""
 
 
 def prefill_tiles(head_dim: int, rows_needed: int, operand_itemsize: int, has_history: bool) -> PrefillTiles:
@@ -83,10 +88,10 @@ def prefill_tiles(head_dim: int, rows_needed: int, operand_itemsize: int, has_hi
 
 
 @triton.jit
-def _find_row(
+def _find_tile(
     query_start: tl.tensor, tile: tl.tensor, num_rows: tl.tensor, queries_per_tile: tl.constexpr
-) -> tl.tensor:
-    """The row that a tile belongs to, by bisection.
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """The row that a tile belongs to, by bisection; its first token, its tokens, and the tile's first of them.
 
     Row r begins with tile `tokens before r // queries_per_tile + r`: a little room to spare, but no prefix sum.
     """
@@ -99,7 +104,9 @@ def _find_row(
             low = middle
         else:
             high = middle
-    return low
+    start = tl.load(query_start + low)
+    first = (tile - (start - before) // queries_per_tile - low) * queries_per_tile
+    return low, start, tl.load(query_start + low + 1) - start, first
 
 
 @triton.jit
@@ -122,10 +129,15 @@ def _attend_history(
     window: tl.constexpr,
     cap: tl.constexpr,
     masked: tl.constexpr,
+    causal: tl.constexpr,
+    operands: tl.constexpr,
     block_n: tl.constexpr,
     block_d: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Attend to cached positions start to end, all before the step; unmasked, they are whole tiles that all see."""
+    """Attend to cached positions start to end; unmasked, they are whole tiles that all see.
+
+    Unless it is `causal`, all are before the step. Keys are multiplied in the queries' type.
+    """
     offsets = tl.arange(0, block_n)
     blocks = load_blocks(table, start, first_visible, tl.maximum(end, 1), tokens_per_block, block_n)
     for tile in range(start, end, block_n):
@@ -136,11 +148,15 @@ def _attend_history(
         key = load_tile(cache.key_data, rows, inside, head_dim, block_d, masked).to(query.dtype)
         products = tl.dot(query, tl.trans(key), input_precision="ieee")
         visible = inside[None, :]
+        if causal:
+            visible = visible & (keys[None, :] <= positions[:, None])
         if window > 0:
             visible = visible & (keys[None, :] > positions[:, None] - window)
-        weights, decay, maximum, total = softmax_step(products, visible, maximum, total, factor, cap, masked)
-        value = load_tile(cache.value_data, rows, inside, head_dim, block_d, masked).to(query.dtype)
-        values = tl.dot(weights.to(query.dtype), value, values * decay[:, None], input_precision="ieee")
+        weights, decay, maximum, total = softmax_step(
+            products, visible, maximum, total, factor, cap, masked, factor_per_query=query.dtype == tl.float8e4nv
+        )  # fmt: skip
+        value = load_tile(cache.value_data, rows, inside, head_dim, block_d, masked).to(operands)
+        values = tl.dot(weights.to(operands), value, values * decay[:, None], input_precision="ieee")
     return values, maximum, total
 
 
@@ -215,69 +231,6 @@ def _attend_step(
     return values, maximum, total
 
 
-@triton.jit
-def _store_turned(
-    heads: StridedHeads,
-    turning: Turning,
-    rows: tl.tensor,  # [block_m] offset of each query
-    tokens: tl.tensor,  # [block_m]
-    is_query: tl.tensor,  # [block_m]
-    places: tl.tensor,  # [block_m] pointers
-    head_dim: tl.constexpr,
-    block_d: tl.constexpr,
-) -> None:
-    """Turn queries, round them as between two ops and store them at their places."""
-    half: tl.constexpr = head_dim // 2
-    pairs = tl.arange(0, block_d // 2)[None, :]
-    is_pair = is_query[:, None] & (pairs < half)
-    first = heads.data + rows[:, None] + pairs
-    x1 = tl.load(first, mask=is_pair, other=0.0).to(tl.float32)
-    x2 = tl.load(first + half, mask=is_pair, other=0.0).to(tl.float32)
-    angles = tokens[:, None] * head_dim + pairs
-    cosines = tl.load(turning.cos + angles, mask=is_pair, other=0.0)
-    sines = tl.load(turning.signed_sin + half + angles, mask=is_pair, other=0.0)
-    rounded: tl.constexpr = heads.data.dtype.element_ty  # type: ignore[attr-defined]
-    tl.store(places[:, None] + pairs, (x1 * cosines - x2 * sines).to(rounded), mask=is_pair)
-    tl.store(places[:, None] + half + pairs, (x2 * cosines + x1 * sines).to(rounded), mask=is_pair)
-
-
-@triton.jit
-def _load_queries(
-    heads: StridedHeads,
-    turning: Turning | None,
-    rows: tl.tensor,  # [block_m] offset of each query
-    tokens: tl.tensor,  # [block_m]
-    is_query: tl.tensor,  # [block_m]
-    output: tl.tensor,  # pointer
-    output_rows: tl.tensor,  # [block_m] offset of each query's result
-    operands: tl.constexpr,
-    head_dim: tl.constexpr,
-    block_d: tl.constexpr,
-) -> tl.tensor:
-    """[block_m, block_d] queries as operands of products; zero where not `is_query`.
-
-    What has just been loaded the compiler gives to the products in shared memory. What comes from arithmetic it holds
-    in registers, and two programs on a multiprocessor have none to spare. So queries that are turned or converted pass
-    through the place of this program's results, which nobody reads before they are there.
-    """
-    fits: tl.constexpr = output.dtype.element_ty.primitive_bitwidth == operands.primitive_bitwidth
-    place_type: tl.constexpr = operands if fits else output.dtype.element_ty
-    place = output.to(tl.pointer_type(place_type), bitcast=True)
-    if turning is not None:
-        _store_turned(heads, turning, rows, tokens, is_query, place + output_rows, head_dim, block_d)
-        tl.debug_barrier()
-        tile = load_tile(place, output_rows, is_query, head_dim, block_d, True)
-    else:
-        tile = load_tile(heads.data, rows, is_query, head_dim, block_d, True)
-        if fits and tile.dtype != operands:
-            dims = tl.arange(0, block_d)
-            is_element = is_query[:, None] & (dims < head_dim)[None, :]
-            tl.store(place + output_rows[:, None] + dims[None, :], tile.to(operands), mask=is_element)
-            tl.debug_barrier()
-            tile = load_tile(place, output_rows, is_query, head_dim, block_d, True)
-    return tile.to(operands)
-
-
 @triton.jit(
     do_not_specialize=["table_stride", "num_rows", "num_tiles"],
     do_not_specialize_on_alignment=["query_start", "kv_lens", "block_tables"],
@@ -285,8 +238,8 @@ def _load_queries(
 def _prefill_kernel(
     query: StridedHeads,
     turning: Turning | None,
-    key: StridedHeads,
-    value: StridedHeads,
+    key: StridedHeads | None,
+    value: StridedHeads | None,
     key_descriptor: tl.tensor_descriptor | None,
     value_descriptor: tl.tensor_descriptor | None,
     cache: PagedCache,
@@ -312,13 +265,8 @@ def _prefill_kernel(
 ) -> None:
     """Grid: tiles times key/value heads. Late tiles, which see most, run first: short ones fill the gaps at the end."""
     queries_per_tile: tl.constexpr = block_m // group
-    kv_head = tl.program_id(0) % num_kv_heads
-    tile = num_tiles - 1 - tl.program_id(0) // num_kv_heads
-    row = _find_row(query_start, tile, num_rows, queries_per_tile)
-    step_start = tl.load(query_start)
-    row_start = tl.load(query_start + row)
-    query_len = tl.load(query_start + row + 1) - row_start
-    first = (tile - (row_start - step_start) // queries_per_tile - row) * queries_per_tile
+    kv_head, tile = tl.program_id(0) % num_kv_heads, num_tiles - 1 - tl.program_id(0) // num_kv_heads
+    row, row_start, query_len, first = _find_tile(query_start, tile, num_rows, queries_per_tile)
     if first < query_len:
         lanes = tl.arange(0, block_m)
         indices, heads = first + lanes // group, kv_head * group + lanes % group
@@ -326,17 +274,26 @@ def _prefill_kernel(
         token = row_start.to(tl.int64)
         places = (token + indices) * (num_kv_heads * group) + heads
         rows = (token + indices) * query.token_stride + heads * query.head_stride
-        q = _load_queries(
-            query, turning, rows, token + indices, is_query, result.output, places * head_dim, operands, head_dim,
-            block_d,
-        )  # fmt: skip
-        history = tl.load(kv_lens + row) - query_len
-        table = block_tables + row.to(tl.int64) * table_stride
-        values, maximum, total = _attend(
-            q, indices, first, tl.minimum(first + queries_per_tile, query_len), history, cache, table, kv_head, key,
-            value, key_descriptor, value_descriptor, token, score.factor, num_kv_heads, head_dim, tokens_per_block,
-            window, cap, has_history, block_m, block_n, block_d,
-        )  # fmt: skip
+        history, table = tl.load(kv_lens + row) - query_len, block_tables + row.to(tl.int64) * table_stride
+        last = tl.minimum(first + queries_per_tile, query_len)
+        if key is None:
+            q, scales = load_float8_queries(
+                query, turning, rows, token + indices, is_query, result.output, places * head_dim, head_dim, block_d
+            )  # fmt: skip
+            values, maximum, total = _attend_cache(
+                q, scales * score.factor, history + indices, history + first, history + last, cache, table, kv_head,
+                num_kv_heads, head_dim, tokens_per_block, cap, operands, block_m, block_n, block_d,
+            )  # fmt: skip
+        else:
+            q = load_queries(
+                query, turning, rows, token + indices, is_query, result.output, places * head_dim, operands, head_dim,
+                block_d,
+            )  # fmt: skip
+            values, maximum, total = _attend(
+                q, indices, first, last, history, cache, table, kv_head, key, value, key_descriptor, value_descriptor,
+                token, score.factor, num_kv_heads, head_dim, tokens_per_block, window, cap, operands, has_history,
+                block_m, block_n, block_d,
+            )  # fmt: skip
         store_result(values, maximum, total, places, heads, is_query, result, score.value_scale, head_dim, block_d)
 
 
@@ -361,6 +318,7 @@ def _attend(
     tokens_per_block: tl.constexpr,
     window: tl.constexpr,
     cap: tl.constexpr,
+    operands: tl.constexpr,
     has_history: tl.constexpr,
     block_m: tl.constexpr,
     block_n: tl.constexpr,
@@ -378,11 +336,11 @@ def _attend(
         else:
             values, maximum, total = _attend_history(
                 query, history + indices, values, maximum, total, cache, table, kv_head, first_visible, 0, whole,
-                factor, num_kv_heads, head_dim, tokens_per_block, window, cap, False, block_n, block_d,
+                factor, num_kv_heads, head_dim, tokens_per_block, window, cap, False, False, operands, block_n, block_d,
             )  # fmt: skip
         values, maximum, total = _attend_history(
             query, history + indices, values, maximum, total, cache, table, kv_head, first_visible, whole, history,
-            factor, num_kv_heads, head_dim, tokens_per_block, window, cap, True, block_n, block_d,
+            factor, num_kv_heads, head_dim, tokens_per_block, window, cap, True, False, operands, block_n, block_d,
         )  # fmt: skip
     whole = (first + 1) // block_n * block_n
     if window > 0:
@@ -395,6 +353,40 @@ def _attend(
     return _attend_step(
         query, indices, values, maximum, total, key, value, key_descriptor, value_descriptor, token, kv_head,
         whole, last, factor, head_dim, window, cap, True, block_n, block_d,
+    )  # fmt: skip
+
+
+@triton.jit
+def _attend_cache(
+    query: tl.tensor,  # [block_m, block_d] float8
+    factor: tl.tensor,  # [block_m]
+    positions: tl.tensor,  # [block_m] of the queries
+    first: tl.tensor,  # position of a query of the tile
+    end: tl.tensor,  # behind the last one
+    cache: PagedCache,
+    table: tl.tensor,
+    kv_head: tl.tensor,
+    num_kv_heads: tl.constexpr,
+    head_dim: tl.constexpr,
+    tokens_per_block: tl.constexpr,
+    cap: tl.constexpr,
+    operands: tl.constexpr,
+    block_m: tl.constexpr,
+    block_n: tl.constexpr,
+    block_d: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """`_attend` of float8 queries with cached keys as they lie: this step's tokens are in the cache already."""
+    maximum = tl.full([block_m], float("-inf"), tl.float32)
+    total = tl.zeros([block_m], tl.float32)
+    values = tl.zeros([block_m, block_d], tl.float32)
+    whole = (first + 1) // block_n * block_n
+    values, maximum, total = _attend_history(
+        query, positions, values, maximum, total, cache, table, kv_head, first * 0, 0, whole, factor, num_kv_heads,
+        head_dim, tokens_per_block, 0, cap, False, False, operands, block_n, block_d,
+    )  # fmt: skip
+    return _attend_history(
+        query, positions, values, maximum, total, cache, table, kv_head, first * 0, whole, end, factor, num_kv_heads,
+        head_dim, tokens_per_block, 0, cap, True, True, operands, block_n, block_d,
     )  # fmt: skip
 
 
@@ -418,8 +410,8 @@ def _describe(heads: torch.Tensor, block_n: int) -> TensorDescriptor | None:
 def prefill_attention(
     spec: AttentionSpec,
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    key: torch.Tensor | None,
+    value: torch.Tensor | None,
     cache: LayerCache,
     metadata: AttentionMetadata,
     result: Result,
@@ -434,6 +426,7 @@ def prefill_attention(
     Args:
         query: [T, H, D], all tokens of the step, any strides but 1 along D.
         key, value: [T, G, D], likewise; as a later step will read them but for the scales (see `write_kv_triton`).
+            None: they are read from the cache, which is of float8, and multiplied with queries in float8; no window.
         cache: two tensors [N, B, G, D] with the rows' history.
         metadata: its `query_start`, `kv_lens`, `block_tables` are read; of `query_lens` upper bounds will do.
         rows: which rows of the step.
@@ -446,12 +439,15 @@ def prefill_attention(
     num_rows, num_tokens = len(query_lens), min(sum(query_lens), query.shape[0])
     group = num_heads // spec.num_kv_heads
     operands = operand_type(query.dtype, cache[0].dtype)
+    if tiles is None and key is None:
+        tiles = FLOAT8_TILES
     tiles = tiles or prefill_tiles(head_dim, max(query_lens) * group, operands.itemsize, has_history)
     block_m = max(tiles.block_m, triton.next_power_of_2(group))
     num_tiles = num_tokens // (block_m // group) + num_rows
     _prefill_kernel[(num_tiles * spec.num_kv_heads,)](
-        *(strided(query), turning, strided(key), strided(value)),
-        *(_describe(heads, tiles.block_n) for heads in (key, value)),
+        *(strided(query), turning),
+        *(None if heads is None else strided(heads) for heads in (key, value)),
+        *(None if heads is None else _describe(heads, tiles.block_n) for heads in (key, value)),
         paged(cache),
         *(metadata.query_start[rows], metadata.kv_lens[rows], block_tables, block_tables.stride(0)),
         *(result, scoring(spec), num_rows, num_tiles),
