@@ -20,10 +20,9 @@ from tokenmill.attention.triton_decode_tiles import DecodeTiles, choose_num_spli
 from tokenmill.attention.triton_invariant import invariant_attention
 from tokenmill.attention.triton_kv_write import write_float8_kv, write_kv_triton
 from tokenmill.attention.triton_prefill import prefill_attention
-from tokenmill.ops.platform import num_multiprocessors
-from tokenmill.ops.triton.fp8 import new_quantized
 from tokenmill.attention.triton_prefill_float8 import multiplies_prompts, prompts_attention
 from tokenmill.ops.platform import is_hopper, num_multiprocessors
+from tokenmill.ops.triton.fp8 import new_quantized
 from tokenmill.ops.triton.launch import is_interpreted
 
 
@@ -54,6 +53,8 @@ def decode_tiles_of(spec: AttentionSpec, cache: LayerCache, metadata: AttentionM
         max_visible(spec, metadata),
         num_multiprocessors(keys.device),
     )
+
+
 def groups_of_prompts(metadata: AttentionMetadata) -> Iterator[tuple[AttentionMetadata, slice, bool]]:
     """Rows of prompts that have history and rows that have none, each if there are any; as far as the host knows."""
     first, num_rows = metadata.num_decode_rows, len(metadata.query_lens)
