@@ -166,6 +166,7 @@ def test_shapes_are_measured_once_and_only_when_asked_for(library: type[FakeCand
     assert chosen(700, weight) is None and len(library.measured) == 3, "what could not be measured is left to torch"
 
 
+@pytest.mark.spec("D3")
 def test_the_next_start_reads_and_measures_only_what_is_missing(
     library: type[FakeCandidates], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -309,6 +310,7 @@ def start_on_gpu(cache: Path) -> dict[str, Any]:
 
 
 @pytest.mark.gpu
+@pytest.mark.spec("D3")
 def test_a_second_process_uses_what_the_first_one_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = start_on_gpu(tmp_path), start_on_gpu(tmp_path)
     assert (first["measured"], second["measured"]) == (4, 0)

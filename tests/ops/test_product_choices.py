@@ -24,6 +24,8 @@ from tokenmill.ops.product_choices import (
     shared_rows,
 )
 
+pytestmark = pytest.mark.spec("D3")
+
 MACHINE = GpuMachine(device="NVIDIA H100 80GB HBM3", capability="9.0", driver=13000, cublas_lt=130002, torch="2.11.0")
 
 
@@ -126,8 +128,8 @@ def test_processes_that_save_at_the_same_time_lose_nothing() -> None:
         for number in (1, 2, 3)
     ]
     for process in processes:
-        assert process.wait(60) == 0 and process.stderr is not None and process.stderr.read() == b""
-        process.stderr.close()
+        _, errors = process.communicate(timeout=60)
+        assert (process.returncode, errors) == (0, b"")
     found = {one.product.num_rows for one in ProductChoices.load(MACHINE).choices}
     assert found == {1000 * number + index for number in (1, 2, 3) for index in range(20)}
     assert {path.name for path in choices_folder().iterdir()} == {".lock", MACHINE.path.name}
