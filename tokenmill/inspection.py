@@ -26,7 +26,7 @@ from tokenmill.executor.engine_source import EngineTarget, build_config
 from tokenmill.executor.program_factory import describe_program_engine, engine_device
 from tokenmill.models.config import ModelConfig
 from tokenmill.models.linear_kernels import KernelChoice, linear_kernels
-from tokenmill.ops.cublas_lt import gpu_machine
+from tokenmill.ops.cublas_lt import gpu_machine, is_available
 from tokenmill.ops.platform import free_memory
 from tokenmill.ops.product_choices import GpuMachine, ProductChoices
 from tokenmill.program.package import EnginePackage
@@ -299,7 +299,7 @@ def _or_shortage(plan: Callable[[int | None], _Planned], device: torch.device) -
 
 def _measured_products(device: torch.device) -> ProductChoices | None:
     """Of this machine's GPU; where there is none, what was measured last, perhaps on another machine."""
-    if not torch.cuda.is_available():
+    if not is_available():
         return ProductChoices.newest()
     found = ProductChoices.load(gpu_machine(device if device.type == "cuda" else torch.device("cuda", 0)))
     return found if found.choices else None

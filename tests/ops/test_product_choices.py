@@ -9,8 +9,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+from filelock import FileLock
 
 from tests.support.source_tree import ROOT, loaded_by, package_modules
 from tokenmill.ops import product_choices
@@ -106,8 +108,13 @@ def test_a_damaged_file_is_measured_again(damage: Callable[[bytes], bytes]) -> N
     assert ProductChoices.load(MACHINE) == saved
 
 
-def test_what_cannot_be_written_is_said(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("error", [None, OSError("full"), NotImplementedError("no locks")])
+def test_what_cannot_be_written_is_said(
+    error: Exception | None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     MACHINE.path.mkdir(parents=True)
+    if error is not None:
+        monkeypatch.setattr(FileLock, "acquire", Mock(side_effect=error))
     save(choice(512))
     assert "not kept for the next start" in caplog.text
     assert ProductChoices.load(MACHINE).choices == []

@@ -3,7 +3,7 @@ its algorithms, and float8 products with a scale for each row that are added to 
 
 The library is the one that torch loaded. Matrices are row-major here; cuBLASLt counts columns first and is given the
 transposed product: weight [O, I] times x [T, I] is its D [O, T]. Called by `ops.library_product` and
-`ops.product_timing`.
+`ops.product_timing`; `inspection` asks for the machine.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ class ProductChoices:
                     partial.unlink(missing_ok=True)
                 for old in _newest_first()[MAX_FILES:]:
                     old.unlink(missing_ok=True)
-        except OSError as error:
+        except (OSError, NotImplementedError) as error:  # the second: a file system without locks
             logger.warning("Choices of algorithms are not kept for the next start: %s", error)
 
 
