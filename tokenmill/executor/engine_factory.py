@@ -37,6 +37,7 @@ from tokenmill.runtime.model_loader import (
     resolve_cache_dtype,
     resolve_device,
     resolve_dtype,
+    resolve_max_input_len,
     resolve_max_num_tokens,
     resolve_max_seq_len,
 )
@@ -85,7 +86,13 @@ def build_engine(
     config = ModelConfig.from_hf(checkpoint.hf_config)
     choice = choose_backend(args, device, config, has_fp8_weights=has_fp8_weights(checkpoint))
     if choice.name == "engine":
-        target = EngineTarget(device.type, args.max_batch_size, max_num_tokens, resolve_max_seq_len(args, config))
+        target = EngineTarget(
+            device.type,
+            args.max_batch_size,
+            max_num_tokens,
+            resolve_max_seq_len(args, config),
+            resolve_max_input_len(args),
+        )
         package = open_engine(args, target, on_progress)
         return build_program_engine(args, package, on_progress, num_sharing=num_sharing)
     if choice.reason is not None:
@@ -130,6 +137,7 @@ def _build_torch_engine(
         max_seq_len=max_seq_len,
         enable_chunked_prefill=args.enable_chunked_prefill,
         memory=memory,
+        max_input_len=resolve_max_input_len(args),
     )
     model = load_model(args, config, checkpoint, device, dtype, backend, on_progress)
     if cache_dtype.itemsize == 1:

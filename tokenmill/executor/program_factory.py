@@ -21,6 +21,7 @@ from tokenmill.runtime.model_loader import (
     check_deterministic,
     resolve_cache_dtype,
     resolve_device,
+    resolve_max_input_len,
     resolve_max_num_tokens,
 )
 from tokenmill.runtime.model_runner import ModelRunner
@@ -138,7 +139,7 @@ def describe_program_engine(
         enable_chunked_prefill=args.enable_chunked_prefill,
         memory=memory,
         backend="engine",
-        max_input_len=package.config.limits.max_input_len,
+        max_input_len=min(package.config.limits.max_input_len, resolve_max_input_len(args) or sizes.max_seq_len),
     )
 
 
