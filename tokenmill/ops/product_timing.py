@@ -27,7 +27,7 @@ FACTOR: Final = 0.985
 """An algorithm is taken that needs this part of torch's time or less."""
 FLUSHED_BYTES: Final = 48 * 2**20
 """Written between two runs, so that no weight stays in the L2 cache that would not be there in a step."""
-NUM_FLUSHES: Final = 4
+NUM_FLUSHES: Final = 12
 """They take the device longer than the host needs to launch what is measured, or its time would be the host's."""
 
 
