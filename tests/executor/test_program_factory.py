@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.support.single_thread import single_thread
 from tests.support.tiny_checkpoint import write_tiny_model
@@ -15,7 +16,9 @@ from tests.support.ways import GREEDY, NO_REUSE, WAYS, prompts_of
 from tokenmill import LLM, BuildConfig, Engine, SamplingParams
 from tokenmill.builder.build import build
 from tokenmill.checkpoints.base import open_checkpoint
+from tokenmill.config import LlmArgs
 from tokenmill.errors import InvalidParameterError, PromptTooLongError, UnsupportedFeatureError, UserError
+from tokenmill.executor.program_factory import describe_program_engine
 from tokenmill.program.package import EnginePackage
 
 pytestmark = pytest.mark.spec("D1", "H3")
@@ -194,6 +197,19 @@ def test_quantizing_changes_the_logits_a_little(model_dir: Path, torch_llm: LLM)
 def test_the_cache_of_quantized_models_is_bfloat16(model_dir: Path, quantization: str, dtype: str) -> None:
     config = build(model_dir, device="cpu", quantization=quantization, capture="dispatch", opt_level=1).config
     assert config.kv_cache_dtype == dtype
+
+
+def test_graphs_are_in_the_plan_of_an_engine_for_a_gpu(model_dir: Path) -> None:
+    """As `inspect` prints it, where there is no GPU to measure on."""
+    engine = build(model_dir, device="cuda", max_seq_len=64, capture="dispatch", opt_level=1, picture=False)
+    plans = [
+        describe_program_engine(
+            LlmArgs(model="engine", enable_cuda_graphs=wanted), engine, torch.device("cuda"), 0, None
+        ).memory
+        for wanted in (True, False)
+    ]
+    assert plans[0].graphs == plans[0].activations == engine.program.arena_bytes > 0
+    assert plans[1].graphs == 0
 
 
 def test_prompts_longer_than_the_engine_was_built_for_are_refused(model_dir: Path, tmp_path: Path) -> None:
