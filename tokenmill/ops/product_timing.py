@@ -23,8 +23,9 @@ ROUNDS: Final = 5
 """Runs of each candidate; the median counts. The fastest run of large products would be one at full clocks."""
 HOPELESS: Final = 1.25
 """Candidates that take so many times as long as the fastest in the first round are not run again."""
-FACTOR: Final = 0.985
-"""An algorithm is taken that needs this part of torch's time or less."""
+FACTOR: Final = 0.95
+"""An algorithm is taken that needs this part of torch's time or less: alone and in a step times differ by some percent,
+so what is hardly faster may be slower (docs/log.md, 2026-11-23)."""
 FLUSHED_BYTES: Final = 48 * 2**20
 """Written between two runs, so that no weight stays in the L2 cache that would not be there in a step."""
 NUM_FLUSHES: Final = 12
