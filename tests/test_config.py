@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,26 +12,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenmill.builder.config import BuildConfig
 from tokenmill.config import (
+    BuildConfig,
     CapacitySchedulerPolicy,
     KvCacheConfig,
     LlmArgs,
     SchedulerConfig,
     StatsConfig,
-    StrictModel,
     WorkerConfig,
-    is_number,
 )
 from tokenmill.errors import InvalidParameterError, UnknownParameterError, UserError
 from tokenmill.executor.low_level.executor_config import ExecutorConfig
 from tokenmill.executor.low_level.request import Request, SamplingConfig
 from tokenmill.sampling_params import SamplingParams
+from tokenmill.strict_model import StrictModel, is_number
 
 CONFIGURATIONS: dict[type[StrictModel], dict[str, Any]] = {
     KvCacheConfig: {},
     SchedulerConfig: {},
     LlmArgs: {"model": "some/model"},
+    BuildConfig: {},
 }
 
 BAD_VALUES: list[tuple[type[StrictModel], str, Any]] = [
@@ -57,6 +58,7 @@ BAD_VALUES: list[tuple[type[StrictModel], str, Any]] = [
     (LlmArgs, "num_threads", 0),
     (LlmArgs, "max_queue_size", 0),
     (LlmArgs, "kv_cache_config", 3),
+    (LlmArgs, "build_config", 3),
 ]
 
 NUMBER_LISTS: dict[str, list[object]] = {
@@ -71,7 +73,6 @@ REQUIRED: dict[type[StrictModel], dict[str, Any]] = {
     StatsConfig: {},
     WorkerConfig: {},
     SamplingParams: {},
-    BuildConfig: {},
     ExecutorConfig: {},
     SamplingConfig: {},
     Request: {"input_token_ids": [1], "max_tokens": 1},
@@ -217,3 +218,56 @@ def test_errors_of_fields_that_take_several_types_name_the_field_and_the_item() 
     with pytest.raises(InvalidParameterError, match=r"^SamplingParams\.stop\.1: .* string, got 4\.$") as caught:
         SamplingParams(stop=["a", 4])  # type: ignore[list-item]
     assert caught.value.field == "stop"
+
+
+def test_a_build_configuration_says_what_arguments_do_not() -> None:
+    build = BuildConfig(max_batch_size=4, dtype="bfloat16", quantization="int8_group32", kv_cache_dtype="float32")
+    build.max_seq_len = 128
+    args = LlmArgs(model="m", max_seq_len=128, device="cuda:1", build_config=build)
+    assert (args.max_batch_size, args.max_seq_len, args.dtype, args.quantization) == (4, 128, "bfloat16", "int8")
+    assert args.kv_cache_config.dtype == "float32" and args.device == "cuda:1"
+    assert args.max_num_tokens is None, "its 2048 was not set by anybody"
+    assert args.build_config is not build
+    args.max_num_tokens = 64
+    build.max_batch_size = 8
+    assert args.max_batch_size == 4
+    with pytest.raises(InvalidParameterError, match="8 as an argument and 4 in build_config"):
+        args.max_batch_size = 8
+    again = LlmArgs(**json.loads(args.model_dump_json(exclude_unset=True)))
+    assert again == args and again.build_config is not None
+    assert again.build_config.options_of_engines() == {} and again.max_num_tokens == 64
+
+
+def test_options_of_builds_are_those_that_were_set() -> None:
+    every = set(BuildConfig.model_fields) - {"strip_weights"}
+    shared = every & set(LlmArgs.model_fields)
+    build = BuildConfig(passes=["fold_constants"], opt_level=2)
+    args = LlmArgs(model="m", build_config=build)
+    assert args.build_config is not None
+    assert args.build_config.options_of_engines() == {"passes": ("fold_constants",), "opt_level": 2}
+    of_engines = BuildConfig(**{name: getattr(BuildConfig(), name) for name in every}).options_of_engines()
+    elsewhere = {"kv_cache_dtype", "kv_cache_type", "max_input_len", "max_beam_width"}
+    assert set(of_engines) | shared | elsewhere == every, "every field is honoured somewhere"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "build", "field"),
+    [
+        ({"max_batch_size": 8}, {"max_batch_size": 4}, "max_batch_size"),
+        ({"max_num_tokens": 128}, {"max_num_tokens": 256}, "max_num_tokens"),
+        ({"dtype": "float16"}, {"dtype": "float32"}, "dtype"),
+        ({"device": "cpu"}, {"device": "cuda"}, "device"),
+        ({"revision": "main"}, {"revision": "v2"}, "revision"),
+        ({"quantization": "fp8"}, {"quantization": "none"}, "quantization"),
+        ({"kv_cache_config": KvCacheConfig(dtype="fp8")}, {"kv_cache_dtype": "bfloat16"}, "kv_cache_dtype"),
+        ({}, {"strip_weights": True}, "strip_weights"),
+        ({}, {"max_beam_width": 2}, "max_beam_width"),
+    ],
+)
+def test_a_contradiction_between_arguments_and_build_names_the_field(
+    arguments: dict[str, Any], build: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        LlmArgs(model="m", build_config=build, **arguments)  # type: ignore[arg-type]
+    assert caught.value.field == field
+    assert "build_config" in caught.value.message or field == "max_beam_width"

@@ -22,6 +22,7 @@ HTTP_STATUS = {
     "unsupported_feature": 400,
     "context_length_exceeded": 400,
     "request_too_large": 400,
+    "all_tokens_banned": 400,
     "model_not_found": 404,
     "invalid_checkpoint": 400,
     "invalid_engine": 400,

@@ -15,7 +15,7 @@ import torch
 from tokenmill import LLM, KvCacheConfig, RequestOutput, SamplingParams
 from tokenmill.engine.core import EngineCore
 from tokenmill.engine.events import EngineEvent
-from tokenmill.errors import InvalidParameterError
+from tokenmill.errors import InvalidParameterError, UnknownParameterError
 
 pytestmark = pytest.mark.spec("A1")
 
@@ -282,3 +282,21 @@ def test_dummy_weights_need_no_weight_files(model_dir: Path, tmp_path: Path) -> 
         (tmp_path / name).write_bytes((model_dir / name).read_bytes())
     with make_llm(tmp_path, load_format="dummy") as dummy:
         assert dummy.generate(TEXTS[0], SamplingParams(max_tokens=4, ignore_eos=True)).outputs[0].length == 4
+
+
+def test_what_is_printed_of_an_llm_and_of_a_result_says_what_it_is(llm: LLM) -> None:
+    limits = f"max_batch_size=8, max_seq_len={llm.max_seq_len}"
+    assert repr(llm) == f"LLM({llm.model_name!r}, backend='engine', device='cpu', {limits})"
+    result = llm.generate_async("a", SamplingParams(max_tokens=3, ignore_eos=True))
+    result.result()
+    assert repr(result) == f"<GenerationResult of request {result.request_id}: 3 tokens, finished>"
+
+
+def test_a_sampling_parameter_given_to_the_llm_says_where_it_belongs(model_dir: Path) -> None:
+    with pytest.raises(UnknownParameterError, match=r"SamplingParams\(temperature=\.\.\.\)") as caught:
+        LLM(model_dir, temperature=0.5)
+    assert caught.value.field == "temperature"
+    with pytest.raises(UnknownParameterError, match="Did you mean 'max_batch_size'"):
+        LLM(model_dir, max_batchsize=2)
+    with pytest.raises(UnknownParameterError, match="KvCacheConfig has no parameter 'seed'"):
+        LLM(model_dir, kv_cache_config={"seed": 1})

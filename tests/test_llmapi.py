@@ -52,6 +52,26 @@ with LLM(
     print(output.request_id, output.finished, output.outputs[0].finish_reason, output.outputs[0].cumulative_logprob)
 """
 
+BUILT = """
+from tensorrt_llm import LLM, SamplingParams
+from tensorrt_llm.llmapi import BuildConfig, KvCacheConfig
+
+build_config = BuildConfig(max_batch_size=4, max_num_tokens=256)
+build_config.max_input_len = 24
+build_config.max_seq_len = 64
+llm = LLM(model=MODEL, build_config=build_config, kv_cache_config=KvCacheConfig(max_tokens=512))
+for output in llm.generate(["the rain in", "a stitch"], SamplingParams(max_tokens=8, end_id=7)):
+    print(output.finished, output.outputs[0].finish_reason)
+assert llm.max_seq_len == 64
+try:
+    llm.generate([[5] * 25])
+except ValueError as error:
+    assert "24" in str(error)
+else:
+    raise AssertionError("max_input_len was ignored")
+llm.save(FOLDER)
+"""
+
 
 @pytest.fixture(scope="module")
 def llm(model_dir: Path) -> Iterator[Any]:
@@ -59,11 +79,12 @@ def llm(model_dir: Path) -> Iterator[Any]:
         yield llm
 
 
-@pytest.mark.parametrize("script", [QUICK_START, CONFIGURED], ids=["quick start", "configured"])
+@pytest.mark.parametrize("script", [QUICK_START, CONFIGURED, BUILT], ids=["quick start", "configured", "built"])
 def test_script_runs_after_changing_the_import(
-    script: str, model_dir: Path, capsys: pytest.CaptureFixture[str]
+    script: str, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changed = script.replace("tensorrt_llm", "tokenmill").replace("MODEL", repr(str(model_dir)))
+    changed = changed.replace("FOLDER", repr(str(tmp_path / "engine")))
     exec(compile(changed, "script.py", "exec"), {"__name__": "__main__"})
     printed = capsys.readouterr().out
     assert re.search(r"Generated text: '|True (length|stop)", printed), printed

@@ -12,9 +12,8 @@ from tokenmill.version import __version__
 
 if TYPE_CHECKING:
     from tokenmill.builder.build import build
-    from tokenmill.builder.config import BuildConfig
     from tokenmill.builder.engine import Engine
-    from tokenmill.config import KvCacheConfig, SchedulerConfig, WorkerConfig
+    from tokenmill.config import BuildConfig, KvCacheConfig, SchedulerConfig, WorkerConfig
     from tokenmill.llm import LLM
     from tokenmill.outputs import CompletionOutput, RequestOutput
     from tokenmill.runtime.session import Session
@@ -37,7 +36,7 @@ __all__ = [
 
 _HOME = {
     "LLM": "tokenmill.llm",
-    "BuildConfig": "tokenmill.builder.config",
+    "BuildConfig": "tokenmill.config",
     "CompletionOutput": "tokenmill.outputs",
     "Engine": "tokenmill.builder.engine",
     "KvCacheConfig": "tokenmill.config",

@@ -1,136 +1,19 @@
 """Configuration that a user passes in: strict, keyword-only, nested by owner.
 
-`StrictModel` is the base of every user-facing configuration: an unknown key is an `UnknownParameterError` with a
-did-you-mean, a bad value an `InvalidParameterError` that names the field. `LlmArgs` holds all arguments of `LLM`;
-`LLM` takes a private copy, so that changing a configuration afterwards has no effect on a running engine.
+`LlmArgs` holds all arguments of `LLM`, `BuildConfig` those of a build. `LLM` takes a private copy, so that changing a
+configuration afterwards has no effect on a running engine.
 """
 
 from __future__ import annotations
 
-import math
-import reprlib
 from enum import StrEnum
-from numbers import Real
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin
+from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, FieldSerializationInfo, field_serializer, field_validator, model_validator
 
-from tokenmill.errors import InvalidParameterError, UnknownParameterError, UserError, did_you_mean
-
-
-class StrictModel(BaseModel):
-    """A pydantic model whose errors are tokenmill's: unknown and invalid fields are named, with a remedy."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        validate_assignment=True,
-        revalidate_instances="always",  # a nested configuration is copied in, not shared with the caller
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-    )
-
-    _number_fields: ClassVar[frozenset[str]] = frozenset()
-
-    @classmethod
-    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        super().__pydantic_init_subclass__(**kwargs)
-        fields = cls.model_fields.items()
-        cls._number_fields = frozenset(name for name, field in fields if _takes_numbers(field.annotation))
-
-    def __init__(self, **values: Any) -> None:
-        for name in values:
-            if name not in type(self).model_fields:
-                raise UnknownParameterError(
-                    f"{type(self).__name__} has no parameter '{name}'.",
-                    field=name,
-                    remedy=did_you_mean(name, type(self).model_fields),
-                )
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise _invalid_parameter(type(self), error) from None
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not name.startswith("_") and name not in type(self).model_fields:
-            raise UnknownParameterError(
-                f"{type(self).__name__} has no parameter '{name}'.",
-                field=name,
-                remedy=did_you_mean(name, type(self).model_fields),
-            )
-        before = dict(self.__dict__)
-        try:
-            super().__setattr__(name, value)
-        except ValidationError as error:
-            self.__dict__.update(before)  # pydantic checks fields against each other only after it has assigned
-            raise _invalid_parameter(type(self), error) from None
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _refuse_booleans(cls, value: Any, info: ValidationInfo) -> Any:
-        """Pydantic would take True for 1."""
-        if info.field_name in cls._number_fields and _holds_boolean(value):
-            raise ValueError("Input should be a number, not a boolean")
-        return value
-
-
-def _takes_numbers(annotation: Any) -> bool:
-    """Whether a type is int or float, or has one of them inside."""
-    return annotation in (int, float) or any(map(_takes_numbers, get_args(annotation)))
-
-
-def _holds_boolean(value: Any) -> bool:
-    """Whether it is a boolean, or a list or table with one among its items."""
-    if isinstance(value, dict):
-        return _holds_boolean([*value, *value.values()])
-    if isinstance(value, (list, tuple, set, frozenset)):
-        one_of_each_type = {type(item): item for item in value}  # lists of token ids are long
-        return any(map(is_boolean, one_of_each_type.values()))
-    return is_boolean(value)
-
-
-def is_boolean(value: Any) -> bool:
-    """Whether it is a boolean of Python, NumPy or torch, or an array of them."""
-    return isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is a finite number that a float can hold, and no boolean."""
-    try:
-        return isinstance(value, Real) and not is_boolean(value) and math.isfinite(value)
-    except OverflowError:
-        return False
-
-
-def _invalid_parameter(owner: type[BaseModel], error: ValidationError) -> UserError:
-    errors = error.errors()
-    of_one_field = [one for one in errors if one["loc"][:1] == errors[0]["loc"][:1]]
-    first = max(of_one_field, key=lambda one: len(one["loc"]))  # of the types that a field takes, what came furthest
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, UserError):  # raised by our own checks, here or in a nested configuration
-        return cause
-    location = _without_type(owner, first["loc"])
-    field = location[0] if location else None
-    value = f", got {shown(first['input'])}" if field and not isinstance(first["input"], dict) else ""
-    message = first["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")  # as callers see it
-    return InvalidParameterError(f"{owner.__name__}.{'.'.join(location)}: {message}{value}.", field=field)
-
-
-def _without_type(owner: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """Where a value stands, without the type that pydantic puts behind a field that takes several."""
-    parts = [str(part) for part in location]
-    field = owner.model_fields.get(parts[0]) if parts else None
-    types = [] if field is None else [one for one in get_args(field.annotation) if one is not NoneType]
-    takes_several = field is not None and get_origin(field.annotation) in (Union, UnionType) and len(types) > 1
-    return parts[:1] + parts[2:] if takes_several else parts
-
-
-def shown(value: Any) -> str:
-    """An offending value for an error's text, of bounded length. Python refuses to print integers of many digits."""
-    if isinstance(value, int) and value.bit_length() > 256:
-        return f"an integer of {value.bit_length()} bits"
-    return reprlib.repr(value)
+from tokenmill.errors import InvalidParameterError, UnsupportedFeatureError
+from tokenmill.strict_model import StrictModel
 
 
 class CapacitySchedulerPolicy(StrEnum):
@@ -208,6 +91,117 @@ class WorkerConfig(StrictModel):
     """Where worker processes write their logs; None: a private folder that is removed at shutdown."""
 
 
+_BuildQuantization = Literal["auto", "none", "int8", "int8_group32", "int8_channel", "q4_0", "q4_1", "q5_0", "q8_0"]
+
+
+class BuildConfig(StrictModel):
+    """How an engine is built: for `build`, and for `LLM(build_config=...)`, which builds one when it has to.
+
+    Sizes are the largest that it will serve; smaller steps need no other engine.
+    """
+
+    max_batch_size: int = Field(default=64, ge=1, le=65_536)
+    """Most sequences that run at the same time."""
+    max_num_tokens: int = Field(default=2048, ge=1, le=1 << 20)
+    """Most tokens computed in one step, over all sequences; memory for intermediate results is planned for it."""
+    max_input_len: int | None = Field(default=None, ge=1)
+    """Longest prompt in tokens; None: `max_seq_len` less one."""
+    max_seq_len: int | None = Field(default=None, ge=2)
+    """Longest prompt plus answer, in tokens; None: the model's context."""
+    max_beam_width: int = Field(default=1, ge=1)
+    """Beams of a sequence. This version has no beam search: more than 1 is refused."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of weights that are not quantized; auto: bfloat16 if the checkpoint is, else float32. Intermediate results
+    are float32 on a CPU."""
+    quantization: _BuildQuantization = "auto"
+    """Format of linear weights; auto: the checkpoint's own. `int8` is `int8_group32`: a scale for 32 values of a row;
+    `int8_channel` has one for a row. The others are ggml's block types; `none` decodes what is quantized."""
+    kv_cache_type: Literal["paged", "continuous", "disabled"] = "paged"
+    """How keys and values are kept. Engines have a paged cache, which also serves `continuous`, with a notice: one
+    piece for each sequence is another place for the same values. Without a cache (`disabled`) nothing is generated."""
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of cached keys and values; auto: the weights' type on a GPU; on a CPU bfloat16 beside quantized
+    weights, else float32."""
+    capture: Literal["export", "dispatch"] = "export"
+    """How the model's graph is found: `export` (torch.export) proves that it serves every number of tokens, `dispatch`
+    gives the same graph within milliseconds."""
+    opt_level: int = Field(default=2, ge=0, le=2)
+    """0: no passes but those that a program needs; 1: all passes; 2: kernel variants are measured, too."""
+    passes: tuple[str, ...] | None = None
+    """The passes to run, in this order; None: those of `opt_level` (`tokenmill build --list-passes`)."""
+    disabled_passes: tuple[str, ...] = ()
+    """Passes to leave out."""
+    profiles: tuple[int, ...] = (1, 4, 16, 64, 512)
+    """Numbers of tokens in a step for which kernel variants are measured; those over `max_num_tokens` are left out."""
+    strip_weights: bool = False
+    """Leave out the weights that the checkpoint holds: a small engine, to be refitted before it runs."""
+    debug_outputs: tuple[str, ...] = ()
+    """Operations whose results are kept after a step, by name (`tokenmill inspect ENGINE` lists them)."""
+    picture: bool = True
+    """Draw the network before and after the passes into `graph.html` of the engine."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """What the engine runs on; auto: a GPU if there is one."""
+    timing_cache: Path | None = None
+    """File of measured kernel variants that is read and added to; None: one in tokenmill's cache folder."""
+    num_threads: int | None = Field(default=None, ge=1, le=4096)
+    """Threads that kernel variants are measured with; None: one for each core."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+
+    @field_validator("passes", "disabled_passes", "debug_outputs", mode="after")
+    @classmethod
+    def _check_unique(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if names is not None and len(set(names)) < len(names):
+            raise ValueError("a name appears twice")
+        return names
+
+    @field_validator("profiles", mode="after")
+    @classmethod
+    def _check_profiles(cls, profiles: tuple[int, ...]) -> tuple[int, ...]:
+        if any(tokens < 1 for tokens in profiles) or list(profiles) != sorted(set(profiles)):
+            raise ValueError("must be ascending numbers of tokens, 1 or more")
+        return profiles
+
+    @model_validator(mode="after")
+    def _check_together(self) -> BuildConfig:
+        if self.max_beam_width > 1:
+            raise UnsupportedFeatureError(
+                f"max_beam_width={self.max_beam_width}: this version has no beam search.",
+                field="max_beam_width",
+                remedy="Set it to 1; SamplingParams(n=..., best_of=...) draws several answers and keeps the likeliest.",
+            )
+        if self.kv_cache_type == "disabled":
+            raise UnsupportedFeatureError(
+                "kv_cache_type='disabled': engines generate, and need a cache for it.",
+                field="kv_cache_type",
+                remedy="Set it to 'paged'; a small KvCacheConfig.max_tokens keeps the cache small.",
+            )
+        if self.max_num_tokens < self.max_batch_size:
+            raise InvalidParameterError(
+                f"max_num_tokens ({self.max_num_tokens}) is less than max_batch_size ({self.max_batch_size}): "
+                "a step of one token for each sequence would not fit.",
+                field="max_num_tokens",
+                remedy=f"Use {self.max_batch_size} or more, or a smaller max_batch_size.",
+            )
+        if self.max_seq_len is not None and self.max_input_len is not None and self.max_input_len >= self.max_seq_len:
+            raise InvalidParameterError(
+                f"max_input_len ({self.max_input_len}) leaves no room for an answer in max_seq_len "
+                f"({self.max_seq_len}).",
+                field="max_input_len",
+                remedy=f"Use {self.max_seq_len - 1} or less.",
+            )
+        return self
+
+    def options_of_engines(self) -> dict[str, Any]:
+        """What was set of the options that nothing but a built engine can honour."""
+        return {name: getattr(self, name) for name in _OPTIONS_OF_ENGINES if name in self.model_fields_set}
+
+
+_OPTIONS_OF_ENGINES: Final = (
+    "capture", "opt_level", "passes", "disabled_passes", "profiles", "debug_outputs", "picture", "timing_cache",
+)  # fmt: skip
+
+
 class LlmArgs(StrictModel):
     """All arguments of `LLM`, checked."""
 
@@ -278,8 +272,25 @@ class LlmArgs(StrictModel):
     worker_config: WorkerConfig = Field(default_factory=WorkerConfig)
     """Start, watch and end of worker processes."""
 
+    build_config: BuildConfig | None = None
+    """How the engine is built, for scripts that have a `BuildConfig` and for options that only a build has (`passes`,
+    `debug_outputs`, ...; with them the backend is the engine). What is an argument here, too, such as `max_batch_size`,
+    is taken from it; another value beside it is refused. Fields that are not set are as without it."""
+
+    @field_validator("build_config", mode="before")
+    @classmethod
+    def _keep_what_was_set(cls, value: Any) -> Any:
+        """Pydantic's private copy of a configuration would have all fields set."""
+        return value.model_dump(exclude_unset=True) if isinstance(value, BuildConfig) else value
+
+    @field_serializer("build_config")
+    def _tell_what_was_set(self, value: BuildConfig | None, info: FieldSerializationInfo) -> dict[str, Any] | None:
+        return None if value is None else value.model_dump(mode=info.mode, exclude_unset=True)
+
     @model_validator(mode="after")
     def _check_together(self) -> LlmArgs:
+        if self.build_config is not None:
+            self._take(self.build_config)
         if self.num_postprocess_workers and not self.num_replicas:
             raise InvalidParameterError(
                 f"num_postprocess_workers is {self.num_postprocess_workers}, but num_replicas is 0.",
@@ -287,3 +298,52 @@ class LlmArgs(StrictModel):
                 remedy="Set num_replicas to 1 or more: postprocessing workers serve worker processes.",
             )
         return self
+
+    def _take(self, build: BuildConfig) -> None:
+        """Arguments that `build` has, too."""
+        if build.strip_weights:
+            raise InvalidParameterError(
+                "build_config.strip_weights: an LLM runs the engine, which needs its weights.",
+                field="strip_weights",
+                remedy="Leave it out; Engine.strip makes an engine without weights.",
+            )
+        for name in _ALSO_OF_BUILDS:
+            if name in build.model_fields_set:
+                own = getattr(self, name) if name in self.model_fields_set else None
+                if _agreed(name, own, getattr(build, name)):
+                    self._set(name, getattr(build, name))
+        formats = {"auto": None, "int8_group32": "int8"}
+        quantization = formats.get(build.quantization, build.quantization)
+        if _agreed("quantization", self.quantization, quantization) and quantization != "none":
+            self._set("quantization", quantization)
+        if _agreed("kv_cache_dtype", self.kv_cache_config.dtype, build.kv_cache_dtype):
+            self._set("kv_cache_config", self.kv_cache_config.model_copy(update={"dtype": build.kv_cache_dtype}))
+
+    def _set(self, name: str, value: Any) -> None:
+        """Without another round of checks."""
+        self.__dict__[name] = value
+        self.__pydantic_fields_set__.add(name)
+
+
+_ALSO_OF_BUILDS: Final = (
+    "max_batch_size", "max_num_tokens", "max_seq_len", "dtype", "device", "revision", "num_threads",
+)  # fmt: skip
+
+
+def _agreed(name: str, own: Any, of_build: Any) -> bool:
+    """Whether an argument has to be taken from a `BuildConfig`. None and `auto` say nothing.
+
+    Raises:
+        InvalidParameterError: both say something, and not the same.
+    """
+    if of_build in (None, "auto"):
+        return False
+    if own in (None, "auto"):
+        return True
+    if own != of_build and not (name == "device" and own.startswith(f"{of_build}:")):
+        raise InvalidParameterError(
+            f"{name} is {own!r} as an argument and {of_build!r} in build_config.",
+            field=name,
+            remedy="Give it in one of the two.",
+        )
+    return False

@@ -7,6 +7,7 @@
         UnsupportedFeatureError      a known parameter asks for what this version cannot do
         PromptTooLongError           the prompt does not fit the model's context
         RequestTooLargeError         the request can never fit the KV cache
+        AllTokensBannedError         the request allows no token of the vocabulary
         ModelNotFoundError           no such model
         CheckpointError              a checkpoint file is damaged, incomplete or of the wrong kind
         EngineFileError              a built engine is damaged, incomplete, or made for another version or machine
@@ -104,6 +105,12 @@ class RequestTooLargeError(UserError):
     """The request can never fit, even alone."""
 
     code = "request_too_large"
+
+
+class AllTokensBannedError(UserError):
+    """The request bans every token that could come next: from its start, or at a place that its answer has reached."""
+
+    code = "all_tokens_banned"
 
 
 class ModelNotFoundError(UserError):

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from operator import index
 from typing import Any, TypeAlias
 
-from tokenmill.config import is_boolean, shown
 from tokenmill.engine.request import GenerationRequest
 from tokenmill.errors import InvalidParameterError, UnknownParameterError, did_you_mean
 from tokenmill.models.config import ModelConfig
 from tokenmill.sampling_params import SamplingParams
+from tokenmill.strict_model import is_boolean, shown
 from tokenmill.tokenization import Tokenizer
 
 ChatMessages: TypeAlias = Sequence[dict[str, Any]]

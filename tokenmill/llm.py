@@ -16,7 +16,7 @@ from typing import Any, Self, overload
 
 from tokenmill.checkpoints.resolve import resolve_model, resolve_tokenizer
 from tokenmill.config import LlmArgs
-from tokenmill.errors import InvalidParameterError, QueueFullError, UnsupportedFeatureError
+from tokenmill.errors import InvalidParameterError, QueueFullError, UnknownParameterError, UnsupportedFeatureError
 from tokenmill.executor.description import EngineDescription
 from tokenmill.executor.executor import GenerationExecutor
 from tokenmill.executor.health import ExecutorHealth
@@ -40,6 +40,10 @@ from tokenmill.tokenization import Tokenizer
 class LLM:
     """A model, ready to generate.
 
+    Threads, worker processes and memory are given back by `shutdown`, at the end of a `with` block, when the process
+    ends, and when nothing refers to the object any more. Results of requests under way count as references, finished
+    ones do not. `del llm` does not wait for the end, the next `LLM` does.
+
     Args:
         model: a directory in Hugging Face format, a `.gguf` file, a hub id or an alias such as `smollm2:135m`.
         tokenizer: a path, hub id or tokenizer object to use instead of the model's own.
@@ -51,25 +55,22 @@ class LLM:
     """
 
     def __init__(self, model: str | Path, tokenizer: Any = None, **kwargs: Any) -> None:
-        self.args = LlmArgs(model=model, tokenizer=tokenizer, **kwargs)
+        self.args = _checked_arguments(model=model, tokenizer=tokenizer, **kwargs)
         self.model_name = str(model)
         path = resolve_model(model, revision=self.args.revision)
-        source = self._tokenizer_source(path)
+        source = _tokenizer_source(self.args, path)
         self._local_args = local_args = self.args.model_copy(update={"model": path})
         with loading_progress(self.model_name) as on_progress:
             self._executor = GenerationExecutor.create(local_args, source, on_progress)
         self.tokenizer: Tokenizer | None = None if source is None else source.load()
         self._inputs = self._executor.inputs
 
-    def _tokenizer_source(self, model_path: Path) -> TokenizerSource | None:
-        if self.args.skip_tokenizer_init:
-            return None
-        if self.args.tokenizer is None:
-            return TokenizerSource(_own_tokenizer(model_path), self.args.tokenizer_mode)
-        if isinstance(self.args.tokenizer, (str, Path)):
-            path = resolve_tokenizer(self.args.tokenizer, revision=self.args.tokenizer_revision)
-            return TokenizerSource(path, self.args.tokenizer_mode)
-        return TokenizerSource(tokenizer=self.args.tokenizer)
+    def __repr__(self) -> str:
+        found = self.description
+        return (
+            f"LLM({self.model_name!r}, backend={found.backend!r}, device={found.device!r}, "
+            f"max_batch_size={found.max_batch_size}, max_seq_len={found.max_seq_len})"
+        )
 
     # ---- generate --------------------------------------------------------------------------------------------
 
@@ -316,6 +317,30 @@ class LLM:
                     result.abort()
                 raise
         return outputs
+
+
+def _checked_arguments(**values: Any) -> LlmArgs:
+    try:
+        return LlmArgs(**values)
+    except UnknownParameterError as error:
+        if error.field not in values or error.field not in SamplingParams.model_fields:
+            raise
+        raise UnknownParameterError(
+            error.message,
+            field=error.field,
+            remedy=f"It is one of SamplingParams, which a request has: SamplingParams({error.field}=...).",
+        ) from None
+
+
+def _tokenizer_source(args: LlmArgs, model_path: Path) -> TokenizerSource | None:
+    if args.skip_tokenizer_init:
+        return None
+    if args.tokenizer is None:
+        return TokenizerSource(_own_tokenizer(model_path), args.tokenizer_mode)
+    if isinstance(args.tokenizer, (str, Path)):
+        path = resolve_tokenizer(args.tokenizer, revision=args.tokenizer_revision)
+        return TokenizerSource(path, args.tokenizer_mode)
+    return TokenizerSource(tokenizer=args.tokenizer)
 
 
 def _own_tokenizer(model_path: Path) -> Path:

@@ -6,8 +6,8 @@ from typing import Annotated, Any, ClassVar, TypeAlias
 
 from pydantic import Field, model_validator
 
-from tokenmill.config import StrictModel
 from tokenmill.errors import InvalidParameterError, UnsupportedFeatureError
+from tokenmill.strict_model import StrictModel
 
 MAX_COUNT = 2**31 - 1
 """Largest count or token id: what fits the int32 tensors that a runner keeps."""

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from tokenmill.attention.triton_decode import decode_attention
 from tokenmill.attention.triton_decode_tiles import DecodeTiles
 from tokenmill.attention.triton_kv_write import write_kv_triton
 from tokenmill.attention.triton_prefill import PrefillTiles, prefill_attention
+from tokenmill.runtime.warm_up import run_together
 
 BYTES_PER_SECOND = 3.06e12
 BFLOAT16_FLOPS = 798e12
@@ -115,7 +117,7 @@ class Layers:
     metadata: AttentionMetadata
 
 
-def make_layers(work: Work) -> Layers:
+def make_layers(work: Work, max_layers: int = 48) -> Layers:
     """Random inputs and caches; blocks in random order."""
     device = torch.device("cuda")
     blocks_per_row = -(-work.kv_len // work.tokens_per_block)
@@ -123,7 +125,7 @@ def make_layers(work: Work) -> Layers:
     shape = (num_blocks, work.tokens_per_block, work.num_kv_heads, work.head_dim)
     layer_bytes = num_blocks * work.tokens_per_block * work.num_kv_heads * work.head_dim * 2 * work.cache_dtype.itemsize
     caches = []
-    for _ in range(min(48, max(4, CACHE_BYTES // layer_bytes))):
+    for _ in range(min(max_layers, max(4, CACHE_BYTES // layer_bytes))):
         keys, values = (torch.randn(shape, dtype=torch.bfloat16, device=device).to(work.cache_dtype) for _ in "kv")
         caches.append((keys, values))
     tables = 1 + torch.randperm(num_blocks - 1, device=device).view(work.num_rows, blocks_per_row).int()
@@ -166,12 +168,27 @@ def seconds_per_layer(num_layers: int, run_layer: Callable[[int], object]) -> fl
 
 def time_backend(layers: Layers, backend: AttentionBackend) -> float:
     """Seconds of one whole `forward`, writing the cache included; what it plans for a step is there already."""
-    spec = layers.work.spec
+    return seconds_per_layer(len(layers.caches), partial(forward, layers, backend))
 
-    def run_layer(layer: int) -> torch.Tensor:
-        return backend.forward(spec, layers.query, layers.key, layers.value, layers.caches[layer], layers.metadata)
 
-    return seconds_per_layer(len(layers.caches), run_layer)
+def forward(layers: Layers, backend: AttentionBackend, layer: int) -> torch.Tensor:
+    """Attention of one layer, writing the cache included."""
+    cache = layers.caches[layer]
+    return backend.forward(layers.work.spec, layers.query, layers.key, layers.value, cache, layers.metadata)
+
+
+def write(layers: Layers, layer: int) -> object:
+    """Keys and values of one layer written to its cache."""
+    slots = layers.metadata.slot_mapping
+    return write_kv_triton(layers.work.spec, layers.key, layers.value, layers.caches[layer], slots)
+
+
+def compile_kernels(with_attention: Sequence[Work], written: Sequence[Work]) -> None:
+    """Of all works, beside each other; each runs once."""
+    first = [partial(forward, make_layers(work, 1), TritonAttention(), 0) for work in with_attention]
+    writes = [partial(write, make_layers(work, 1), 0) for work in written]
+    run_together([*first, *writes], torch.device("cuda", torch.cuda.current_device()))
+    torch.cuda.empty_cache()
 
 
 def time_decode(layers: Layers, tiles: DecodeTiles, num_splits: int) -> float:
@@ -321,12 +338,7 @@ PREFILL_TILES = (
 def measure_write(work: Work) -> dict[str, object]:
     """Time to write one step's keys and values of one layer."""
     layers = make_layers(work)
-
-    def run_layer(layer: int) -> object:
-        slots = layers.metadata.slot_mapping
-        return write_kv_triton(work.spec, layers.key, layers.value, layers.caches[layer], slots)
-
-    seconds = seconds_per_layer(len(layers.caches), run_layer)
+    seconds = seconds_per_layer(len(layers.caches), partial(write, layers))
     numbers = 2 * work.num_rows * work.query_len * work.num_kv_heads * work.head_dim
     limit = numbers * (2 + work.cache_dtype.itemsize) / BYTES_PER_SECOND
     print(f"{work.name:28} {seconds * 1e6:8.1f} us   {limit / seconds:6.1%} of limit")
@@ -367,7 +379,7 @@ def main() -> None:
     parser.add_argument("--backend", choices=("triton", "flashinfer"), default="triton")
     parser.add_argument("--output", type=Path, help="results file")
     arguments = parser.parse_args()
-    decode, prefill, write = (
+    decode, prefill, written = (
         [work for work in works if re.search(arguments.only, work.name)] for works in (DECODE, PREFILL, WRITE)
     )
     if arguments.tune:
@@ -382,7 +394,8 @@ def main() -> None:
         rows = [line for work in (*decode, *prefill) for line in measure_flashinfer(work)]
     else:
         name = "gpu_attention.json"
-        rows = [*map(measure_decode, decode), *map(measure_prefill, prefill), *map(measure_write, write)]
+        compile_kernels((*decode, *prefill), written)
+        rows = [*map(measure_decode, decode), *map(measure_prefill, prefill), *map(measure_write, written)]
     document = describe_run("gpu.attention", torch.cuda.get_device_name(), **versions)
     write_document(arguments.output or RESULTS / name, {**document, "rows": rows})
 

@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,15 +98,33 @@ def run(shape: Shape, options: argparse.Namespace) -> None:
     def write(measured: list[Row]) -> None:
         write_result(output, name, measured, device=torch.cuda.get_device_name())
 
-    rows = measure_engine(shape, options, weights, write)
     if options.deterministic:
-        options.deterministic = False
-        rows = [replace(one, metric=f"{one.metric}, deterministic", goal=None) for one in rows]
-        rows += measure_engine(shape, options, weights)
-        rows = [one for one in rows if one.work.count("/") > 1]  # the second engine starts with compiled kernels
+        rows = measure_both_modes(shape, options, weights, write)
+    else:
+        rows = measure_engine(shape, options, weights, write)
     print_rows(rows)
     write(rows)
     print("written to", output)
+
+
+def measure_both_modes(
+    shape: Shape, options: argparse.Namespace, weights: str, write: Callable[[list[Row]], None]
+) -> list[Row]:
+    """Two engines, one after the other: deterministic, then not. Without their starts, since the second one finds
+    compiled kernels."""
+    rows: list[Row] = []
+    for options.deterministic in (True, False):
+        extend = partial(with_works, rows, options.deterministic)
+        rows = extend(measure_engine(shape, options, weights, lambda found, extend=extend: write(extend(found))))
+    return rows
+
+
+def with_works(rows: list[Row], deterministic: bool, found: list[Row]) -> list[Row]:
+    """The rows, and those of works that were found in a mode."""
+    works = [one for one in found if one.work.count("/") > 1]
+    if deterministic:
+        works = [replace(one, metric=f"{one.metric}, deterministic", goal=None) for one in works]
+    return rows + works
 
 
 def measure_engine(

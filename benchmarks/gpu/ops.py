@@ -2,14 +2,16 @@
 
     python -m benchmarks.gpu.ops [--rows 1 16 256] [--out benchmarks/results/gpu_ops.json]
 
-Prints a table and writes the file. The last lines time all of a model's layers but their attention, as a decode step
-runs them: one CUDA graph, in which kernels may begin while the one before them ends.
+Prints a table and writes the file. All kernels are compiled first, beside each other, and algorithms of libraries are
+chosen as an engine does. The last lines time all of a model's layers but their attention, as a decode step runs them:
+one CUDA graph, in which kernels may begin while the one before them ends.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +32,12 @@ from benchmarks.gpu.timing import (
 from tokenmill.ops.activation import FP8_IMPLEMENTATIONS, silu_and_mul, silu_and_mul_triton
 from tokenmill.ops.fp8 import Fp8Weight, per_token_quantize_fp8, scaled_linear, weight_only_linear
 from tokenmill.ops.kv_cache import copy_blocks, copy_blocks_torch
+from tokenmill.ops.library_product import measure_products
 from tokenmill.ops.linear import StreamedWeight, linear, new_arrivals
 from tokenmill.ops.rms_norm import add_rms_norm, add_rms_norm_fp8, add_rms_norm_torch, rms_norm, rms_norm_torch
 from tokenmill.ops.rope import apply_rope, apply_rope_torch
 from tokenmill.ops.row_product import OneRow, PendingNorm, row_product
+from tokenmill.runtime.warm_up import run_together
 
 HIDDEN, INTERMEDIATE, HEAD_DIM = 4096, 14336, 128
 NUM_HEADS, NUM_KV_HEADS, NUM_LAYERS = 32, 8, 32
@@ -44,6 +48,8 @@ LINEARS = {
     "down": (HIDDEN, INTERMEDIATE),
     "lm_head": (128256, HIDDEN),
 }
+OF_LAYERS = [name for name in LINEARS if name != "lm_head"]
+LAYER_ROWS = (1, 16, 64, 128, 256, 512)
 BF16 = torch.bfloat16
 Calls = Sequence[Callable[[], object]]
 silu_and_mul_fp8 = FP8_IMPLEMENTATIONS["silu"]["triton"]
@@ -54,56 +60,78 @@ def normal(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, device="cuda", dtype=BF16)
 
 
-def timed(work: str, calls: Calls, peer: Calls | None, limit: float, goal: float | None = None) -> Row:
-    """A row in microseconds; `limit` and `goal` in seconds."""
-    peer_time = None if peer is None else graph_time(peer) * 1e6
-    return Row(work, "time", graph_time(calls) * 1e6, "us", goal and goal * 1e6, peer_time, limit * 1e6)
+@dataclass(frozen=True)
+class Timed:
+    """What a row of the table is taken from.
+
+    Args:
+        work: name of the row.
+        calls: of the op, over inputs that rotate.
+        peer: of another way; None: there is none.
+        limit, goal: seconds.
+    """
+
+    work: str
+    calls: Calls
+    peer: Calls | None
+    limit: float
+    goal: float | None = None
+
+    @property
+    def first_runs(self) -> Calls:
+        """One call of each way, in which kernels are compiled."""
+        return [calls[0] for calls in (self.calls, self.peer) if calls]
+
+    def row(self) -> Row:
+        """The row, in microseconds."""
+        peer = None if self.peer is None else graph_time(self.peer) * 1e6
+        goal = None if self.goal is None else self.goal * 1e6
+        return Row(self.work, "time", graph_time(self.calls) * 1e6, "us", goal, peer, self.limit * 1e6)
 
 
-def row_ops(num_rows: int) -> Iterator[Row]:
+def row_ops(num_rows: int) -> Iterator[Timed]:
     """Norms, rotary embedding, activation and quantization."""
     wide = 2 * num_rows  # bytes of one column of bf16
     weight = normal(HIDDEN)
     sets = num_sets(wide * HIDDEN * 2)
     xs = [(normal(num_rows, HIDDEN), normal(num_rows, HIDDEN)) for _ in range(sets)]
-    yield timed(
+    yield Timed(
         f"rms_norm rows {num_rows}",
         [lambda x=x: rms_norm(x, weight, 1e-5) for x, _ in xs],
         [lambda x=x: rms_norm_torch(x, weight, 1e-5) for x, _ in xs],
         2 * wide * HIDDEN / READ_BANDWIDTH,
     )
-    yield timed(
+    yield Timed(
         f"add_rms_norm rows {num_rows}",
         [lambda x=x, r=r: add_rms_norm(x, r, weight, 1e-5) for x, r in xs],
         [lambda x=x, r=r: add_rms_norm_torch(x, r, weight, 1e-5) for x, r in xs],
         4 * wide * HIDDEN / READ_BANDWIDTH,
     )
-    yield timed(
+    yield Timed(
         f"add_rms_norm_fp8 rows {num_rows}",
         [lambda x=x, r=r: add_rms_norm_fp8(x, r, weight, 1e-5) for x, r in xs],
         [lambda x=x, r=r: per_token_quantize_fp8(add_rms_norm(x, r, weight, 1e-5)[0]) for x, r in xs],
         3.5 * wide * HIDDEN / READ_BANDWIDTH,
     )
-    yield timed(
+    yield Timed(
         f"per_token_quantize_fp8 rows {num_rows}",
         [lambda x=x: per_token_quantize_fp8(x) for x, _ in xs],
         None,
         1.5 * wide * HIDDEN / READ_BANDWIDTH,
     )
-    del xs
     yield from _activations(num_rows, wide)
     yield from _ropes(num_rows, wide)
 
 
-def _activations(num_rows: int, wide: int) -> Iterator[Row]:
+def _activations(num_rows: int, wide: int) -> Iterator[Timed]:
     gate_ups = [normal(num_rows, 2 * INTERMEDIATE) for _ in range(num_sets(wide * INTERMEDIATE * 2))]
-    yield timed(
+    yield Timed(
         f"silu_and_mul rows {num_rows}",
         [lambda x=x: silu_and_mul_triton(x) for x in gate_ups],
         [lambda x=x: silu_and_mul(x) for x in gate_ups],
         3 * wide * INTERMEDIATE / READ_BANDWIDTH,
     )
-    yield timed(
+    yield Timed(
         f"silu_and_mul_fp8 rows {num_rows}",
         [lambda x=x: silu_and_mul_fp8(x) for x in gate_ups],
         [lambda x=x: per_token_quantize_fp8(silu_and_mul_triton(x)) for x in gate_ups],
@@ -111,13 +139,13 @@ def _activations(num_rows: int, wide: int) -> Iterator[Row]:
     )
 
 
-def _ropes(num_rows: int, wide: int) -> Iterator[Row]:
+def _ropes(num_rows: int, wide: int) -> Iterator[Timed]:
     heads, rotated = NUM_HEADS + 2 * NUM_KV_HEADS, NUM_HEADS + NUM_KV_HEADS
     qkvs = [normal(num_rows, heads, HEAD_DIM) for _ in range(num_sets(wide * heads * HEAD_DIM))]
     cos = torch.ones(num_rows, 1, HEAD_DIM, device="cuda")
     sin = torch.zeros(num_rows, 1, HEAD_DIM, device="cuda")
     limit = (2 * wide * rotated * HEAD_DIM + num_rows * HEAD_DIM * 4) / READ_BANDWIDTH
-    yield timed(
+    yield Timed(
         f"apply_rope rows {num_rows}",
         [lambda x=x: apply_rope(x[:, :rotated], cos, sin) for x in qkvs],
         [lambda x=x: apply_rope_torch(x[:, :rotated], cos, sin) for x in qkvs],
@@ -125,7 +153,7 @@ def _ropes(num_rows: int, wide: int) -> Iterator[Row]:
     )
 
 
-def linears(name: str, all_rows: Sequence[int]) -> Iterator[Row]:
+def linears(name: str, all_rows: Sequence[int]) -> Iterator[Timed]:
     """One linear layer in bf16 and, but for the head, in float8."""
     out_features, in_features = LINEARS[name]
     size = out_features * in_features
@@ -135,14 +163,13 @@ def linears(name: str, all_rows: Sequence[int]) -> Iterator[Row]:
         x = normal(num_rows, in_features)
         moved = 2 * (size + num_rows * (in_features + out_features))
         limit = max(moved / READ_BANDWIDTH, 2 * num_rows * size / BF16_FLOPS)
-        yield timed(
+        yield Timed(
             f"linear bf16 {name} rows {num_rows}",
             [lambda w=w, x=x: linear(x, w) for w in streamed],
             [lambda w=w, x=x: functional.linear(x, w) for w in weights],
             limit,
             limit / 0.9 if num_rows == 1 else None,
         )
-    del weights, streamed
     if name == "lm_head":
         return
     quantized = [Fp8Weight.of(per_token_quantize_fp8(normal(out_features, in_features))) for _ in range(num_sets(size))]
@@ -150,7 +177,7 @@ def linears(name: str, all_rows: Sequence[int]) -> Iterator[Row]:
         yield from _fp8_linear(name, num_rows, quantized)
 
 
-def _fp8_linear(name: str, num_rows: int, weights: list[Fp8Weight]) -> Iterator[Row]:
+def _fp8_linear(name: str, num_rows: int, weights: list[Fp8Weight]) -> Iterator[Timed]:
     out_features, in_features = LINEARS[name]
     size = out_features * in_features
     x = normal(num_rows, in_features)
@@ -165,13 +192,13 @@ def _fp8_linear(name: str, num_rows: int, weights: list[Fp8Weight]) -> Iterator[
     fast = [lambda w=w: library(w, True) for w in weights]
     if num_rows == 1:
         calls = [lambda w=w: weight_only_linear(x, w) for w in weights]
-        yield timed(f"linear fp8 weight-only {name} rows 1", calls, fast, limit, limit / 0.85)
+        yield Timed(f"linear fp8 weight-only {name} rows 1", calls, fast, limit, limit / 0.85)
         return
     calls = [lambda w=w: scaled_linear(rows, w, None, BF16) for w in weights]
-    yield timed(f"linear fp8 {name} rows {num_rows}", calls, fast, limit)
+    yield Timed(f"linear fp8 {name} rows {num_rows}", calls, fast, limit)
     if num_rows >= 256:
         exact = [lambda w=w: library(w, False) for w in weights]
-        yield timed(f"linear fp8 {name} rows {num_rows}, library with exact sums", exact, fast, limit)
+        yield Timed(f"linear fp8 {name} rows {num_rows}, library with exact sums", exact, fast, limit)
 
 
 def other() -> Iterator[Row]:
@@ -195,13 +222,11 @@ def other() -> Iterator[Row]:
         yield Row(f"{work}, eager", "host time", host_time(call) * 1e6, "us", None, host_time(peer) * 1e6, None)
 
 
-def decoder_layers(num_rows: int, fp8: bool) -> Row:
-    """All layers but their attention, as one graph; the time of one layer."""
-    names = [name for name in LINEARS if name != "lm_head"]
-    element = 1 if fp8 else 2
+def decoder_step(num_rows: int, fp8: bool, num_layers: int) -> Callable[[], object]:
+    """All layers but their attention."""
     layers = []
-    for _ in range(NUM_LAYERS):
-        weights = {name: normal(*LINEARS[name]) * 0.02 for name in names}
+    for _ in range(num_layers):
+        weights = {name: normal(*LINEARS[name]) * 0.02 for name in OF_LAYERS}
         layers.append({
             name: Fp8Weight.of(per_token_quantize_fp8(weight)) if fp8 else StreamedWeight(weight, new_arrivals(weight))
             for name, weight in weights.items()
@@ -209,10 +234,15 @@ def decoder_layers(num_rows: int, fp8: bool) -> Row:
     x, weight = normal(num_rows, HIDDEN), normal(HIDDEN)
     cos = torch.ones(num_rows, 1, HEAD_DIM, device="cuda")
     step = _row_step if num_rows == 1 else _fp8_step if fp8 else _step
-    calls = [lambda: step(x, layers, weight, cos, torch.zeros_like(cos))]
-    size = sum(out_features * in_features for name, (out_features, in_features) in LINEARS.items() if name in names)
-    limit = max(element * size / READ_BANDWIDTH, 2 * num_rows * size / (FP8_FLOPS if fp8 else BF16_FLOPS))
-    seconds = graph_time(calls, launches=1) / NUM_LAYERS
+    return lambda: step(x, layers, weight, cos, torch.zeros_like(cos))
+
+
+def decoder_layers(num_rows: int, fp8: bool) -> Row:
+    """All layers but their attention, as one graph; the time of one layer."""
+    size = sum(out_features * in_features for out_features, in_features in (LINEARS[name] for name in OF_LAYERS))
+    flops = 2 * num_rows * size / (FP8_FLOPS if fp8 else BF16_FLOPS)
+    limit = max((1 if fp8 else 2) * size / READ_BANDWIDTH, flops)
+    seconds = graph_time([decoder_step(num_rows, fp8, NUM_LAYERS)], launches=1) / NUM_LAYERS
     work = f"decoder layer without attention {'fp8' if fp8 else 'bf16'} rows {num_rows}"
     return Row(work, "time", seconds * 1e6, "us", None, None, limit * 1e6)
 
@@ -285,22 +315,28 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 4, 8, 16, 64, 128, 256, 512, 2048])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu_ops.json"))
     options = parser.parse_args()
+    device = torch.device("cuda", torch.cuda.current_device())
+    works = [work for num_rows in options.rows for work in row_ops(num_rows)]
+    works += [work for name in LINEARS for work in linears(name, options.rows)]
+    layers = [decoder_step(num_rows, fp8, 1) for fp8 in (False, True) for num_rows in LAYER_ROWS]
+    run_together([*(call for work in works for call in work.first_runs), *layers], device)
+    measure_products(device)  # as an engine does when it starts
     rows: list[Row] = []
 
-    def collect(found: Iterator[Row]) -> None:
-        for row in found:
-            rows.append(row)
-            show(row)
-        torch.cuda.empty_cache()
+    def collect(row: Row) -> None:
+        rows.append(row)
+        show(row)
 
-    for num_rows in options.rows:
-        collect(row_ops(num_rows))
-    for name in LINEARS:
-        collect(linears(name, options.rows))
-    collect(other())
+    for work in works:
+        collect(work.row())
+    for row in other():
+        collect(row)
+    works.clear()
+    layers.clear()
     for fp8 in (False, True):
-        for num_rows in (1, 16, 64, 128, 256, 512):
-            collect(iter([decoder_layers(num_rows, fp8)]))
+        for num_rows in LAYER_ROWS:
+            torch.cuda.empty_cache()
+            collect(decoder_layers(num_rows, fp8))
     write_results("ops", rows, options.out)
 
 

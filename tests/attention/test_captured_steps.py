@@ -9,15 +9,18 @@ import pytest
 import torch
 
 from tests.support.tiny_models import build_model, tiny_hf_model
+from tests.support.tiny_programs import tiny_program
 from tokenmill.attention.base import AttentionBackend, TurnsHeads
 from tokenmill.attention.cpu import CpuAttention
 from tokenmill.engine.plan import BatchPlan, NewSlot, Row
 from tokenmill.kv_cache.tensors import allocate_caches
 from tokenmill.layers.attention import Attention
+from tokenmill.models.config import ModelConfig
 from tokenmill.runtime import step_sizes
-from tokenmill.runtime.model_runner import ModelRunner
+from tokenmill.runtime.model_runner import ModelRunner, StepModel
 from tokenmill.runtime.slot_state import SlotState
 from tokenmill.runtime.step_graphs import StepGraphs
+from tokenmill.runtime.torch_program import TorchProgram
 from tokenmill.sampling.slot_params import SlotSamplingParams
 from tokenmill.sampling_params import SamplingParams
 
@@ -44,24 +47,32 @@ PLANS = (
 """A prompt and a chunk of another; one token, the rest of the chunk and a new prompt; one token each."""
 
 
-def make_runner(model_type: str, backend: AttentionBackend) -> ModelRunner:
+def make_runner(model_type: str, backend: AttentionBackend, *, as_program: bool = False) -> ModelRunner:
     hf_model = tiny_hf_model(model_type)
-    model = build_model(hf_model.config.to_dict(), hf_model.state_dict())
-    for layer in model.modules():
-        if isinstance(layer, Attention):
-            layer.backend = backend
-            layer._turning_backend = backend if isinstance(backend, TurnsHeads) else None
-    config = model.config
+    config = ModelConfig.from_hf(hf_model.config.to_dict())
+    model: StepModel
+    if as_program:
+        model = TorchProgram(*tiny_program(config, hf_model.state_dict()), backend)
+    else:
+        model = layers = build_model(hf_model.config.to_dict(), hf_model.state_dict())
+        for layer in layers.modules():
+            if isinstance(layer, Attention):
+                layer.backend = backend
+                layer._turning_backend = backend if isinstance(backend, TurnsHeads) else None
     caches = allocate_caches(
         config.num_layers, 8, 16, config.num_key_value_heads, config.head_dim, torch.float32, CPU
     )  # fmt: skip
     return ModelRunner(model, caches, SlotState(4, 64, 16, CPU), SlotSamplingParams(5, config.vocab_size, CPU))
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "gemma3_text"])
-def test_padded_steps_give_the_same_tokens(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gemma has a sliding window, a mixture routes what pads a step like all else."""
-    planned, padded = make_runner(model_type, CpuAttention()), make_runner(model_type, TritonAttention())
+@pytest.mark.parametrize(
+    ("model_type", "as_program"),
+    [("llama", False), ("qwen3_moe", False), ("gemma3_text", False), ("llama", True), ("gemma3_text", True)],
+)
+def test_padded_steps_give_the_same_tokens(model_type: str, as_program: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma has a sliding window, a mixture routes what pads a step like all else; also as a built engine computes."""
+    planned = make_runner(model_type, CpuAttention())
+    padded = make_runner(model_type, TritonAttention(), as_program=as_program)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     monkeypatch.setattr(step_sizes, "SHORT_ROWS", (1,))

@@ -28,7 +28,7 @@ from tests.support import fake_flashinfer
 from tokenmill.attention.base import AttentionMetadata, AttentionSpec
 from tokenmill.attention.flashinfer import FlashInferAttention, paged_rows
 from tokenmill.attention.reference import ReferenceAttention
-from tokenmill.attention.select import captures_graphs, check_backend, select_backend
+from tokenmill.attention.select import FLASHINFER_HEAD_DIMS, captures_graphs, check_backend, select_backend
 from tokenmill.errors import InvalidParameterError, UnsupportedFeatureError
 
 CASES = [
@@ -52,6 +52,13 @@ GPU_CASES = [
     replace(REAL, num_heads=16, num_kv_heads=16, tokens_per_block=128),
     replace(REAL, rows=((1, 1099),) * 64),
     replace(REAL, rows=((2048, 0),) * 2),
+    *(
+        replace(REAL, dtype=dtype, head_dim=head_dim, cache_dtype=cache_dtype)
+        for dtype in (torch.float16, torch.bfloat16)
+        for head_dim in FLASHINFER_HEAD_DIMS
+        for cache_dtype in (None, FP8)
+        if (dtype, head_dim) != (REAL.dtype, REAL.head_dim)
+    ),
 ]
 
 

@@ -17,11 +17,11 @@ from tests.support.tiny_checkpoint import write_tiny_model
 from tests.support.tiny_models import random_tokens, relative_error, tiny_hf_model
 from tokenmill.attention.cpu import CpuAttention
 from tokenmill.builder.build import build
-from tokenmill.builder.config import BuildConfig
 from tokenmill.builder.engine import Engine
 from tokenmill.builder.passes import PASSES
 from tokenmill.checkpoints.base import open_checkpoint
 from tokenmill.checkpoints.resolve import resolve_model
+from tokenmill.config import BuildConfig
 from tokenmill.errors import (
     CheckpointError,
     InvalidParameterError,

@@ -52,6 +52,15 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
     assert options.llm_arguments("on/command/line")["model"] == "on/command/line"
 
 
+def test_a_build_configuration_in_the_file_is_between_defaults_and_flags(tmp_path: Path) -> None:
+    path = config_file(tmp_path, "build_config:\n  max_batch_size: 4\n  max_seq_len: 128\n  opt_level: 1\n")
+    arguments = LlmArgs(**ModelOptions(config=path).llm_arguments("m", max_batch_size=1))
+    assert (arguments.max_batch_size, arguments.max_seq_len) == (4, 128)
+    arguments = LlmArgs(**ModelOptions(config=path, max_batch_size=9).llm_arguments("m", max_batch_size=1))
+    assert (arguments.max_batch_size, arguments.max_seq_len) == (9, 128)
+    assert arguments.build_config is not None and arguments.build_config.options_of_engines() == {"opt_level": 1}
+
+
 def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
     assert read_config_file(config_file(tmp_path, "# nothing\n")) == {}
 

@@ -134,6 +134,22 @@ def test_a_fault_of_the_device_comes_out_at_once(overlap: bool) -> None:
     assert not harness.endings
 
 
+@pytest.mark.parametrize("fails", [False, True])
+@overlap_on_and_off
+def test_a_released_engine_has_no_step_under_way_and_no_runner(overlap: bool, fails: bool) -> None:
+    harness = Harness(overlap=overlap)
+    harness.runner.collect_error = lambda plan: ValueError("lost") if fails and plan.step == 1 else None
+    fill(harness, 2)
+    for _ in range(2):
+        harness.step()
+    stats = harness.core.stats()
+    harness.core.release()
+    assert not harness.runner._uncollected, "the device may still write to what is freed"
+    assert not hasattr(harness.core, "runner")
+    assert harness.core.stats() == stats
+    harness.core.check_integrity()
+
+
 @overlap_on_and_off
 def test_every_step_may_fail_and_the_engine_goes_on(overlap: bool) -> None:
     harness = Harness(overlap=overlap)

@@ -5,7 +5,16 @@ from typing import Any
 import pytest
 
 from tests.support.engine_harness import Harness
-from tokenmill.errors import InvalidParameterError, PromptTooLongError, RequestTooLargeError, UserError
+from tokenmill.engine.request import GenerationRequest
+from tokenmill.engine.validation import check_bans
+from tokenmill.errors import (
+    AllTokensBannedError,
+    InvalidParameterError,
+    PromptTooLongError,
+    RequestTooLargeError,
+    UserError,
+)
+from tokenmill.sampling_params import SamplingParams
 
 SMALL = {"num_blocks": 9, "tokens_per_block": 4, "max_seq_len": 40, "max_batch_size": 3, "max_num_tokens": 16}
 
@@ -67,3 +76,46 @@ def test_id_in_use() -> None:
     harness.run()
     harness.core.add(harness.requests[0])
     assert harness.core.has_work, "an id is free again when its request has ended"
+
+
+WORDS = {"bad_words": ((0,), (1,), (2,))}
+MOST = {"bad_words": ((0,), (1,))}
+
+
+def banning(sampling: dict[str, Any], request: dict[str, Any]) -> GenerationRequest:
+    return GenerationRequest(1, (5,), SamplingParams(**sampling), 7, **request)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "request_", "bad_field", "field"),
+    [
+        ({}, WORDS, None, "bad"),
+        ({}, WORDS, "bad_words", "bad_words"),
+        ({"bad_token_ids": [2, 1, 0, 9]}, {}, None, "bad_token_ids"),
+        ({"bad_token_ids": [2]}, MOST, None, "bad_token_ids"),
+        ({"min_tokens": 1}, {**MOST, "end_ids": (2,)}, None, "min_tokens"),
+        ({"min_tokens": 4}, {"stop_token_ids": (0, 1, 2)}, None, "min_tokens"),
+        ({"min_tokens": 4}, {**WORDS, "end_ids": (2,)}, None, "bad"),
+    ],
+)
+def test_a_request_that_allows_no_token_is_refused(
+    sampling: dict[str, Any], request_: dict[str, Any], bad_field: str | None, field: str
+) -> None:
+    with pytest.raises(AllTokensBannedError, match="vocabulary") as caught:
+        check_bans(banning(sampling, request_), 3, bad_field)
+    assert caught.value.field == field and caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("sampling", "request_"),
+    [
+        ({}, MOST),
+        ({}, {"bad_words": ((0,), (0, 0), (1,), (2, 1), (1, 2))}),  # it depends on what the model says
+        ({}, {"bad_words": ((0,), (1,), (7,), (1,))}),
+        ({"min_tokens": 0}, {**MOST, "end_ids": (2,)}),
+        ({}, {"stop_token_ids": (0, 1, 2)}),  # the answer is one token
+        ({"min_tokens": 4, "logit_bias": {0: -100.0, 1: -1e30, 2: -100.0}}, {}),  # unlikely is not banned
+    ],
+)
+def test_one_token_is_enough(sampling: dict[str, Any], request_: dict[str, Any]) -> None:
+    check_bans(banning(sampling, request_), 3)

@@ -295,9 +295,16 @@ def test_ctrl_c_ends_a_script_while(model_dir: Path, moment: str) -> None:
     assert errors.rstrip().endswith("KeyboardInterrupt")
 
 
-def test_a_fork_of_the_caller_ends_nothing(model_dir: Path) -> None:
-    ending = """
+@pytest.mark.parametrize(
+    ("before", "last_act"),
+    [("pass", "pass"), ("result.abort(); list(result)", "del llm, result")],
+    ids=["exits", "drops its copy"],
+)
+def test_a_fork_of_the_caller_ends_nothing(model_dir: Path, before: str, last_act: str) -> None:
+    ending = f"""
+        {before}
         if os.fork() == 0:
+            {last_act}
             sys.exit()  # runs what is registered for the end of the process
         os.wait()
         time.sleep(0.2)

@@ -25,6 +25,7 @@ from tests.executor.tiny_executor import (
 )
 from tokenmill import LLM, BuildConfig, Engine, SamplingParams, build
 from tokenmill.errors import (
+    AllTokensBannedError,
     EngineFileError,
     InvalidParameterError,
     ModelNotFoundError,
@@ -163,6 +164,7 @@ def test_bad_words_do_not_come(executor: Executor, llm: LLM) -> None:
         ({"stop_words": [[1, 2], [3, 320]]}, InvalidParameterError, "stop_words"),
         ({"stop_words": [[1] * 5000]}, InvalidParameterError, "stop_words"),
         ({"bad_words": [[400]]}, InvalidParameterError, "bad_words"),
+        ({"bad_words": [[token_id] for token_id in range(320)]}, AllTokensBannedError, "bad_words"),
         ({"end_id": 320}, InvalidParameterError, "end_id"),
         (
             {"sampling_config": SamplingConfig(temperature=1.0, num_return_sequences=9)},

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tests.executor.conftest import NAN_TOKEN, make_llm, wait_until, wait_until_
 from tokenmill import LLM, CompletionOutput, RequestOutput, SamplingParams
 from tokenmill.config import StatsConfig
 from tokenmill.errors import (
+    AllTokensBannedError,
     InvalidLogitsError,
     InvalidParameterError,
     PromptTooLongError,
@@ -145,6 +147,14 @@ WRONG: dict[str, tuple[Any, SamplingParams, dict[str, Any], type[TokenmillError]
     "timeout of 0": ([5], sampling(), {"timeout": 0}, InvalidParameterError, "timeout"),
     "timeout of nan": ([5], sampling(), {"timeout": math.nan}, InvalidParameterError, "timeout"),
     "timeout of True": ([5], sampling(), {"timeout": True}, InvalidParameterError, "timeout"),
+    "all tokens are bad": ([5], sampling(bad_token_ids=list(range(320))), {}, AllTokensBannedError, "bad_token_ids"),
+    "all tokens end too early": (
+        [5],
+        sampling(min_tokens=2, stop_token_ids=list(range(320))),
+        {},
+        AllTokensBannedError,
+        "min_tokens",
+    ),
     "half a pair": ([5], sampling(stop="\ud800"), {}, InvalidParameterError, "stop"),
 }
 
@@ -172,6 +182,30 @@ def test_a_request_that_fails_in_the_engine_fails_alone(llm: LLM, reference: LLM
     for result, right in zip(good, reference.generate(TEXTS, params), strict=True):
         same(result.result(30), right)
     assert llm.stats().num_finished["invalid_logits"] == before + 1
+
+
+def test_a_request_that_has_banned_everything_fails_alone(llm: LLM, reference: LLM) -> None:
+    """Bad words of two tokens ban the whole vocabulary once the first of them is there: the third token is the last."""
+    params = sampling(max_tokens=30, ignore_eos=True)
+    expected = reference.generate(TEXTS, params)
+    token_ids = expected[0].outputs[0].token_ids
+    first = token_ids[2]
+    assert first not in token_ids[:2]
+    before = llm.stats().num_finished.get("all_tokens_banned", 0)
+    good = [llm.generate_async(text, params) for text in TEXTS]
+    request, text = llm._inputs.make_request(llm._executor.next_request_id(), TEXTS[0], params, 0.5)
+    bad_words = tuple((first, last) for last in range(320))
+    bad = llm._executor.submit(replace(request, bad_words=bad_words), prompt=text, streaming=True)
+    seen: list[int] = []
+    with pytest.raises(AllTokensBannedError, match="No token may come next") as caught:
+        for output in bad:
+            seen = output.outputs[0].token_ids
+    assert (caught.value.http_status, caught.value.field) == (400, None)
+    assert seen == token_ids[:3]
+    for result, right in zip(good, expected, strict=True):
+        same(result.result(30), right)
+    assert llm.stats().num_finished["all_tokens_banned"] == before + 1
+    wait_until_idle(llm)
 
 
 def test_abort_ends_a_running_request_once(llm: LLM) -> None:

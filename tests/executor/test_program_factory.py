@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.support.single_thread import single_thread
 from tests.support.tiny_checkpoint import write_tiny_model
 from tests.support.tiny_programs import tiny_package
 from tests.support.ways import GREEDY, NO_REUSE, WAYS, prompts_of
-from tokenmill import LLM, SamplingParams
+from tokenmill import LLM, BuildConfig, Engine, SamplingParams
 from tokenmill.builder.build import build
 from tokenmill.checkpoints.base import open_checkpoint
-from tokenmill.errors import InvalidParameterError, PromptTooLongError, UnsupportedFeatureError
+from tokenmill.config import LlmArgs
+from tokenmill.errors import InvalidParameterError, PromptTooLongError, UnsupportedFeatureError, UserError
+from tokenmill.executor.program_factory import describe_program_engine
 from tokenmill.program.package import EnginePackage
 
 pytestmark = pytest.mark.spec("D1", "H3")
@@ -196,6 +199,19 @@ def test_the_cache_of_quantized_models_is_bfloat16(model_dir: Path, quantization
     assert config.kv_cache_dtype == dtype
 
 
+def test_graphs_are_in_the_plan_of_an_engine_for_a_gpu(model_dir: Path) -> None:
+    """As `inspect` prints it, where there is no GPU to measure on."""
+    engine = build(model_dir, device="cuda", max_seq_len=64, capture="dispatch", opt_level=1, picture=False)
+    plans = [
+        describe_program_engine(
+            LlmArgs(model="engine", enable_cuda_graphs=wanted), engine, torch.device("cuda"), 0, None
+        ).memory
+        for wanted in (True, False)
+    ]
+    assert plans[0].graphs == plans[0].activations == engine.program.arena_bytes > 0
+    assert plans[1].graphs == 0
+
+
 def test_prompts_longer_than_the_engine_was_built_for_are_refused(model_dir: Path, tmp_path: Path) -> None:
     engine = build(model_dir, max_input_len=5, max_seq_len=64, max_batch_size=2, capture="dispatch", opt_level=1)
     params = SamplingParams(max_tokens=3, ignore_eos=True)
@@ -203,3 +219,38 @@ def test_prompts_longer_than_the_engine_was_built_for_are_refused(model_dir: Pat
         assert len(llm.generate([1, 2, 3, 4, 5], params).outputs[0].token_ids) == 3
         with pytest.raises(PromptTooLongError, match="built for 5 at most"):
             llm.generate([1, 2, 3, 4, 5, 6], params)
+
+
+@pytest.mark.parametrize("way", [{"backend": "engine"}, {"backend": "torch"}, {"num_replicas": 1}])
+def test_sizes_of_a_build_configuration_are_those_of_the_engine(model_dir: Path, way: dict[str, Any]) -> None:
+    sizes = BuildConfig(max_batch_size=3, max_num_tokens=48, max_seq_len=64, max_input_len=9)
+    with LLM(model_dir, device="cpu", build_config=sizes, kv_cache_config=NO_REUSE, **way) as llm:
+        found = llm.description
+        assert (found.max_batch_size, found.max_num_tokens, found.max_seq_len) == (3, 48, 64)
+        with pytest.raises(PromptTooLongError, match="9 at most"):
+            llm.generate([5] * 10)
+        assert llm.generate([5] * 9, SamplingParams(max_tokens=2, ignore_eos=True)).outputs[0].length == 2
+
+
+def test_options_of_a_build_ask_for_an_engine_that_is_built_so(
+    model_dir: Path, engine_dir: Path, tmp_path: Path
+) -> None:
+    options = BuildConfig(disabled_passes=["fuse_residual"], debug_outputs=["model.layers.0.mlp.down_proj"])
+    with make_llm(model_dir, device="cpu", build_config=options) as llm:
+        assert llm.description.backend == "engine"
+        saved = Engine.load(llm.save(tmp_path / "engine"))
+    assert saved.config.build_config["disabled_passes"] == ["fuse_residual"]
+    for arguments, model in (({"backend": "torch", "device": "cpu"}, model_dir), ({}, engine_dir)):
+        with pytest.raises(UserError, match="build_config") as caught:
+            make_llm(model, build_config=options, **arguments)
+        assert caught.value.field == "disabled_passes"
+
+
+def test_a_worker_serves_a_small_engine_as_this_process_does(model_dir: Path, tmp_path: Path) -> None:
+    """Arguments that nobody gave follow the engine, on both sides of a pipe."""
+    build(model_dir, BuildConfig(max_batch_size=3, max_seq_len=64)).save(tmp_path / "engine")
+    found = []
+    for num_replicas in (0, 1):
+        with LLM(tmp_path / "engine", kv_cache_config=NO_REUSE, num_replicas=num_replicas) as llm:
+            found.append((llm.description.max_batch_size, llm.description.max_seq_len))
+    assert found == [(3, 64)] * 2

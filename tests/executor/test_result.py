@@ -147,7 +147,8 @@ def test_best_of_returns_the_most_likely_first_and_hides_unasked_logprobs() -> N
 
 def test_a_second_terminal_event_is_a_bug() -> None:
     result = make_result()
+    assert result.abort()
     finish(result)
     with pytest.raises(AssertionError, match="ended twice"):
         finish(result)
-    assert result.abort()
+    assert not result.abort(), "the engine is not asked about what has ended"

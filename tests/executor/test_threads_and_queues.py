@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from tokenmill.executor.deadlines import DeadlineTimer
 from tokenmill.executor.executor import ProgressCallback
 from tokenmill.executor.in_process import InProcessExecutor
 from tokenmill.executor.iteration_queue import IterationResultQueue
-from tokenmill.executor.managed_thread import ManagedThread
+from tokenmill.executor.managed_thread import ManagedThread, join_ending
 from tokenmill.executor.postproc import OutputDelta
 from tokenmill.executor.request_table import RequestTable
 from tokenmill.executor.result import GenerationResult
@@ -45,6 +46,32 @@ def test_an_exception_reaches_the_owner(caplog: pytest.LogCaptureFixture) -> Non
     assert [str(error) for error in errors] == ["lost?"]
     assert thread.error is errors[0]
     assert "The thread test ended with an error" in caplog.text
+
+
+def test_threads_that_were_told_to_end_are_waited_for_and_no_others() -> None:
+    goes_on, may_end = threading.Event(), threading.Event()
+    staying, ending = (ManagedThread(event.wait, name="test", on_error=print) for event in (goes_on, may_end))  # type: ignore[arg-type]
+    staying.start()
+    ending.start()
+    ending.is_told_to_end()
+    join_ending(0.05)
+    assert ending.is_alive, "the time is a limit"
+    threading.Timer(0.2, may_end.set).start()
+    join_ending(30.0)
+    assert (staying.is_alive, ending.is_alive) == (True, False)
+    goes_on.set()
+    assert staying.join(5.0)
+
+
+def test_what_a_thread_ran_is_free_when_it_has_ended() -> None:
+    def task() -> None:
+        pass
+
+    thread, reference = ManagedThread(task, name="test", on_error=print), weakref.ref(task)
+    del task
+    thread.start()
+    assert thread.join(5.0)
+    assert reference() is None
 
 
 class Panic(BaseException):

@@ -31,8 +31,12 @@ BACKEND_WAYS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def wide_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model whose heads are as wide as FlashInfer has kernels for."""
+    return make_wide(tmp_path_factory.mktemp("wide"), 128)
+
+
+def make_wide(folder: Path, head_dim: int) -> Path:
     pytest.importorskip("flashinfer")
-    return write_tiny_model(tmp_path_factory.mktemp("wide"), head_dim=128, weight_scale=0.15)
+    return write_tiny_model(folder, head_dim=head_dim, weight_scale=0.15)
 
 
 def generate(model_dir: Path, **options: Any) -> list[Any]:
@@ -52,8 +56,17 @@ def num_equal(actual: Sequence[int], expected: Sequence[int]) -> int:
 
 @pytest.mark.parametrize("way", BACKEND_WAYS)
 def test_greedy_tokens_are_those_of_triton(wide_dir: Path, way: str) -> None:
-    expected = generate(wide_dir, attn_backend="triton", **BACKEND_WAYS[way])
-    actual = generate(wide_dir, attn_backend="flashinfer", **BACKEND_WAYS[way])
+    check_tokens(wide_dir, **BACKEND_WAYS[way])
+
+
+@pytest.mark.parametrize(("head_dim", "dtype"), [(128, "float16"), (64, "float16"), (256, "bfloat16")])
+def test_other_heads_and_types(tmp_path: Path, head_dim: int, dtype: str) -> None:
+    check_tokens(make_wide(tmp_path, head_dim), dtype=dtype)
+
+
+def check_tokens(model_dir: Path, **options: Any) -> None:
+    expected = generate(model_dir, attn_backend="triton", **options)
+    actual = generate(model_dir, attn_backend="flashinfer", **options)
     num_same = 0
     for one, two in zip(actual, expected, strict=True):
         same = num_equal(one.token_ids, two.token_ids)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tokenmill.ops.kv_cache import IMPLEMENTATIONS, copy_blocks, write_kv
+from tokenmill.ops.kv_cache import IMPLEMENTATIONS, copy_blocks, write_kv, write_kv_reference
 
 
 def empty_caches(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,6 +25,16 @@ def test_every_token_lands_in_its_slot(name: str, cache_dtype: torch.dtype) -> N
         expected_values[slot // 4, slot % 4] = value[token]
     assert torch.equal(key_cache, expected_keys)
     assert torch.equal(value_cache, expected_values)
+
+
+def test_float8_caches_hold_their_largest_value_for_what_is_larger() -> None:
+    """Whatever torch's own conversion does: in 2.11 it gives NaN."""
+    key_cache, value_cache = empty_caches(torch.float8_e4m3fn)
+    key = torch.tensor([[[1000.0, -465.0, 448.0], [-1e9, 0.0, -448.0]]])
+    write_kv_reference(key, -key, key_cache, value_cache, torch.tensor([2]))
+    expected = torch.tensor([[448.0, -448.0, 448.0], [-448.0, 0.0, -448.0]])
+    assert torch.equal(key_cache[0, 2].float(), expected)
+    assert torch.equal(value_cache[0, 2].float(), -expected)
 
 
 def test_write_kv_overwrites() -> None:

@@ -14,6 +14,7 @@ from tests.support.tiny_checkpoint import VOCAB_SIZE, write_tiny_model
 from tests.support.tiny_models import random_tokens
 from tokenmill.builder.build import build
 from tokenmill.engine.plan import BatchPlan, Interruption, NewSlot, Row, RowOutput
+from tokenmill.errors import InvalidLogitsError
 from tokenmill.runtime import program_runner
 from tokenmill.runtime.program_executor import ProgramExecutor, TorchExecutor
 from tokenmill.runtime.program_loading import (
@@ -23,7 +24,6 @@ from tokenmill.runtime.program_loading import (
     load_torch_program,
 )
 from tokenmill.runtime.program_runner import ProgramRunner
-from tokenmill.runtime.slot_runner import NOT_FINITE
 from tokenmill.runtime.slot_state import SlotState
 from tokenmill.sampling.slot_params import SlotSamplingParams
 from tokenmill.sampling_params import SamplingParams
@@ -174,4 +174,4 @@ def test_logits_that_are_not_finite_end_the_repetition(model_dir: Path, make: st
     finally:
         rows_of_bytes[expected[1][bad]] = before
     assert output.rows[0].token_id == expected[0][bad + 1] and output.rows[0].more_token_ids == ()
-    assert output.rows[1].error == NOT_FINITE
+    assert isinstance(output.rows[1].error, InvalidLogitsError)

@@ -111,7 +111,19 @@ GOOD = step([1, 2, 3], 3, [1, 2], [2])
     [
         ("token_ids", [1, VOCAB_SIZE, 3], "holds 1 to 320"),
         ("token_ids", [1.0, 2.0, 3.0], "not integers"),
+        ("token_ids", [1, True, 3], "booleans"),
+        ("token_ids", np.array([True, False, True]), "booleans"),
+        ("token_ids", [1, np.True_, 3], "booleans"),
+        ("token_ids", torch.tensor([True, False, True]), "booleans"),
+        ("token_ids", [1, [2], 3], "no array"),
         ("token_ids", [[1, 2, 3]], "dimensions"),
+        ("query_start", (False, 3), "booleans"),
+        ("kv_lens", [np.array(True)], "booleans"),
+        ("kv_lens", True, "booleans"),
+        ("block_tables", [[1, 2], [True, 2]], "booleans"),
+        ("block_tables", [[1, 2], [1]], "no array"),
+        ("row_index", [True], "booleans"),
+        ("positions", [0, True, 2], "booleans"),
         ("query_start", [0, 2], "does not cut"),
         ("query_start", [0, 1, 3], "shape"),
         ("kv_lens", [2], "at least the new tokens"),
@@ -127,6 +139,58 @@ def test_steps_that_do_not_fit_are_refused(session: Session, field: str, value: 
     with pytest.raises(InvalidParameterError, match=complaint) as caught:
         session.run({**GOOD, field: value})
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize("shape", [(True,), [3.0], 3, "3", None, ((3,),)])
+def test_shapes_are_lists_of_numbers(session: Session, shape: Any) -> None:
+    shapes = {name: np.shape(value) for name, value in GOOD.items()}
+    with pytest.raises(InvalidParameterError, match="no list of numbers") as caught:
+        session.infer_shapes({**shapes, "token_ids": shape})
+    assert caught.value.field == "token_ids"
+
+
+@pytest.mark.parametrize(
+    ("sources", "destinations", "field", "complaint"),
+    [
+        ([True], [2], "sources", "booleans"),
+        ([3, 4], [5, False], "destinations", "booleans"),
+        ([1.5], [2], "sources", "not integers"),
+        (["1"], [2], "sources", "not integers"),
+        ([[1, 2]], [[3, 4]], "sources", "dimensions"),
+        ([1], [32], "destinations", "0 to 31"),
+        ([1, 2], [3], "destinations", "one other block"),
+        ([1], [1], "destinations", "one other block"),
+    ],
+)
+def test_blocks_that_cannot_be_copied_are_refused(
+    session: Session, sources: Any, destinations: Any, field: str, complaint: str
+) -> None:
+    with pytest.raises(InvalidParameterError, match=complaint) as caught:
+        session.copy_blocks(sources, destinations)
+    assert caught.value.field == field
+
+
+def test_blocks_are_copied_from_lists_and_arrays(session: Session) -> None:
+    session.copy_blocks([], [])
+    first = session.run(step([1, 2, 3, 4], 4, [6], [3]))["logits"]
+    session.copy_blocks(np.array([6]), (7,))
+    session.run(step([9, 9, 9, 9], 4, [6], [3]))
+    again = session.run(step([4], 4, [7], [0]))["logits"]
+    np.testing.assert_allclose(again, first, atol=1e-4)
+
+
+@pytest.mark.parametrize("number", [0, True, 2.0, "3"])
+def test_the_number_of_runs_is_one_or_more(session: Session, number: Any) -> None:
+    with pytest.raises(InvalidParameterError, match="num_runs") as caught:
+        session.profile(GOOD, num_runs=number)
+    assert caught.value.field == "num_runs"
+
+
+@pytest.mark.parametrize("device", ["xyz", "", True, 0, 1.5])
+def test_a_device_is_named(engine: Any, device: Any) -> None:
+    with pytest.raises(InvalidParameterError, match="device is") as caught:
+        Session(engine, device=device)
+    assert caught.value.field == "device"
 
 
 def test_names_are_checked(session: Session) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 
+from tests.support.pretended_gpu import FakeGraph, pretend_graphs
 from tokenmill.engine.plan import Row
 from tokenmill.runtime import step_graphs
 from tokenmill.runtime.slot_state import SlotState
@@ -67,32 +67,10 @@ def test_tokens_are_padded_by_little_and_there_are_few_sizes(max_tokens: int) ->
     assert len(found) >= 0.85 * max_tokens
 
 
-class FakeGraph:
-    """A CUDA graph that remembers its pool."""
-
-    pools: ClassVar[list[Any]] = []
-
-    def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
-        self.pools.append(pool)
-
-    def capture_end(self) -> None:
-        pass
-
-    def replay(self) -> None:
-        pass
-
-
 @pytest.fixture
 def pools(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Graphs without a GPU: the pools that captures took."""
-    handles = iter(range(10))
-    monkeypatch.setattr(FakeGraph, "pools", [])
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
-    return FakeGraph.pools
+    return pretend_graphs(monkeypatch)
 
 
 def make_graphs(step: Any, max_tokens: int = 512) -> StepGraphs:

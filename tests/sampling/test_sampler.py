@@ -86,7 +86,7 @@ def reference_scores(case: Any) -> torch.Tensor:
         scores[0, token] -= (sampling.presence_penalty or 0.0) + (sampling.frequency_penalty or 0.0) * count
     processors = LogitsProcessorList()
     if sampling.logit_bias:
-        bias = [[[token], value] for token, value in sampling.logit_bias.items()]
+        bias = {(token,): value for token, value in sampling.logit_bias.items()}  # a list may not name the token 0
         processors.append(SequenceBiasLogitsProcessor(bias))
     words = [list(word) for word in case.bad_words] + [[token] for token in sampling.bad_token_ids or []]
     if words:
@@ -274,7 +274,20 @@ def test_banning_everything_is_an_invalid_row(case_type: type[Any], sample_cases
         sampled = sample_cases(batch)
         assert sampled.invalid.tolist() == [True, False]
         assert sampled.token_ids[0] == 0
-        assert collect(sampled)[0].token_id is None
+        assert collect(sampled)[0] == (None, None, True)
+
+
+def test_bans_and_bad_logits_are_told_apart(case_type: type[Any], sample_cases: Sample) -> None:
+    """Of rows side by side, with log-probabilities and without: whose fault is it that there is no token?"""
+    sound, half, none = torch.tensor([1.0, 2.0]), torch.tensor([1.0, -INFINITY]), torch.full((2,), -INFINITY)
+    everything, first = SamplingParams(bad_token_ids=[0, 1], logprobs=1), SamplingParams(bad_token_ids=[0])
+    cases = [(sound, everything), (half, first), (half, SamplingParams()), (none, everything), (none, first)]
+    rows = collect(sample_cases([case_type(logits, sampling) for logits, sampling in cases]))
+    assert [(row.token_id, row.is_banned) for row in rows] == [
+        *[(None, True)] * 2,
+        (0, False),
+        *[(None, False)] * 2,
+    ]
 
 
 # Bad logits
@@ -299,7 +312,7 @@ def test_bad_logits_are_flagged_and_harm_nobody_else(
     assert sampled.invalid.tolist() == [False, True, False, False]
     assert sampled.token_ids.tolist() == [*expected.token_ids[:1].tolist(), 0, *expected.token_ids[1:].tolist()]
     rows = collect(sampled)
-    assert rows[1] == (None, None)
+    assert rows[1] == (None, None, False)
     assert rows[0] == collect(expected)[0]
 
 

@@ -6,12 +6,15 @@ import json
 from typing import Any
 
 import httpx
+import openai
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from tests.server.live_server import LiveServer
+from tests.support.tiny_checkpoint import VOCAB_SIZE
 from tokenmill.errors import OutOfMemoryError, QueueFullError, RequestTooLargeError
+from tokenmill.inputs import InputProcessor
 from tokenmill.server.backpressure import Backpressure
 from tokenmill.server.errors import error_body, exception_body, install_error_handlers, parameter_path
 
@@ -132,3 +135,40 @@ def test_unexpected_exception_shows_no_detail(caplog: pytest.LogCaptureFixture) 
     assert "secret" not in response.text
     response = client.get("/full")
     assert (response.status_code, response.headers["retry-after"]) == (429, "1")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_allows_no_token(server: LiveServer, client: openai.OpenAI, stream: bool) -> None:
+    everything = {"min_tokens": 1, "stop_token_ids": list(range(VOCAB_SIZE))}
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="tiny", prompt="a", stream=stream, extra_body=everything)
+    error = caught.value
+    assert (error.type, error.param, error.code) == ("invalid_request_error", "min_tokens", "all_tokens_banned")
+
+
+def test_a_request_whose_bans_leave_no_token_later(
+    server: LiveServer, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fails alone, with the same error whether it is streamed or not; the engine and other requests go on."""
+    arguments: dict[str, Any] = {"model": "tiny", "prompt": "the rain", "temperature": 0.0, "max_tokens": 20}
+    arguments["extra_body"] = {"ignore_eos": True}
+    chunks = list(client.completions.create(**arguments, stream=True))
+    whole = "".join(chunk.choices[0].text for chunk in chunks)
+    output = server.llm.generate("the rain")
+    first = output.outputs[0].token_ids[1]
+    bad_words = [(first, last) for last in range(VOCAB_SIZE)]
+    with monkeypatch.context() as patch:
+        patch.setattr(InputProcessor, "_bad_words", lambda self, sampling: tuple(bad_words) if sampling.bad else ())
+        banning = {**arguments, "extra_body": {"ignore_eos": True, "bad_words": ["x"]}}
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.completions.create(**banning)
+        text = ""
+        with pytest.raises(openai.APIError) as of_stream:
+            for chunk in client.completions.create(**banning, stream=True):
+                text += chunk.choices[0].text
+        assert client.completions.create(**arguments).choices[0].text == whole, "another request of the same server"
+    assert caught.value.code == of_stream.value.code == "all_tokens_banned"
+    assert caught.value.type == of_stream.value.type == "invalid_request_error"
+    assert text and whole.startswith(text)
+    server.wait_until_idle()
+    server.llm.check_health()

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 
 from tokenmill.engine.plan import BatchPlan, NewSlot, Row, RowOutput, StepOutput
 from tokenmill.engine.request import GenerationRequest
+from tokenmill.errors import InvalidLogitsError
 from tokenmill.outputs import Logprob, TokenLogprobs
 
 _MASK = (1 << 61) - 1
@@ -229,7 +230,7 @@ class MockRunner:
             slot.is_lost = True
             if row.sample:
                 slot.append(0)
-            return RowOutput(error=error)
+            return RowOutput(error=InvalidLogitsError(error))
         end = row.start + row.num_tokens
         prompt_logprobs: tuple[TokenLogprobs, ...] = ()
         if row.prompt_logprobs:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.source_tree import ROOT, Module, imports_of, loaded_by, package_modules
 
-COMMON = ("config", "env", "errors", "outputs", "sampling_params", "telemetry.stats", "version")
+COMMON = ("config", "env", "errors", "outputs", "sampling_params", "strict_model", "telemetry.stats", "version")
 PUBLIC = ("builder", "executor", "inspection", "llm", "llmapi", "telemetry", "tokenization")
 
 # Unit -> what it may import besides itself and COMMON. A unit is a folder or a module; the most specific row wins, on
@@ -68,30 +68,36 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "executor.description": ("models", "runtime"),  # the numbers of a model and its memory plan; no torch in either
     "executor.engine_factory": (  # where an engine is put together from its parts; nothing else sees both halves
         "attention",
-        "attention.base",
         "checkpoints",
         "engine",
         "executor.backend_choice",
         "executor.description",
         "executor.engine_source",
         "executor.program_factory",
+        "executor.runner_factory",
         "executor.scheduling",
         "kv_cache",
         "kv_cache.tensors",
         "models",
-        "ops.platform",
         "program",
         "runtime",
-        "sampling",
     ),
     "executor.program_factory": (  # the same for built engines
         "attention",
         "engine",
         "executor.description",
+        "executor.runner_factory",
         "executor.scheduling",
         "models",
-        "ops.platform",
         "program",
+        "runtime",
+        "sampling",
+    ),
+    "executor.runner_factory": (  # what both have in common
+        "attention",
+        "attention.base",
+        "executor.description",
+        "ops.platform",
         "runtime",
         "sampling",
     ),
@@ -148,6 +154,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "errors": (),
     "outputs": (),
     "sampling_params": (),
+    "strict_model": (),
     "version": (),
 }
 
@@ -161,8 +168,9 @@ WITHOUT_COMMON: dict[str, tuple[str, ...]] = {
     "env": ("errors",),
     "telemetry.stats": (),
     "outputs": (),
-    "config": ("env", "errors"),
-    "sampling_params": ("config", "errors"),
+    "strict_model": ("errors",),
+    "config": ("errors", "strict_model"),
+    "sampling_params": ("errors", "strict_model"),
 }
 
 # Imports of our own modules inside functions, by module or folder: only with a reason that stays true.

@@ -35,6 +35,7 @@ EXPECTED = {
     },
     "tokenmill.llmapi": {
         "LLM",
+        "BuildConfig",
         "CapacitySchedulerPolicy",
         "CompletionOutput",
         "KvCacheConfig",

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import tokenizers
+import transformers
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tests.tokenization.small_tokenizers import wrap
@@ -140,11 +141,20 @@ SCHEMAS = [
     }
 ]
 TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>"}
+TRANSFORMERS = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+
+
+def with_names_of_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose `reasoning` is there by the two other names, too, as transformers does itself since 5.21."""
+    names = ("reasoning_content", "thinking") if "reasoning" in message else ()
+    return message | dict.fromkeys(names, message.get("reasoning"))
 
 
 def by_transformers(source: str, messages: list[dict[str, Any]], **variables: Any) -> str:
     """What `PreTrainedTokenizer.apply_chat_template` renders (it drops keys whose value is None first)."""
     cleaned = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    if TRANSFORMERS < (5, 21):  # which does not know that a template may read reasoning by another name
+        cleaned = [with_names_of_reasoning(message) for message in cleaned]
     rendered, _ = render_jinja_template(conversations=[cleaned], chat_template=source, **variables, **TOKENS)
     return str(rendered[0])
 

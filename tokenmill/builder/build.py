@@ -16,7 +16,6 @@ from typing import Any, Literal
 import torch
 
 from tokenmill.builder.capture import capture
-from tokenmill.builder.config import BuildConfig
 from tokenmill.builder.engine import Engine
 from tokenmill.builder.engine_picture import draw
 from tokenmill.builder.formats import FormatChoice, choose_formats
@@ -32,6 +31,7 @@ from tokenmill.builder.tune_program import tune_program
 from tokenmill.builder.weight_source import WeightSource
 from tokenmill.checkpoints.base import Checkpoint, open_checkpoint
 from tokenmill.checkpoints.resolve import resolve_model
+from tokenmill.config import BuildConfig
 from tokenmill.env import read_environment
 from tokenmill.errors import InvalidParameterError, did_you_mean
 from tokenmill.models.config import ModelConfig

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 
 from tokenmill.builder.capture import capture
-from tokenmill.builder.config import BuildConfig
 from tokenmill.builder.graph import assign_formats
 from tokenmill.builder.lowering import lower
 from tokenmill.builder.pass_selection import disabled_passes, pass_target
 from tokenmill.builder.passes import PassReport, run_passes
 from tokenmill.builder.picture import DEFAULT_STEPS, graph_html
+from tokenmill.config import BuildConfig
 from tokenmill.errors import EngineFileError
 from tokenmill.models.config import ModelConfig
 from tokenmill.program.costs import StepSize

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from tokenmill.builder.config import BuildConfig
 from tokenmill.builder.passes import PASSES, Target
+from tokenmill.config import BuildConfig
 from tokenmill.errors import InvalidParameterError, did_you_mean
 from tokenmill.ops.cpu.packing import FORMATS as INTEGER_KERNEL_FORMATS
 

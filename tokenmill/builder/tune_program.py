@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tokenmill.builder.config import BuildConfig
 from tokenmill.builder.linear_tuning import linear_tunables
 from tokenmill.builder.tuning import TuningReport, tune
+from tokenmill.config import BuildConfig
 from tokenmill.errors import EngineFileError
 from tokenmill.ops.cpu.machine import machine_key
 from tokenmill.ops.platform import num_usable_cores

@@ -77,7 +77,7 @@ def build(
     check_output(output)
     with progress("Starting"):
         from tokenmill.builder.build import build as build_engine  # imports torch: after the arguments were checked
-        from tokenmill.builder.config import BuildConfig
+        from tokenmill.config import BuildConfig
     config = BuildConfig(**options.build_arguments())
     with ended_by_signals(), _progress_bar() as on_progress:
         engine = build_engine(

@@ -97,14 +97,17 @@ class ModelOptions:
             UserError: the file cannot be read, or holds an unknown or invalid argument; `field` names it.
         """
         from_file = {} if self.config is None else read_config_file(self.config)
-        arguments = _merged(defaults, from_file)
         flags = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _OF_THE_PROGRAM}
         flags = {name: value for name, value in flags.items() if value is not None and value is not False}
         if self.kv_cache_tokens is not None:
             flags["kv_cache_config"] = {"max_tokens": self.kv_cache_tokens}
         if model is not None:
             flags["model"] = model
-        arguments = _merged(arguments, flags)
+        if from_file.get("build_config"):  # it has fields that are arguments, too
+            built = {name: value for name, value in from_file["build_config"].items() if name not in flags}
+            defaults = {name: value for name, value in defaults.items() if name not in built}
+            from_file = {**from_file, "build_config": built}
+        arguments = _merged(_merged(defaults, from_file), flags)
         arguments.setdefault("model", DEFAULT_MODEL)
         checked_arguments(arguments)
         return arguments

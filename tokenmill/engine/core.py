@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -126,6 +127,14 @@ class EngineCore:
     def has_work(self) -> bool:
         """Whether a step would do anything."""
         return self.scheduler.has_work
+
+    def release(self) -> None:
+        """Let go of the runner, with the model and its cache. No step can follow; statistics stay."""
+        if self._launched is not None:
+            with suppress(Exception):  # nobody waits for the step but the memory that it writes to
+                self.runner.collect(self._launched[1])
+            self._launched = None
+        del self.runner
 
     def stats(self) -> EngineStats:
         """A snapshot of counters and gauges, with the records of the last steps."""

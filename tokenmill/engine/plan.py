@@ -12,6 +12,7 @@ import ctypes
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, runtime_checkable
 
+from tokenmill.errors import TokenmillError
 from tokenmill.outputs import TokenLogprobs
 from tokenmill.sampling_params import SamplingParams
 
@@ -111,14 +112,14 @@ class RowOutput:
         token_id: the sampled token; None exactly when the row did not sample, or failed.
         logprobs: of the sampled token and the most likely ones, if asked for (the sampled one always if best_of > n).
         prompt_logprobs: one entry for each prompt token that the row covers, if asked for.
-        error: set when the row's logits are not finite; the sequence cannot go on.
+        error: set when no token could be chosen: the row's logits are not finite, or the request bans every token.
         more_token_ids: the tokens after `token_id`, if the runner repeated the step; as many for each row.
     """
 
     token_id: int | None = None
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-    error: str | None = None
+    error: TokenmillError | None = None
     more_token_ids: tuple[int, ...] = ()
 
 

@@ -30,7 +30,7 @@ from tokenmill.engine.request import GenerationRequest
 from tokenmill.engine.sequence import Request, Sequence, SequenceStatus, make_request
 from tokenmill.engine.settings import SchedulerSettings
 from tokenmill.engine.validation import check_request
-from tokenmill.errors import InvalidLogitsError, TokenmillError
+from tokenmill.errors import TokenmillError
 from tokenmill.kv_cache.manager import KvCacheManager
 from tokenmill.outputs import FinishReason
 from tokenmill.telemetry.stats import EngineStats
@@ -280,7 +280,7 @@ class Scheduler:
     def _commit_row(self, step: int, sequence: Sequence, row: Row, result: RowOutput, now: float) -> None:
         request = sequence.request
         if result.error is not None:
-            self._ledger.fail(request, InvalidLogitsError(result.error))
+            self._ledger.fail(request, result.error)
             return
         assert (result.token_id is not None) == row.sample, f"step {step}, slot {row.slot}: a token is missing or extra"
         if row.start < request.num_prompt_tokens:

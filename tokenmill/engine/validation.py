@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Container
 from typing import Protocol
 
-from tokenmill.config import is_number, shown
 from tokenmill.engine.request import GenerationRequest
 from tokenmill.engine.stop_words import MAX_STOP_WORD_TOKENS
-from tokenmill.errors import InvalidParameterError, PromptTooLongError, RequestTooLargeError
+from tokenmill.errors import (
+    AllTokensBannedError,
+    InvalidParameterError,
+    PromptTooLongError,
+    RequestTooLargeError,
+)
+from tokenmill.strict_model import is_number, shown
 
 MAX_TOKEN_ID = 2**31 - 1
 """Largest id that the tensors of a runner can hold."""
@@ -142,3 +147,40 @@ def check_token_ids(inputs: GenerationRequest, vocab_size: int) -> None:
                 field=field,
                 remedy="Use the tokenizer that belongs to the model.",
             )
+
+
+def check_bans(inputs: GenerationRequest, vocab_size: int, bad_field: str | None = None) -> None:
+    """Check that the first token can be chosen. Bad words of several tokens may ban everything later on, or never.
+
+    Args:
+        inputs: the request; its token ids are in the vocabulary.
+        vocab_size: of the model.
+        bad_field: what its caller calls bad words; None: what `SamplingParams` does.
+
+    Raises:
+        AllTokensBannedError: `field` names the bad words, or `min_tokens` if end tokens are banned until then.
+    """
+    sampling = inputs.sampling
+    ends = (*inputs.end_ids, *inputs.stop_token_ids) if sampling.min_tokens else ()
+    of_sampling = sampling.bad_token_ids or ()
+    if len(inputs.bad_words) + len(of_sampling) + len(ends) < vocab_size:
+        return
+    bad = {word[0] for word in inputs.bad_words if len(word) == 1}.union(of_sampling)
+    if _covers(bad, vocab_size):
+        field = bad_field or ("bad_token_ids" if of_sampling else "bad")
+        raise AllTokensBannedError(
+            f"All {vocab_size} tokens of the vocabulary are bad words.",
+            field=field,
+            remedy="Leave one to be generated.",
+        )
+    if _covers(bad.union(ends), vocab_size):
+        raise AllTokensBannedError(
+            f"Bad words and, because of min_tokens ({sampling.min_tokens}), tokens that end the answer are all "
+            f"{vocab_size} tokens of the vocabulary: none is left for the first.",
+            field="min_tokens",
+            remedy="Set it to 0, or leave a token to be generated.",
+        )
+
+
+def _covers(banned: set[int], vocab_size: int) -> bool:
+    return sum(0 <= token_id < vocab_size for token_id in banned) == vocab_size

@@ -34,7 +34,14 @@ def choose_backend(
     Raises:
         UnsupportedFeatureError: the caller asked for a backend that cannot do what else was asked for.
     """
+    of_engines = _options_of_engines(args)
     if args.backend in ("torch", "pytorch"):
+        for name in of_engines:
+            raise UnsupportedFeatureError(
+                f"build_config.{name} is of built engines, and the backend is torch.",
+                field=name,
+                remedy="Leave it out, or use backend='engine'.",
+            )
         if args.quantization in ENGINE_QUANTIZATIONS:
             raise UnsupportedFeatureError(
                 f"The torch backend does not quantize to '{args.quantization}'.",
@@ -43,7 +50,7 @@ def choose_backend(
             )
         return BackendChoice("torch")
     reason = "weights of float8 cannot be compiled" if has_fp8_weights else _reason_against_engine(args, device, model)
-    if args.backend == "engine" or args.quantization in ENGINE_QUANTIZATIONS:
+    if args.backend == "engine" or args.quantization in ENGINE_QUANTIZATIONS or of_engines:
         if reason is not None:
             raise UnsupportedFeatureError(
                 f"The engine backend cannot be used: {reason}.", field="backend", remedy="Use backend='torch'."
@@ -71,6 +78,12 @@ def check_built_engine(args: LlmArgs, *, device: str, dtype: str, quantization: 
             field="backend",
             remedy="Leave the backend out, or give the checkpoint instead of the engine.",
         )
+    for name in _options_of_engines(args):
+        raise InvalidParameterError(
+            f"build_config.{name} is for a build, and the model is an engine that has been built.",
+            field=name,
+            remedy="Leave it out, or give the checkpoint instead of the engine.",
+        )
     if args.load_format == "dummy":
         raise UnsupportedFeatureError(
             "A built engine has its own weights.", field="load_format", remedy="Leave load_format out."
@@ -95,6 +108,10 @@ def check_built_engine(args: LlmArgs, *, device: str, dtype: str, quantization: 
             field="dtype",
             remedy=f"Leave it out, or build an engine with dtype='{args.dtype}'.",
         )
+
+
+def _options_of_engines(args: LlmArgs) -> list[str]:
+    return [] if args.build_config is None else list(args.build_config.options_of_engines())
 
 
 def _reason_against_engine(args: LlmArgs, device: torch.device, model: ModelConfig) -> str | None:

@@ -78,7 +78,7 @@ class Coordinator:
         self._wake_receiver, self._wake_sender = os.pipe()
         os.set_blocking(self._wake_receiver, False)
         os.set_blocking(self._wake_sender, False)
-        self._wake_lock = threading.Lock()
+        self._wake_lock = threading.RLock()  # `stop` may come from the garbage collector, in the middle of `call`
         self._ended = False
         self._calls: dict[int, queue.SimpleQueue[str | None]] = {}
         self._last_turn = time.monotonic()
@@ -110,8 +110,13 @@ class Coordinator:
         return next((replica.description for replica in self._replicas if replica.description is not None), None)
 
     def stop(self) -> None:
-        """End all processes and the loop."""
+        """End all processes and the loop. Twice is harmless."""
         self.call(self._stop)
+
+    def fail(self, cause: Exception) -> None:
+        """The thread has ended with an error."""
+        self._table.fail(cause)
+        self.started.put(self._table.closed_by)
 
     # ---- the thread ------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ class EngineDescription:
         enable_chunked_prefill: whether a prompt may be longer than a step.
         memory: the plan that the cache was sized by.
         backend: `torch`, or `engine` for a compiled program.
-        max_input_len: longest prompt, where a built engine limits it; None: it leaves room for one token.
+        max_input_len: longest prompt, where an engine or the caller limits it; None: it leaves room for one token.
     """
 
     model: ModelConfig

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from tokenmill.attention.select import captures_graphs, check_backend, select_backend
+from tokenmill.attention.select import check_backend, select_backend
 from tokenmill.checkpoints.base import Checkpoint, open_checkpoint
 from tokenmill.config import LlmArgs
 from tokenmill.engine.core import EngineCore
@@ -20,15 +18,13 @@ from tokenmill.executor.backend_choice import check_built_engine, choose_backend
 from tokenmill.executor.description import EngineDescription
 from tokenmill.executor.engine_source import EngineTarget, open_engine
 from tokenmill.executor.program_factory import build_program_engine
+from tokenmill.executor.runner_factory import make_model_runner, usable_memory
 from tokenmill.executor.scheduling import make_core
 from tokenmill.kv_cache.tensors import allocate_caches
-from tokenmill.models.base import CausalLM
 from tokenmill.models.config import ModelConfig
-from tokenmill.ops.platform import free_memory
 from tokenmill.program.engine_config import is_engine
 from tokenmill.program.package import EnginePackage
-from tokenmill.runtime.memory_planner import MeasuredMemory, MemoryRequest, plan_memory
-from tokenmill.runtime.memory_probe import GRAPHS_ROOM, largest_decode_step, largest_step, peak_bytes, sampling_bytes
+from tokenmill.runtime.memory_planner import MemoryRequest, plan_memory
 from tokenmill.runtime.model_loader import (
     check_deterministic,
     has_fp8_weights,
@@ -37,14 +33,10 @@ from tokenmill.runtime.model_loader import (
     resolve_cache_dtype,
     resolve_device,
     resolve_dtype,
+    resolve_max_input_len,
     resolve_max_num_tokens,
     resolve_max_seq_len,
 )
-from tokenmill.runtime.model_runner import ModelRunner
-from tokenmill.runtime.slot_state import SlotState
-from tokenmill.runtime.step_sizes import MAX_CAPTURED_TOKENS
-from tokenmill.runtime.warm_up import run_together
-from tokenmill.sampling.slot_params import SlotSamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -77,15 +69,18 @@ def build_engine(
         check_built_engine(args, device=built.target.device, dtype=built.dtype, quantization=built.quantization)
         return build_program_engine(args, package, on_progress, num_sharing=num_sharing)
     device = resolve_device(args.device)
-    if device.type == "cuda":  # what an engine before this one left unused is free, too
-        gc.collect()
-        torch.cuda.empty_cache()
     max_num_tokens = resolve_max_num_tokens(args, device)
     checkpoint = open_checkpoint(Path(args.model), config_only=args.load_format == "dummy")
     config = ModelConfig.from_hf(checkpoint.hf_config)
     choice = choose_backend(args, device, config, has_fp8_weights=has_fp8_weights(checkpoint))
     if choice.name == "engine":
-        target = EngineTarget(device.type, args.max_batch_size, max_num_tokens, resolve_max_seq_len(args, config))
+        target = EngineTarget(
+            device.type,
+            args.max_batch_size,
+            max_num_tokens,
+            resolve_max_seq_len(args, config),
+            resolve_max_input_len(args),
+        )
         package = open_engine(args, target, on_progress)
         return build_program_engine(args, package, on_progress, num_sharing=num_sharing)
     if choice.reason is not None:
@@ -118,7 +113,7 @@ def _build_torch_engine(
         is_cpu=device.type == "cpu",
         linear_bytes=1 if args.quantization == "fp8" or has_fp8_weights(checkpoint) else None,
     )
-    memory = plan_memory(config, request, args.kv_cache_config, free_memory(device) // num_sharing)
+    memory = plan_memory(config, request, args.kv_cache_config, usable_memory(device, num_sharing))
     description = EngineDescription(
         model=config,
         device=str(device),
@@ -130,26 +125,11 @@ def _build_torch_engine(
         max_seq_len=max_seq_len,
         enable_chunked_prefill=args.enable_chunked_prefill,
         memory=memory,
+        max_input_len=resolve_max_input_len(args),
     )
     model = load_model(args, config, checkpoint, device, dtype, backend, on_progress)
     if cache_dtype.itemsize == 1:
         load_cache_scales(model, checkpoint)
-    runner, description = _make_runner(args, description, model, request, cache_dtype, num_sharing)
-    overlap = device.type == "cuda"  # elsewhere host and device are one
-    return make_core(args, description, runner, overlap=overlap), description
-
-
-def _make_runner(
-    args: LlmArgs,
-    description: EngineDescription,
-    model: CausalLM,
-    request: MemoryRequest,
-    cache_dtype: torch.dtype,
-    num_sharing: int,
-) -> tuple[ModelRunner, EngineDescription]:
-    """The runner, ready for its first plan; on a GPU its cache has the size that is left once steps have run."""
-    config, memory, device = description.model, description.memory, torch.device(description.device)
-    slots = SlotState(args.max_batch_size, description.max_seq_len, memory.tokens_per_block, device)
     make_caches = partial(
         allocate_caches,
         config.num_layers,
@@ -159,51 +139,9 @@ def _make_runner(
         dtype=cache_dtype,
         device=device,
     )
-    is_gpu = device.type == "cuda"
-    caches = make_caches(num_blocks=1 if is_gpu else memory.num_blocks)
-    # One more for the scratch slot.
-    sampling = SlotSamplingParams(args.max_batch_size + 1, config.vocab_size, device)
-    max_num_tokens, max_batch_size = description.max_num_tokens, args.max_batch_size
-    max_graph_tokens = min(max_num_tokens, MAX_CAPTURED_TOKENS)
-    use_graphs = captures_graphs(description.attn_backend, wanted=args.enable_cuda_graphs)
-    runner = ModelRunner(model, caches, slots, sampling, use_graphs=use_graphs, max_graph_tokens=max_graph_tokens)
-    if is_gpu:
-        largest = largest_step(model, caches, slots, max_num_tokens, max_batch_size)
-        captured = []
-        if use_graphs:
-            of_prompts = largest
-            if max_graph_tokens < max_num_tokens:
-                of_prompts = largest_step(model, caches, slots, max_graph_tokens, max_batch_size)
-            captured = [of_prompts, largest_decode_step(model, caches, slots, max_batch_size)]
-        measured = _run_and_measure(runner, largest, captured, max_batch_size * config.vocab_size, device)
-        free = free_memory(device) // num_sharing + measured.weights
-        memory = plan_memory(config, request, args.kv_cache_config, free, measured)
-        description = replace(description, memory=memory)
-        runner.use_caches(make_caches(num_blocks=memory.num_blocks))
-        runner.warm_up()
-    return runner, description
-
-
-def _run_and_measure(
-    runner: ModelRunner,
-    largest: Callable[[], None],
-    captured: Sequence[Callable[[], None]],
-    num_logits: int,
-    device: torch.device,
-) -> MeasuredMemory:
-    """What weights and the largest steps take on the GPU; the first runs, in which kernels are compiled, come before.
-
-    Args:
-        largest: the largest step of prompts.
-        captured: the largest steps of graphs, which share their memory; none if there are no graphs.
-        num_logits: of the largest batch.
-    """
-    torch.cuda.empty_cache()
-    weights = torch.cuda.memory_allocated(device)
-    run_together([largest, *runner.first_runs()], device)
-    peak = peak_bytes(largest, device)
-    peaks = [peak if step is largest else peak_bytes(step, device) for step in captured]
-    return MeasuredMemory(weights, max(peak, sampling_bytes(num_logits)), GRAPHS_ROOM + max(peaks) if peaks else 0)
+    runner, description = make_model_runner(args, description, model, make_caches, num_sharing=num_sharing)
+    overlap = device.type == "cuda"  # elsewhere host and device are one
+    return make_core(args, description, runner, overlap=overlap), description
 
 
 def _refuse_unsupported(args: LlmArgs) -> None:

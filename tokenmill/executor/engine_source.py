@@ -19,9 +19,8 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from tokenmill.builder.config import BuildConfig
 from tokenmill.builder.memory_plan import plan_memory
-from tokenmill.config import LlmArgs
+from tokenmill.config import BuildConfig, LlmArgs
 from tokenmill.env import read_environment
 from tokenmill.errors import TokenmillError
 from tokenmill.executor.description import EngineDescription
@@ -45,12 +44,14 @@ _MODEL_FILES: Final = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.gguf"
 
 
 class EngineTarget(NamedTuple):
-    """What an engine is for: a device (`cpu` or `cuda`), and the largest sizes of steps."""
+    """What an engine is for: a device (`cpu` or `cuda`), the largest sizes of steps, and the longest prompt, if it is
+    less than what `max_seq_len` leaves."""
 
     device: str
     max_batch_size: int
     max_num_tokens: int
     max_seq_len: int
+    max_input_len: int | None = None
 
 
 def open_engine(
@@ -94,30 +95,49 @@ def saved_engine(args: LlmArgs, description: EngineDescription, path: Path) -> P
     """
     check_output(path)
     device = description.device.partition(":")[0]
-    target = EngineTarget(device, description.max_batch_size, description.max_num_tokens, description.max_seq_len)
+    target = EngineTarget(
+        device,
+        description.max_batch_size,
+        description.max_num_tokens,
+        description.max_seq_len,
+        description.max_input_len,
+    )
     return open_engine(args, target).save(path)
 
 
 def build_config(args: LlmArgs, target: EngineTarget) -> BuildConfig:
-    """How a model is built for `args`. A `dtype` that the caller named is the type of all weights; with `auto` the
-    weights of the checkpoint stay in their formats."""
+    """How a model is built for `args`. A `dtype` that the caller named is the type of all weights; with `auto`, or if a
+    `BuildConfig` names it, the weights of the checkpoint stay in their formats."""
+    given = args.build_config or BuildConfig()
     quantization: Any = args.quantization or ("auto" if args.dtype == "auto" else "none")
+    if args.quantization is None and {"dtype", "quantization"} & given.model_fields_set:
+        quantization = given.quantization
     cache = args.kv_cache_config.dtype
     dtype: Any = args.dtype
     device: Any = target.device
+    options: dict[str, Any] = {
+        "capture": "dispatch",
+        "picture": False,
+        "opt_level": 1,  # kernels are measured by `tokenmill build`, not at every start
+    }
     return BuildConfig(
         max_batch_size=target.max_batch_size,
         max_num_tokens=max(target.max_num_tokens, target.max_batch_size),
+        max_input_len=_max_input_len(target),
         max_seq_len=target.max_seq_len,
         dtype=dtype,
         quantization=quantization,
+        kv_cache_type=given.kv_cache_type,
         kv_cache_dtype=cache if cache in ("float32", "bfloat16") else "auto",
         device=device,
-        capture="dispatch",
-        picture=False,
-        opt_level=1,  # kernels are measured by `tokenmill build`, not at every start
         num_threads=args.num_threads,
+        **{**options, **given.options_of_engines()},
     )
+
+
+def _max_input_len(target: EngineTarget) -> int:
+    longest = target.max_seq_len - 1
+    return longest if target.max_input_len is None else min(longest, target.max_input_len)
 
 
 def resized(package: EnginePackage, target: EngineTarget) -> EnginePackage:
@@ -125,7 +145,7 @@ def resized(package: EnginePackage, target: EngineTarget) -> EnginePackage:
     limits = LimitsRecord(
         max_batch_size=target.max_batch_size,
         max_num_tokens=max(target.max_num_tokens, target.max_batch_size),
-        max_input_len=target.max_seq_len - 1,
+        max_input_len=_max_input_len(target),
         max_seq_len=target.max_seq_len,
         max_beam_width=package.config.limits.max_beam_width,
     )

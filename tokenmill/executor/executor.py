@@ -8,6 +8,10 @@
 What executors have in common is here: checks at the door, the table of open requests, deadlines, the order of a
 shutdown. What differs is in the methods that start with an underscore and are abstract.
 
+An executor is a handle: callers and the requests under way refer to it, its threads do not. When the last of those
+references is gone its thread is told to end, and does what is heavy itself: a reference can go anywhere, inside the
+garbage collector and on any thread, with any lock held.
+
 Sources: the names follow TensorRT-LLM's `GenerationExecutor`.
 """
 
@@ -17,6 +21,7 @@ import atexit
 import itertools
 import os
 import time
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from copy import copy
@@ -26,9 +31,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from tokenmill.config import LlmArgs, is_number, shown
+from tokenmill.config import LlmArgs
 from tokenmill.engine.request import GenerationRequest
-from tokenmill.engine.validation import check_request, check_token_ids
+from tokenmill.engine.validation import check_bans, check_request, check_token_ids
 from tokenmill.errors import (
     EngineStalledError,
     ExecutorShutdownError,
@@ -42,6 +47,7 @@ from tokenmill.executor.description import EngineDescription
 from tokenmill.executor.engine_reading import start_reading
 from tokenmill.executor.health import ExecutorHealth
 from tokenmill.executor.iteration_queue import IterationResultQueue
+from tokenmill.executor.managed_thread import ManagedThread, join_ending
 from tokenmill.executor.request_table import RequestTable
 from tokenmill.executor.result import GenerationResult
 from tokenmill.executor.spinning import limit_spinning
@@ -49,10 +55,14 @@ from tokenmill.executor.tokenizer_source import TokenizerSource
 from tokenmill.inputs import InputProcessor, PromptInput
 from tokenmill.outputs import FinishReason
 from tokenmill.sampling_params import SamplingParams
+from tokenmill.strict_model import is_number, shown
 from tokenmill.telemetry.stats import EngineStats, IterationStats
 
 HURRY_SECONDS: Final = 2.0
 """How long the end waits for a step when somebody waits for the end: after Ctrl-C and when the process ends."""
+
+_ENDING_SECONDS: Final = 10.0
+"""How long those are waited for that end because nobody refers to them; they have no request, so it is not long."""
 
 ProgressCallback = Callable[[str, int, int], None]
 """Called while an engine starts: (what, done, total), in bytes for weights."""
@@ -60,6 +70,9 @@ ProgressCallback = Callable[[str, int, int], None]
 
 class GenerationExecutor(ABC):
     """Takes requests and gives results back. Thread-safe.
+
+    It ends with `shutdown`, with the interpreter, or, without being waited for, when nobody refers to it any more; a
+    request under way does.
 
     Args:
         tokenizer: for text prompts and text output; None: token ids in, token ids out.
@@ -72,7 +85,7 @@ class GenerationExecutor(ABC):
         self._grace_period = grace_period
         self._process = os.getpid()
         self._table = RequestTable(max_requests)
-        self._deadlines = DeadlineTimer(self._table, self._expire, self._table.fail)
+        self._deadlines = DeadlineTimer(self._table, _if_alive(self._expire), self._table.fail)
         self._request_ids = itertools.count(1)
         self._iterations = IterationResultQueue()
 
@@ -93,6 +106,7 @@ class GenerationExecutor(ABC):
             OutOfMemoryError: the model or its cache does not fit.
             WorkerStartError: a worker process died while it started, or took too long.
         """
+        join_ending(_ENDING_SECONDS)  # of executors that were dropped just now: their memory is free afterwards
         if args.num_replicas:
             from tokenmill.executor.proxy import GenerationExecutorProxy
 
@@ -163,6 +177,7 @@ class GenerationExecutor(ABC):
         _check_timeout(timeout)
         check_request(request, self.description, self.description, self._table)
         check_token_ids(request, self.description.model.vocab_size)
+        check_bans(request, self.description.model.vocab_size)
         enqueue = self._prepare(replace(request, streaming=streaming))
         result = self._table.open(request, prompt, streaming=streaming, abort=self.abort_request)
         if timeout is not None:
@@ -273,9 +288,36 @@ class GenerationExecutor(ABC):
         self._deadlines.close()
         atexit.unregister(self._at_exit)
 
-    def _at_exit(self) -> None:
-        """To be registered by who has something to end."""
-        self._end(0.0, HURRY_SECONDS)
+    def _own_thread(
+        self,
+        task: Callable[[], None],
+        stop: Callable[[], None],
+        *,
+        name: str,
+        on_error: Callable[[Exception], None],
+    ) -> ManagedThread:
+        """The thread that owns what runs requests. To be called once; nothing that it is given may refer to `self`.
+
+        Args:
+            task: ends after `stop`, and frees what it owns.
+            stop: called at shutdown, and when nobody refers to this executor any more: on any thread, at any place in
+                any code. It neither waits nor takes a lock that is not reentrant.
+            name, on_error: as for `ManagedThread`.
+        """
+        close_deadlines = self._deadlines.close
+
+        def run() -> None:
+            try:
+                task()
+            finally:
+                close_deadlines()
+                atexit.unregister(at_exit)
+
+        thread = ManagedThread(run, name=name, on_error=on_error)
+        self._at_exit = at_exit = partial(_end_with_interpreter, weakref.ref(self), thread)
+        atexit.register(at_exit)
+        weakref.finalize(self, _let_go, self._process, thread, stop).atexit = False
+        return thread
 
     def __enter__(self) -> Self:
         return self
@@ -310,6 +352,35 @@ class GenerationExecutor(ABC):
         """A deadline has passed; the request may have ended before."""
         if self._table.finish(request_id, RequestTimeoutError("The request's deadline passed.")):
             self._cancel(request_id, "timeout")
+
+
+def _if_alive(method: Callable[[int], None]) -> Callable[[int], None]:
+    """The same without a reference to the method's owner; nothing once that is gone."""
+    reference = weakref.WeakMethod(method)
+
+    def call(request_id: int) -> None:
+        alive = reference()
+        if alive is not None:
+            alive(request_id)
+
+    return call
+
+
+def _let_go(process: int, thread: ManagedThread, stop: Callable[[], None]) -> None:
+    """Nobody refers to an executor any more. In a fork of its process its thread does not exist."""
+    if os.getpid() == process:
+        thread.is_told_to_end()
+        stop()
+
+
+def _end_with_interpreter(executor: weakref.ref[GenerationExecutor], thread: ManagedThread) -> None:
+    """At the interpreter's end. A thread that is still at work when it is gone can bring the process down, so one that
+    is ending because its executor is gone is waited for, too."""
+    alive = executor()
+    if alive is None:
+        thread.join(_ENDING_SECONDS)
+    else:
+        alive._end(0.0, HURRY_SECONDS)
 
 
 def _check_timeout(timeout: float | None) -> None:

@@ -16,7 +16,6 @@ from tokenmill.executor.base_worker import BaseWorker
 from tokenmill.executor.description import EngineDescription
 from tokenmill.executor.executor import HURRY_SECONDS, GenerationExecutor, ProgressCallback
 from tokenmill.executor.health import ExecutorHealth, ProcessHealth, ProcessState
-from tokenmill.executor.managed_thread import ManagedThread
 from tokenmill.executor.postproc import Postprocessed, Postprocessor
 from tokenmill.executor.request_table import RequestTable
 from tokenmill.executor.tokenizer_source import TokenizerSource
@@ -40,8 +39,77 @@ class _LocalWorker(BaseWorker):
             self._table.finish(ended.request_id, ended.error, ended.metrics)
 
 
+class _LocalEngine:
+    """The engine, made, stepped and freed on one thread. It knows no executor, which would live as long as the thread.
+
+    Args:
+        build, tokenizer, on_progress: see `InProcessExecutor`.
+        table: gets what requests give.
+
+    Attributes:
+        started: gets one item: None when requests can be taken, or why they cannot.
+        core, description, worker: there once it has started.
+    """
+
+    core: EngineCore
+    description: EngineDescription
+    worker: _LocalWorker
+
+    def __init__(
+        self,
+        build: Callable[[ProgressCallback], tuple[EngineCore, EngineDescription]],
+        tokenizer: TokenizerSource | None,
+        table: RequestTable,
+        on_progress: ProgressCallback | None,
+    ) -> None:
+        self._build: Callable[[ProgressCallback], tuple[EngineCore, EngineDescription]] | None = build
+        self._tokenizer = tokenizer
+        self._table = table
+        self._on_progress = on_progress
+        self._is_stopped = False
+        self.started: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+
+    def run(self) -> None:
+        """Build and step. Both on one thread: torch keeps a pool of threads for each thread that computes, and with two
+        pools there are more threads than cores, at which OpenMP gives up the quick kind of waiting."""
+        assert self._build is not None
+        try:
+            self.core, self.description = self._build(self._report)
+            postprocessor = Postprocessor(None if self._tokenizer is None else self._tokenizer.load())
+        except Exception as error:  # whatever a model or a machine raises while it loads is the caller's
+            self.started.put(error)
+            return
+        finally:
+            self._build = None  # with the files that it has read
+        self.worker = _LocalWorker(self.core, postprocessor, self._table)
+        self.started.put(None)
+        try:
+            if not self._is_stopped:
+                self.worker.run()
+        finally:
+            self.core.release()
+
+    def stop(self) -> None:
+        """The thread ends when the engine next reports progress, or before its next step. On any thread, at any place:
+        a queue that only C code touches is all that this needs."""
+        self._is_stopped = True
+        if hasattr(self, "worker"):
+            self.worker.stop()
+
+    def fail(self, cause: Exception) -> None:
+        """The thread has ended with an error."""
+        self._table.fail(cause)
+        self.started.put(self._table.closed_by)  # if nobody waits for it any more, nobody reads it
+
+    def _report(self, what: str, done: int, total: int) -> None:
+        if self._is_stopped:
+            raise ExecutorShutdownError("Nobody waits for this engine any more.")
+        if self._on_progress is not None:
+            self._on_progress(what, done, total)
+
+
 class InProcessExecutor(GenerationExecutor):
-    """Runs `engine` on a thread.
+    """Runs an engine on a thread.
 
     Args:
         build: makes the engine, on the thread that will run it.
@@ -63,54 +131,22 @@ class InProcessExecutor(GenerationExecutor):
         on_progress: ProgressCallback | None = None,
     ) -> None:
         super().__init__(tokenizer, max_requests=max_requests, grace_period=grace_period)
-        self._build = build
-        self._on_progress = on_progress
-        self._started: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
-        self._is_abandoned = False
-        self._thread = ManagedThread(self._run, name="tokenmill-engine", on_error=self._on_error)
+        local = _LocalEngine(build, tokenizer, self._table, on_progress)
+        self._thread = self._own_thread(local.run, local.stop, name="tokenmill-engine", on_error=local.fail)
         try:
             self._thread.start()
             if tokenizer is not None:
                 tokenizer.load()  # while the engine is built
-            error = waiting.get(self._started)
+            error = waiting.get(local.started)
             if error is not None:
                 raise error
         except BaseException:
-            self._abandon()
+            # A thread that is loading libraries when the interpreter ends can bring the process down.
+            local.stop()
+            self._thread.join(HURRY_SECONDS)
+            atexit.unregister(self._at_exit)
             raise
-        atexit.register(self._at_exit)
-
-    def _run(self) -> None:
-        """Build and step. Both on one thread: torch keeps a pool of threads for each thread that computes, and with two
-        pools there are more threads than cores, at which OpenMP gives up the quick kind of waiting."""
-        try:
-            self._engine, self._description = self._build(self._report)
-            postprocessor = Postprocessor(None if self._tokenizer is None else self._tokenizer.load())
-        except Exception as error:  # whatever a model or a machine raises while it loads is the caller's
-            self._started.put(error)
-            return
-        self._worker = _LocalWorker(self._engine, postprocessor, self._table)
-        self._started.put(None)
-        if not self._is_abandoned:
-            self._worker.run()
-
-    def _abandon(self) -> None:
-        """Nobody waits for the engine any more: its thread ends when it next reports progress, or before a step. A
-        thread that is loading libraries when the interpreter ends can bring the process down."""
-        self._is_abandoned = True
-        if hasattr(self, "_worker"):
-            self._worker.stop()
-        self._thread.join(HURRY_SECONDS)
-
-    def _on_error(self, cause: Exception) -> None:
-        self._table.fail(cause)
-        self._started.put(self._table.closed_by)  # if nobody waits for it any more, nobody reads it
-
-    def _report(self, what: str, done: int, total: int) -> None:
-        if self._is_abandoned:
-            raise ExecutorShutdownError("Nobody waits for this engine any more.")
-        if self._on_progress is not None:
-            self._on_progress(what, done, total)
+        self._engine, self._worker, self._description = local.core, local.worker, local.description
 
     @property
     def description(self) -> EngineDescription:

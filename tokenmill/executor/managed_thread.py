@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 
 from tokenmill.executor.waiting import join
@@ -25,11 +26,11 @@ class ManagedThread:
     """
 
     def __init__(self, task: Callable[[], None], *, name: str, on_error: Callable[[Exception], None]) -> None:
-        self._task = task
+        self._task: Callable[[], None] | None = task
         self._on_error = on_error
         self._error: Exception | None = None
         # A daemon: an executor that nobody shut down must not keep the interpreter from ending.
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread = _Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
         """Begin."""
@@ -50,6 +51,10 @@ class ManagedThread:
         """Whether the caller runs on this thread."""
         return threading.current_thread() is self._thread
 
+    def is_told_to_end(self) -> None:
+        """Note that the task was told to end by somebody who does not wait for it; `join_ending` does."""
+        self._thread.is_ending = True
+
     def join(self, timeout: float | None = None) -> bool:
         """Wait for the end; False if it has not come in `timeout` seconds. On the thread itself: returns at once."""
         if not self.is_current and self._thread.ident is not None:
@@ -57,6 +62,7 @@ class ManagedThread:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
+        assert self._task is not None
         try:
             self._task()
         except BaseException as cause:  # the thread's boundary: the owner decides, about a library's panic or exit, too
@@ -67,6 +73,22 @@ class ManagedThread:
                 self._on_error(error)
             except Exception:
                 logger.critical("The error of thread %s could not be handled.", self._thread.name, exc_info=True)
+        finally:
+            self._task = None  # with all that it owns, an engine for one, whoever keeps this object
+
+
+class _Thread(threading.Thread):
+    """One that says whether it is about to end; the interpreter lists all threads."""
+
+    is_ending = False
+
+
+def join_ending(timeout: float) -> None:
+    """Wait for all managed threads of this process that are about to end, `timeout` seconds at the most."""
+    deadline = time.monotonic() + timeout
+    for thread in threading.enumerate():
+        if isinstance(thread, _Thread) and thread.is_ending and thread is not threading.current_thread():
+            join(thread, max(0.0, deadline - time.monotonic()))
 
 
 def _as_exception(cause: BaseException) -> Exception:

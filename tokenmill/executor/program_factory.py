@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from tokenmill.attention.select import captures_graphs, check_backend, select_backend
+from tokenmill.attention.select import check_backend, select_backend
 from tokenmill.config import LlmArgs
 from tokenmill.engine.core import EngineCore
 from tokenmill.errors import InvalidParameterError
 from tokenmill.executor.description import EngineDescription
+from tokenmill.executor.runner_factory import make_model_runner, usable_memory
 from tokenmill.executor.scheduling import make_core
 from tokenmill.models.config import ModelConfig
-from tokenmill.ops.platform import free_memory
 from tokenmill.program.engine_config import MIN_LOGIT_ROWS
 from tokenmill.program.package import EnginePackage
 from tokenmill.runtime.memory_planner import MeasuredMemory, MemoryRequest, plan_memory
@@ -21,9 +22,9 @@ from tokenmill.runtime.model_loader import (
     check_deterministic,
     resolve_cache_dtype,
     resolve_device,
+    resolve_max_input_len,
     resolve_max_num_tokens,
 )
-from tokenmill.runtime.model_runner import ModelRunner
 from tokenmill.runtime.program_executor import ProgressCallback
 from tokenmill.runtime.program_loading import (
     StepLimits,
@@ -33,9 +34,7 @@ from tokenmill.runtime.program_loading import (
     load_torch_program,
 )
 from tokenmill.runtime.program_runner import ProgramRunner
-from tokenmill.runtime.slot_runner import SlotRunner
 from tokenmill.runtime.slot_state import SlotState
-from tokenmill.runtime.step_sizes import SHORT_TOKENS
 from tokenmill.runtime.weight_decoding import decoded_nbytes
 from tokenmill.sampling.slot_params import SlotSamplingParams
 
@@ -63,11 +62,20 @@ def build_program_engine(
         OutOfMemoryError: the cache does not fit.
     """
     device = engine_device(args, package)
-    description = describe_program_engine(
-        args, package, device, package.weight_nbytes, free_memory(device) // num_sharing
+    free = usable_memory(device, num_sharing)
+    description = describe_program_engine(args, package, device, package.weight_nbytes, free)
+    if device.type == "cpu":
+        on_cpu = _cpu_runner(args, package, description, on_progress)
+        return make_core(args, description, on_cpu, overlap=False), description
+    model = load_torch_program(package, device, attn_backend=args.attn_backend, deterministic=args.deterministic)
+    make_caches = partial(
+        allocate_program_caches,
+        package.program,
+        tokens_per_block=description.tokens_per_block,
+        dtype=getattr(torch, description.cache_dtype),
+        device=device,
     )
-    cache_dtype = getattr(torch, description.cache_dtype)
-    runner = _make_runner(args, package, description, cache_dtype, device, on_progress)
+    runner, description = make_model_runner(args, description, model, make_caches, num_sharing=num_sharing)
     return make_core(args, description, runner, overlap=device.type == "cuda"), description
 
 
@@ -117,11 +125,13 @@ def describe_program_engine(
         max_seq_len=sizes.max_seq_len,
         is_cpu=device.type == "cpu",
     )
+    graphs = 0
     if device.type == "cpu":
         step = cpu_step_nbytes(package.program, sizes.max_num_tokens, max(sizes.max_batch_size, MIN_LOGIT_ROWS))
     else:
         step, weight_nbytes = package.program.arena_bytes, decoded_nbytes(package.program)
-    memory = plan_memory(config, request, args.kv_cache_config, free, MeasuredMemory(weight_nbytes, step))
+        graphs = step if args.enable_cuda_graphs else 0  # they hold the tensors of one step in memory of their own
+    memory = plan_memory(config, request, args.kv_cache_config, free, MeasuredMemory(weight_nbytes, step, graphs))
     is_16_bit = all(buffer.dtype != "float32" for buffer in package.program.buffers)  # what products read
     check_deterministic(args, "engine", device, dtype if is_16_bit else torch.float32)
     attn_backend = select_backend(args.attn_backend, device).name
@@ -138,7 +148,7 @@ def describe_program_engine(
         enable_chunked_prefill=args.enable_chunked_prefill,
         memory=memory,
         backend="engine",
-        max_input_len=package.config.limits.max_input_len,
+        max_input_len=min(package.config.limits.max_input_len, resolve_max_input_len(args) or sizes.max_seq_len),
     )
 
 
@@ -159,26 +169,13 @@ def _sizes(args: LlmArgs, package: EnginePackage, device: torch.device) -> _Size
     return _Sizes(**found)
 
 
-def _make_runner(
-    args: LlmArgs,
-    package: EnginePackage,
-    description: EngineDescription,
-    cache_dtype: torch.dtype,
-    device: torch.device,
-    on_progress: ProgressCallback | None,
-) -> SlotRunner:
-    memory = description.memory
+def _cpu_runner(
+    args: LlmArgs, package: EnginePackage, description: EngineDescription, on_progress: ProgressCallback | None
+) -> ProgramRunner:
+    memory, device = description.memory, torch.device("cpu")
     slots = SlotState(description.max_batch_size, description.max_seq_len, memory.tokens_per_block, device)
     # One more for the scratch slot.
     sampling = SlotSamplingParams(description.max_batch_size + 1, description.model.vocab_size, device)
-    if device.type != "cpu":
-        program = load_torch_program(package, device, attn_backend=args.attn_backend, deterministic=args.deterministic)
-        caches = allocate_program_caches(
-            package.program, memory.num_blocks, memory.tokens_per_block, cache_dtype, device
-        )
-        max_graph_tokens = min(description.max_num_tokens, SHORT_TOKENS[-1])
-        use_graphs = captures_graphs(description.attn_backend, wanted=args.enable_cuda_graphs)
-        return ModelRunner(program, caches, slots, sampling, use_graphs=use_graphs, max_graph_tokens=max_graph_tokens)
     # What is left to torch (sampling, log-probabilities) is small; its threads would only get in the kernels' way.
     torch.set_num_threads(1)
     limits = StepLimits(
@@ -191,7 +188,7 @@ def _make_runner(
     executor = load_executor(
         package,
         limits,
-        cache_dtype,
+        getattr(torch, description.cache_dtype),
         num_threads=args.num_threads,
         on_progress=on_progress,
         deterministic=args.deterministic,

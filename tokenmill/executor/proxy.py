@@ -7,9 +7,7 @@ again whose worker died before anything of them was handed out, and restarts wha
 
 from __future__ import annotations
 
-import atexit
 import queue
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +19,7 @@ import zmq
 
 from tokenmill.config import LlmArgs
 from tokenmill.engine.request import GenerationRequest
-from tokenmill.errors import InvalidParameterError, ProtocolError, TokenmillError
+from tokenmill.errors import InvalidParameterError, ProtocolError
 from tokenmill.executor import waiting
 from tokenmill.executor.coordinator import Coordinator
 from tokenmill.executor.description import EngineDescription
@@ -29,7 +27,6 @@ from tokenmill.executor.dispatch import prefix_keys
 from tokenmill.executor.executor import GenerationExecutor, ProgressCallback
 from tokenmill.executor.health import ExecutorHealth, HealthState
 from tokenmill.executor.ipc import IpcFolder
-from tokenmill.executor.managed_thread import ManagedThread
 from tokenmill.executor.messages import Progress, StartPostproc, StartWorker, TokenizerLocation, request_codec
 from tokenmill.executor.replica import Job, Replica
 from tokenmill.executor.request_flow import RequestFlow
@@ -58,71 +55,32 @@ class GenerationExecutorProxy(GenerationExecutor):
             max_requests=args.max_queue_size + args.num_replicas * args.max_batch_size,
             grace_period=args.worker_config.grace_period,
         )
-        self._args = args
         self._codec = request_codec()
         self._by_priority = args.scheduler_config.waiting_queue_policy == "priority"
         self._progress: queue.SimpleQueue[Progress] = queue.SimpleQueue()
-        self._stop_lock = threading.Lock()
         self._folder = IpcFolder()
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
-            self._replicas, self._postprocs = self._make_processes()
+            self._replicas, self._postprocs = _make_processes(args, tokenizer, self._folder, context)
         except BaseException:
-            self._free()
+            _free(context, self._folder)
             raise
         self._flow = RequestFlow(self._table, self._replicas, self._postprocs, args.worker_config.max_attempts)
         self._coordinator = Coordinator(
             self._table, self._flow, self._replicas, self._postprocs, self._iterations, self._progress.put
         )
-        self._thread = ManagedThread(self._coordinator.run, name="tokenmill-coordinator", on_error=self._on_error)
-        atexit.register(self._at_exit)
+        self._thread = self._own_thread(
+            partial(_coordinate, self._coordinator, context, self._folder),
+            self._coordinator.stop,
+            name="tokenmill-coordinator",
+            on_error=self._coordinator.fail,
+        )
         self._thread.start()
         try:
             self._wait_until_ready(on_progress)
         except BaseException:
             self.shutdown(0.0)
             raise
-
-    def _make_processes(self) -> tuple[list[Replica], list[SupervisedProcess]]:
-        args, config = self._args, self._args.worker_config
-        location = None if self._tokenizer is None else self._tokenizer.locate(self._folder.path)
-        num_postproc = args.num_postprocess_workers
-        replicas = [
-            Replica(
-                SupervisedProcess(
-                    "worker",
-                    index,
-                    config,
-                    self._folder,
-                    self._context,
-                    partial(self._worker_start, index, None if num_postproc else location),
-                )
-            )
-            for index in range(args.num_replicas)
-        ]
-        postprocs = [
-            SupervisedProcess(
-                "postproc",
-                index,
-                config,
-                self._folder,
-                self._context,
-                lambda: StartPostproc(location, config.heartbeat_interval),
-            )
-            for index in range(num_postproc)
-        ]
-        return replicas, postprocs
-
-    def _worker_start(self, index: int, location: TokenizerLocation | None) -> StartWorker:
-        known = self._replicas[index].description
-        return StartWorker(
-            args=self._args.model_copy(update={"tokenizer": None}).model_dump_json(),
-            tokenizer=location,
-            num_postproc=self._args.num_postprocess_workers,
-            replica=index,
-            cache_tokens=None if known is None else known.memory.cache_tokens,
-            heartbeat_interval=self._args.worker_config.heartbeat_interval,
-        )
 
     def _wait_until_ready(self, on_progress: ProgressCallback | None) -> None:
         """Until all processes are ready; the caller's own tokenizer loads meanwhile."""
@@ -222,18 +180,52 @@ class GenerationExecutorProxy(GenerationExecutor):
         self._coordinator.call(lambda: self._flow.cancel(request_id, reason, self._coordinator.clock))
 
     def _stop(self, patience: float | None) -> None:
-        with self._stop_lock:
-            if self._thread.is_alive:
-                self._coordinator.stop()
-                self._thread.join()
-            self._free()
+        self._coordinator.stop()
+        self._thread.join()
 
-    def _free(self) -> None:
-        self._context.term()
-        self._folder.close()
 
-    def _on_error(self, cause: Exception) -> None:
-        self._table.fail(cause)
-        error = self._table.closed_by
-        assert isinstance(error, TokenmillError)
-        self._coordinator.started.put(error)
+def _coordinate(coordinator: Coordinator, context: zmq.Context[zmq.Socket[bytes]], folder: IpcFolder) -> None:
+    """The task of the proxy's thread."""
+    try:
+        coordinator.run()
+    finally:
+        _free(context, folder)
+
+
+def _free(context: zmq.Context[zmq.Socket[bytes]], folder: IpcFolder) -> None:
+    context.term()
+    folder.close()
+
+
+def _make_processes(
+    args: LlmArgs, tokenizer: TokenizerSource | None, folder: IpcFolder, context: zmq.Context[zmq.Socket[bytes]]
+) -> tuple[list[Replica], list[SupervisedProcess]]:
+    config = args.worker_config
+    location = None if tokenizer is None else tokenizer.locate(folder.path)
+    num_postproc = args.num_postprocess_workers
+    replicas: list[Replica] = []
+    for index in range(args.num_replicas):
+        start = partial(_worker_start, args, replicas, index, None if num_postproc else location)
+        replicas.append(Replica(SupervisedProcess("worker", index, config, folder, context, start)))
+    postprocs = [
+        SupervisedProcess(
+            "postproc", index, config, folder, context, lambda: StartPostproc(location, config.heartbeat_interval)
+        )
+        for index in range(num_postproc)
+    ]
+    return replicas, postprocs
+
+
+def _worker_start(
+    args: LlmArgs, replicas: list[Replica], index: int, location: TokenizerLocation | None
+) -> StartWorker:
+    """What the worker `index` is told; one that is started anew takes as much memory as the one before it."""
+    known = replicas[index].description
+    return StartWorker(
+        args=args.model_copy(update={"tokenizer": None}).model_dump_json(exclude_unset=True),
+        tokenizer=location,
+        num_postproc=args.num_postprocess_workers,
+        replica=index,
+        cache_tokens=None if known is None else known.memory.cache_tokens,
+        heartbeat_interval=args.worker_config.heartbeat_interval,
+    )

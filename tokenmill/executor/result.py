@@ -9,6 +9,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from contextlib import suppress
+from copy import copy
 from typing import Any
 
 from tokenmill.errors import TokenmillError
@@ -45,7 +46,7 @@ class GenerationResult:
         self.prompt_token_ids = list(prompt_token_ids)
         self.streaming = streaming
         self._num_returned = sampling.n
-        self._abort = abort
+        self._abort: Callable[[int], bool] | None = abort
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._async_waiters = _AsyncWaiters()
@@ -59,6 +60,11 @@ class GenerationResult:
         self._error: TokenmillError | None = None
         self._metrics = RequestMetrics(arrival_time=arrival_time)
 
+    def __repr__(self) -> str:
+        num_tokens = sum(len(sequence.token_ids) for sequence in self._sequences)
+        state = "under way" if not self._done else "finished" if self._error is None else repr(self._error)
+        return f"<GenerationResult of request {self.request_id}: {num_tokens} tokens, {state}>"
+
     # ---- the executor's side ---------------------------------------------------------------------------------
 
     def push(self, delta: OutputDelta) -> None:
@@ -69,7 +75,8 @@ class GenerationResult:
             _apply(self._sequences[delta.sequence_index], delta)
             self._has_news = True
             if self.streaming:
-                self._wake()
+                self._changed.notify_all()
+                self._async_waiters.wake_all()
 
     def finish(self, metrics: RequestMetrics, error: TokenmillError | None = None) -> None:
         """The terminal event. Called by the executor, once."""
@@ -78,7 +85,9 @@ class GenerationResult:
             self._metrics = metrics
             self._error = error
             self._done = True
-            self._wake()
+            self._abort = None  # a result that is kept does not keep the engine
+            self._changed.notify_all()
+            self._async_waiters.wake_all()
 
     def restart(self) -> bool:
         """Forget what has come, because the request is run again. False, and nothing is changed, if somebody has seen
@@ -89,10 +98,6 @@ class GenerationResult:
             self._sequences = [CompletionOutput(index=sequence.index) for sequence in self._sequences]
             self._has_news = False
             return True
-
-    def _wake(self) -> None:
-        self._changed.notify_all()
-        self._async_waiters.wake_all()
 
     # ---- the caller's side -----------------------------------------------------------------------------------
 
@@ -111,7 +116,8 @@ class GenerationResult:
 
     def abort(self) -> bool:
         """Cancel the request; False when it had ended already. Its sequences end with `cancelled`."""
-        return self._abort(self.request_id)
+        abort = self._abort
+        return abort is not None and abort(self.request_id)
 
     def exception(self) -> TokenmillError | None:
         """The error that ended the request, if any."""
@@ -180,7 +186,7 @@ class GenerationResult:
             return None
         if self._done and self._error is not None and not (self.streaming and self._has_news):
             self._final_was_read = True
-            raise self._error
+            raise copy(self._error) from self._error.__cause__  # see `_final`
         self._final_was_read = self._done and self._error is None
         self._has_news = False
         output = self._snapshot()
@@ -189,7 +195,8 @@ class GenerationResult:
 
     def _final(self) -> RequestOutput:
         if self._error is not None:
-            raise self._error
+            # With a traceback of its own: that names the frames of callers, which would live as long as this result.
+            raise copy(self._error) from self._error.__cause__
         return self._snapshot()
 
     def _snapshot(self) -> RequestOutput:

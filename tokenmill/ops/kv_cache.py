@@ -41,6 +41,7 @@ def write_kv_reference(
 ) -> None:
     """The definition of `write_kv`: one token at a time."""
     tokens_per_block = key_cache.shape[1]
+    key, value = _rounded(key, key_cache.dtype), _rounded(value, value_cache.dtype)
     for token, slot in enumerate(slot_mapping.tolist()):
         block, offset = divmod(slot, tokens_per_block)
         key_cache[block, offset] = key[token]
@@ -109,3 +110,10 @@ IMPLEMENTATIONS: Mapping[str, WriteKv] = MappingProxyType({"reference": write_kv
 def choose(device: torch.device, dtype: torch.dtype) -> str:
     """Name of the implementation for tensors of this device and type."""
     return "torch"
+
+
+def _rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x in the cache's type; what is beyond the range of float8 becomes its largest value (torch 2.11 makes it NaN)."""
+    if dtype.itemsize == 1:
+        x = x.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
+    return x.to(dtype)

@@ -8,6 +8,11 @@ from pathlib import Path
 import torch
 
 
+def is_cuda(device: torch.device) -> bool:
+    """Whether steps can be captured on the device, and what they take of its memory be measured."""
+    return device.type == "cuda"
+
+
 def computes_bfloat16(device: torch.device) -> bool:
     """Whether the device has bfloat16 arithmetic of its own."""
     if device.type == "cuda":

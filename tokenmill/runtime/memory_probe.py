@@ -1,5 +1,5 @@
 """`largest_step` and `peak_bytes`: what a step of a model really takes on a GPU, found by running it before the cache
-exists. Called by `executor.engine_factory`.
+exists. Called by `executor.runner_factory`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from tokenmill.attention.base import LayerCache
 from tokenmill.engine.plan import Row
 from tokenmill.layers.forward_batch import ForwardBatch
-from tokenmill.models.base import CausalLM
+from tokenmill.runtime.model_runner import StepModel
 from tokenmill.runtime.slot_state import SlotState
 from tokenmill.runtime.step_inputs import inputs_of_rows
 from tokenmill.sampling.exact import MAX_ELEMENTS
@@ -23,7 +23,7 @@ GRAPHS_ROOM = 256 << 20
 
 
 def largest_step(
-    model: CausalLM, caches: tuple[LayerCache, ...], state: SlotState, max_num_tokens: int, max_batch_size: int
+    model: StepModel, caches: tuple[LayerCache, ...], state: SlotState, max_num_tokens: int, max_batch_size: int
 ) -> Callable[[], None]:
     """A step of `max_num_tokens` prompt tokens and the logits of `max_batch_size` rows.
 
@@ -33,7 +33,7 @@ def largest_step(
 
 
 def largest_decode_step(
-    model: CausalLM, caches: tuple[LayerCache, ...], state: SlotState, max_batch_size: int
+    model: StepModel, caches: tuple[LayerCache, ...], state: SlotState, max_batch_size: int
 ) -> Callable[[], None]:
     """A step of one token of each of `max_batch_size` rows; as `largest_step`."""
     rows = [Row(slot=0, start=0, num_tokens=1, sample=False)] * max_batch_size
@@ -46,7 +46,7 @@ def sampling_bytes(num_logits: int) -> int:
 
 
 def _step(
-    model: CausalLM, caches: tuple[LayerCache, ...], state: SlotState, rows: list[Row], num_logits: int
+    model: StepModel, caches: tuple[LayerCache, ...], state: SlotState, rows: list[Row], num_logits: int
 ) -> Callable[[], None]:
     def run() -> None:
         inputs = inputs_of_rows(rows, state)

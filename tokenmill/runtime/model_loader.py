@@ -104,6 +104,11 @@ def resolve_max_seq_len(args: LlmArgs, config: ModelConfig) -> int:
     return args.max_seq_len
 
 
+def resolve_max_input_len(args: LlmArgs) -> int | None:
+    """The longest prompt, if the user limits it."""
+    return None if args.build_config is None else args.build_config.max_input_len
+
+
 def check_deterministic(
     args: LlmArgs, backend: Literal["engine", "torch"], device: torch.device, dtype: torch.dtype
 ) -> None:

@@ -19,6 +19,7 @@ from tokenmill.engine.plan import BatchPlan, BlockCopy, Row
 from tokenmill.layers.forward_batch import ForwardBatch
 from tokenmill.ops.argmax import TokenPlaces
 from tokenmill.ops.kv_cache import copy_blocks
+from tokenmill.ops.platform import is_cuda
 from tokenmill.ops.upload import upload
 from tokenmill.runtime.device_errors import device_errors
 from tokenmill.runtime.phases import phase
@@ -69,7 +70,7 @@ class ModelRunner(SlotRunner):
         self._model = model
         self._caches = caches
         self._graphs: StepGraphs | None = None
-        if slots.device.type == "cuda" and use_graphs:
+        if use_graphs and is_cuda(slots.device):
             self._graphs = StepGraphs(self._step, slots, slots.scratch_slot, max_graph_tokens)
 
     def first_runs(self) -> list[Callable[[], object]]:

@@ -17,7 +17,7 @@ from tokenmill.engine.plan import BatchPlan, BlockCopy, Interruption, NewSlot, R
 from tokenmill.runtime.device_errors import device_errors
 from tokenmill.runtime.phases import phase
 from tokenmill.runtime.program_executor import ProgramExecutor, Values
-from tokenmill.runtime.slot_runner import NOT_FINITE, LaunchedStep, SlotRunner
+from tokenmill.runtime.slot_runner import LaunchedStep, SlotRunner, not_finite
 from tokenmill.runtime.slot_state import SlotState
 from tokenmill.runtime.step_arrays import MAX_STEPS, NO_TOKEN, NUM_END_IDS, Integers
 from tokenmill.sampling.slot_params import SlotSamplingParams
@@ -96,7 +96,7 @@ class ProgramRunner(SlotRunner):
             end = row.start + row.num_tokens
             if found[0] < 0:
                 self._token_ids[row.slot, end] = 0
-                outputs[index] = RowOutput(error=NOT_FINITE)
+                outputs[index] = RowOutput(error=not_finite())
                 continue
             self._token_ids[row.slot, end : end + len(found)] = found
             outputs[index] = RowOutput(found[0], more_token_ids=tuple(found[1:]))

@@ -14,12 +14,12 @@ from typing import Any, Final, Self, TypeAlias
 import numpy as np
 import torch
 
-from tokenmill.config import is_boolean, shown
 from tokenmill.errors import InvalidParameterError, UnknownParameterError, did_you_mean
 from tokenmill.program.package import EnginePackage
 from tokenmill.runtime.program_executor import ProgramExecutor, Values
 from tokenmill.runtime.program_loading import StepLimits, load_executor, load_torch_executor
 from tokenmill.runtime.step_arrays import StepArrays
+from tokenmill.strict_model import holds_boolean, is_boolean, shown
 
 Integers: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -59,7 +59,7 @@ class Session:
     Raises:
         EngineFileError: the engine has no weights.
         UnsupportedFeatureError: this machine has no kernels for it.
-        InvalidParameterError: a number is no number of 1 or more.
+        InvalidParameterError: a number is no number of 1 or more, or there is no such device.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Session:
             tokens_per_block=tokens_per_block,
         )
         cache_dtype = getattr(torch, engine.config.kv_cache_dtype)
-        target = torch.device(device or engine.config.target.device)
+        target = _device(engine.config.target.device if device is None else device)
         self._executor: ProgramExecutor
         if target.type == "cpu" and use_kernels:
             self._executor = load_executor(engine, sizes, cache_dtype, num_threads=num_threads)
@@ -138,6 +138,7 @@ class Session:
         self._check_names(shapes)
         arrays, ranks = self._executor.arrays, {info.name: len(info.shape) for info in self.inputs}
         for name, shape in shapes.items():
+            _check_shape(name, shape)
             if len(shape) != ranks[name]:
                 raise _wrong(name, f"has {len(shape)} dimensions instead of {ranks[name]}")
         num_tokens, num_rows = shapes["token_ids"][0], shapes["row_index"][0]
@@ -193,7 +194,11 @@ class Session:
         Args:
             inputs: as for `run`; the step is computed again and again.
             num_runs: how often.
+
+        Raises:
+            UserError: an input does not fit the engine or the others, or `num_runs` is no number of 1 or more.
         """
+        _check_count("num_runs", num_runs)
         self._write(inputs)
         self._executor.run_timed()
         runs = [self._executor.run_timed() for _ in range(num_runs)]
@@ -208,12 +213,17 @@ class Session:
         Raises:
             InvalidParameterError: a block is not there, or both a source and a destination.
         """
-        if len(sources) != len(destinations) or set(sources) & set(destinations):
+        found = []
+        for name, given in (("sources", sources), ("destinations", destinations)):
+            blocks = _integers(name, given) if len(given) else np.zeros(0, np.int64)
+            if blocks.ndim != 1:
+                raise _wrong(name, f"has {blocks.ndim} dimensions instead of 1")
+            self._check_range(name, blocks, self._num_blocks)
+            found.append(blocks.tolist())
+        if len(found[0]) != len(found[1]) or set(found[0]) & set(found[1]):
             raise _wrong("destinations", "does not name one other block for each source")
-        for name, blocks in (("sources", sources), ("destinations", destinations)):
-            self._check_range(name, np.array(blocks, np.int64), self._num_blocks)
-        if sources:
-            self._executor.copy_blocks(sources, destinations)
+        if found[0]:
+            self._executor.copy_blocks(*found)
 
     # ---- checks ----------------------------------------------------------------------------------------------
 
@@ -269,7 +279,12 @@ def _store(arrays: StepArrays, given: Mapping[str, Integers], positions: Integer
 
 
 def _integers(name: str, value: Any) -> Integers:
-    array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+    if holds_boolean(value):  # in a list beside a number, numpy would take True for 1
+        raise _wrong(name, "holds booleans, not integers")
+    try:
+        array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+    except ValueError:  # rows of several lengths
+        raise _wrong(name, "is no array") from None
     if array.dtype.kind not in "iu":
         raise _wrong(name, f"holds {array.dtype} values, not integers")
     return array.astype(np.int64)
@@ -277,6 +292,20 @@ def _integers(name: str, value: Any) -> Integers:
 
 def _wrong(name: str, what: str) -> InvalidParameterError:
     return InvalidParameterError(f"The input '{name}' {what}.", field=name)
+
+
+def _check_shape(name: str, shape: Any) -> None:
+    if holds_boolean(shape) or not (isinstance(shape, (list, tuple)) and all(isinstance(n, int) for n in shape)):
+        raise _wrong(name, f"has the shape {shown(shape)}, which is no list of numbers")
+
+
+def _device(device: Any) -> torch.device:
+    try:
+        if isinstance(device, (str, torch.device)):
+            return torch.device(device)
+    except RuntimeError:  # torch knows no such kind
+        pass
+    raise InvalidParameterError(f"device is {shown(device)}.", field="device", remedy="Use 'cpu', 'cuda' or 'cuda:1'.")
 
 
 def _check_count(name: str, number: Any) -> None:

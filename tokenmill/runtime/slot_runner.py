@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from tokenmill.engine.plan import BatchPlan, BlockCopy, NewSlot, Row, RowOutput, StepOutput
+from tokenmill.errors import AllTokensBannedError, InvalidLogitsError
 from tokenmill.runtime.device_errors import device_errors
 from tokenmill.runtime.phases import phase
 from tokenmill.runtime.slot_state import SlotState
@@ -22,7 +23,19 @@ from tokenmill.sampling.sampled_tokens import SampledRow, TokenReadback
 from tokenmill.sampling.sampler import Sampler
 from tokenmill.sampling.slot_params import SlotSamplingParams
 
-NOT_FINITE = "The model gave no finite logits for this request."
+
+def not_finite() -> InvalidLogitsError:
+    """Why a row has no token: the model's fault."""
+    return InvalidLogitsError("The model gave no finite logits for this request.")
+
+
+def all_banned() -> AllTokensBannedError:
+    """Why a row has no token: the request's fault."""
+    return AllTokensBannedError(
+        "No token may come next: bad words, and tokens that would end the answer before min_tokens, are all that the "
+        "model could say at this place.",
+        remedy="Ban fewer.",
+    )
 
 
 class Readback(Protocol):
@@ -96,8 +109,8 @@ class SlotRunner(ABC):
             sampled = pending.readback.wait() if pending.readback is not None else []
         if pending.reads_all:
             sampled = [sampled[index] for index in pending.sampled_rows]
-        for index, (token_id, logprobs) in zip(pending.sampled_rows, sampled, strict=True):
-            error = None if token_id is not None else NOT_FINITE
+        for index, (token_id, logprobs, is_banned) in zip(pending.sampled_rows, sampled, strict=True):
+            error = None if token_id is not None else all_banned() if is_banned else not_finite()
             outputs[index] = RowOutput(token_id, logprobs, of_prompts.get(index, ()), error)
         return StepOutput(tuple(outputs))
 

@@ -21,8 +21,8 @@ class SampledTokens:
 
     Args:
         token_ids: [R] int64; 0 where `invalid`.
-        invalid: [R] bool, rows without an answer: logits with NaN or +inf, or nothing but -inf (also when bans and
-            biases leave no token).
+        invalid: [R] bool, rows without an answer: logits with NaN or +inf, or nothing but -inf, or `banned`.
+        banned: [R] bool, rows of sound logits whose bans leave no token; None if no row has any.
         logprobs: of the rows in `logprob_rows`; None if no row wants any.
         logprob_rows: rows that want log-probabilities, on the host.
         num_logprobs: how many most likely tokens each of them wants, on the host.
@@ -30,6 +30,7 @@ class SampledTokens:
 
     token_ids: torch.Tensor
     invalid: torch.Tensor
+    banned: torch.Tensor | None = None
     logprobs: LogprobTensors | None = None
     logprob_rows: tuple[int, ...] = ()
     num_logprobs: tuple[int, ...] = ()
@@ -41,10 +42,12 @@ class SampledTokens:
 
 
 class SampledRow(NamedTuple):
-    """One row's answer on the host: the token (None if the row was invalid), and its log-probabilities if wanted."""
+    """One row's answer on the host: the token (None if the row was invalid), its log-probabilities if wanted, and
+    whether there is no token because all are banned."""
 
     token_id: int | None
     logprobs: TokenLogprobs | None
+    is_banned: bool = False
 
 
 class TokenReadback:
@@ -72,7 +75,7 @@ class TokenReadback:
             entries = to_token_logprobs(tensors, sampled.num_logprobs)
             logprobs = dict(zip(sampled.logprob_rows, entries, strict=True))
         return [
-            SampledRow(None, None) if bad else SampledRow(token_id, logprobs.get(row))
+            SampledRow(None, None, bad > 1) if bad else SampledRow(token_id, logprobs.get(row))
             for row, (token_id, bad) in enumerate(zip(token_ids, invalid, strict=True))
         ]
 
@@ -83,8 +86,9 @@ def collect(sampled: SampledTokens) -> list[SampledRow]:
 
 
 def _pack(sampled: SampledTokens) -> torch.Tensor:
-    """[2R + T(3 + 2N)] int64: tokens, invalid flags, packed log-probabilities."""
-    parts = [sampled.token_ids, sampled.invalid.to(torch.int64)]
+    """[2R + T(3 + 2N)] int64: tokens, 1 for invalid rows and 2 for banned ones, packed log-probabilities."""
+    invalid = sampled.invalid.to(torch.int64)
+    parts = [sampled.token_ids, invalid if sampled.banned is None else invalid + sampled.banned]
     if sampled.logprobs is not None:
         parts.append(pack(sampled.logprobs).flatten())
     return torch.cat(parts)

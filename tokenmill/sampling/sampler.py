@@ -8,7 +8,7 @@ from plain integers, and nothing here waits for the device until `TokenReadback.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -71,15 +71,17 @@ class Sampler:
         if max_position is not None:
             token_buffer = token_buffer[:, : max(1, max_position)]
         greedy = self.most_likely(logits)
-        token_ids, invalid = greedy.token_ids, greedy.invalid
+        token_ids, invalid, banned = greedy.token_ids, greedy.invalid, None
         needs = self._params.batch_needs(slot_list)
         if needs.flags and not needs.flags & Need.EDITS and can_sample(logits):
             token_ids = self._draw_in_one(logits, token_ids, slots, positions).masked_fill(invalid, 0)
         elif needs.flags:
             rows = _Rows(slots, positions.to(torch.int64), token_buffer)
-            token_ids, invalid = self._choose_in_slices(logits, invalid, rows, slot_list)
+            token_ids, banned = self._choose_in_slices(logits, invalid, rows, slot_list)
+            invalid = invalid | banned
             token_ids = token_ids.masked_fill(invalid, 0)
-        return self._with_logprobs(logits, slots, slot_list, token_ids, invalid)
+        sampled = SampledTokens(token_ids, invalid, banned)
+        return self._with_logprobs(logits, slots, slot_list, sampled)
 
     def most_likely(self, logits: torch.Tensor, places: TokenPlaces | None = None) -> SampledTokens:
         """The most likely token of each row of `logits` [R, V]; of equal ones the first. Fit for a CUDA graph.
@@ -121,18 +123,18 @@ class Sampler:
 
     def _choose(
         self, logits: torch.Tensor, invalid: torch.Tensor, rows: _Rows, slot_list: Sequence[int], needs: BatchNeeds
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # [R] int64, [R] bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # [R] int64, [R] bool: tokens, and where all tokens are banned
         # From here on no row holds NaN or +inf; what an invalid row gives is thrown away.
         logits = logits.float().masked_fill(invalid.unsqueeze(1), 0.0)
         logits = self._edit(logits, rows, slot_list, needs)
         row_max, token_ids = logits.max(dim=-1)
-        invalid = invalid | row_max.isneginf()
+        banned = row_max.isneginf() & ~invalid
         if needs.num_random == logits.shape[0]:
             token_ids = self._draw(logits, rows, needs)
         elif needs.num_random:
             index = rows_where(self._params.floats("temperature", rows.slots) > 0.0, needs.num_random)
             token_ids = token_ids.index_copy(0, index, self._draw(logits[index], rows.select(index), needs))
-        return token_ids, invalid
+        return token_ids, banned
 
     def _edit(
         self, logits: torch.Tensor, rows: _Rows, slot_list: Sequence[int], needs: BatchNeeds
@@ -209,8 +211,7 @@ class Sampler:
         logits: torch.Tensor,
         slots: torch.Tensor,
         slot_list: Sequence[int],
-        token_ids: torch.Tensor,
-        invalid: torch.Tensor,
+        sampled: SampledTokens,
     ) -> SampledTokens:
         wanted = [
             (row, needs.num_logprobs)
@@ -218,10 +219,11 @@ class Sampler:
             if needs.num_logprobs is not None
         ]
         if not wanted:
-            return SampledTokens(token_ids, invalid)
+            return sampled
         rows, counts = zip(*wanted, strict=True)
-        chosen = token_ids
+        chosen = sampled.token_ids
         if len(rows) < logits.shape[0]:
             index = rows_where(self._params.integers("num_logprobs", slots) >= 0, len(rows))
-            logits, chosen = logits[index], token_ids[index]
-        return SampledTokens(token_ids, invalid, token_logprobs(logits, chosen, max(counts)), rows, counts)
+            logits, chosen = logits[index], chosen[index]
+        logprobs = token_logprobs(logits, chosen, max(counts))
+        return replace(sampled, logprobs=logprobs, logprob_rows=rows, num_logprobs=counts)

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from operator import index
 from typing import Any, ClassVar
 
-from tokenmill.config import StrictModel
 from tokenmill.errors import InvalidParameterError, UnsupportedFeatureError
 from tokenmill.sampling_params import MAX_COUNT
+from tokenmill.strict_model import StrictModel
 
 
 class CompatibleModel(StrictModel):

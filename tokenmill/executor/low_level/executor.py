@@ -6,7 +6,9 @@ It stands on `GenerationExecutor`, so tokens, limits and errors are those of `LL
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections.abc import Sequence
 from datetime import timedelta
 from math import isnan
@@ -78,6 +80,7 @@ class Executor:
         )
         self._queue = ResponseQueue()
         self._collector = ResponseCollector(self._queue)
+        weakref.finalize(self, _let_go, os.getpid(), self._collector).atexit = False
         self._admitting = threading.Lock()  # held while requests enter and while all is shut down
         self._reading = threading.Lock()  # guards the two times below
         self._is_shut_down = False
@@ -213,6 +216,12 @@ class Executor:
 
     def _builder(self, request_id: int, request: Request) -> ResponseBuilder:
         return ResponseBuilder(request_id, request, normalize_log_probs=self._config.normalize_log_probs)
+
+
+def _let_go(process: int, collector: ResponseCollector) -> None:
+    """Nobody refers to an executor any more; the engine below ends by itself, after the requests under way."""
+    if os.getpid() == process:
+        collector.stop()
 
 
 def _checked_config(config: Any) -> ExecutorConfig:

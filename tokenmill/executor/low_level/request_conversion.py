@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tokenmill.engine.request import GenerationRequest
+from tokenmill.engine.validation import check_bans
 from tokenmill.errors import InvalidParameterError, PromptTooLongError, RequestTooLargeError
 from tokenmill.executor.low_level.request import Request
 from tokenmill.sampling_params import SamplingParams
@@ -36,12 +37,13 @@ class RequestConverter:
 
         Raises:
             InvalidParameterError: a token is not in the vocabulary, or there are too many sequences.
+            AllTokensBannedError: no token is left for the answer.
             PromptTooLongError, RequestTooLargeError: the prompt is too long.
         """
         self._check_vocabulary(request)
         self._check_size(request)
         config = request.sampling_config
-        return GenerationRequest(
+        converted = GenerationRequest(
             request_id=request_id,
             prompt_token_ids=request.input_token_ids,
             sampling=_sampling_params(request),
@@ -53,6 +55,8 @@ class RequestConverter:
             arrival_time=time.monotonic(),
             stop_words=tuple(word for word in request.stop_words if len(word) > 1),
         )
+        check_bans(converted, self.vocab_size, "bad_words")
+        return converted
 
     def _end_ids(self, request: Request) -> tuple[int, ...]:
         if request.end_id is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from contextlib import suppress
 
 from tokenmill.errors import EngineError, TokenmillError
 from tokenmill.executor.low_level.response_builder import ResponseBuilder
@@ -37,10 +38,14 @@ class ResponseCollector:
         """Queue the responses of a request as they come. From any thread, before `close`."""
         self._loop.call_soon_threadsafe(self._start, result, builder)
 
+    def stop(self) -> None:
+        """Stop when all followed requests have ended, for which this does not wait. Twice is harmless."""
+        with suppress(RuntimeError):  # the loop is closed: it has stopped
+            self._loop.call_soon_threadsafe(self._stop.set)
+
     def close(self) -> None:
         """Wait until all followed requests have ended, and stop. Twice is harmless."""
-        if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._stop.set)
+        self.stop()
         if threading.current_thread() is not self._thread:
             join(self._thread)
 
