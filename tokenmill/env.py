@@ -1,6 +1,6 @@
 """Environment variables that tokenmill reads, all in one place.
 
-    TOKENMILL_CACHE    folder for downloaded models, built engines and compiled kernels
+    TOKENMILL_CACHE    folder for downloaded models, built engines, compiled kernels and what was measured of them
                        (default: `$XDG_CACHE_HOME/tokenmill`, else `~/.cache/tokenmill`)
 
 Hub downloads follow huggingface_hub's own variables (`HF_HOME`, `HF_TOKEN`, `HF_HUB_OFFLINE`, ...).
@@ -19,7 +19,7 @@ class Environment:
     """The variables, parsed."""
 
     cache_dir: Path
-    """Folder for what tokenmill downloads, builds and compiles; it need not exist yet."""
+    """Folder for what tokenmill downloads, builds, compiles and measures; it need not exist yet."""
 
 
 def read_environment(variables: Mapping[str, str] | None = None) -> Environment:

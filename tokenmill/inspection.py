@@ -26,7 +26,9 @@ from tokenmill.executor.engine_source import EngineTarget, build_config
 from tokenmill.executor.program_factory import describe_program_engine, engine_device
 from tokenmill.models.config import ModelConfig
 from tokenmill.models.linear_kernels import KernelChoice, linear_kernels
+from tokenmill.ops.cublas_lt import gpu_machine, is_available
 from tokenmill.ops.platform import free_memory
+from tokenmill.ops.product_choices import GpuMachine, ProductChoices
 from tokenmill.program.package import EnginePackage
 from tokenmill.runtime.memory_planner import MemoryPlan, MemoryRequest, plan_memory
 from tokenmill.runtime.model_loader import (
@@ -133,6 +135,8 @@ class ModelReport(MemoryReport):
         attn_backend: the attention backend that would be used.
         attn_backends: all that there are.
         linear_kernels: what multiplies each linear layer on a GPU, by numbers of rows.
+        measured_on: the GPU and versions whose measured algorithms are among them: those of this machine's GPU, else
+            those that were measured last; None: there are none yet.
     """
 
     model: str
@@ -143,6 +147,7 @@ class ModelReport(MemoryReport):
     attn_backend: str
     attn_backends: tuple[str, ...]
     linear_kernels: tuple[KernelChoice, ...]
+    measured_on: GpuMachine | None
 
 
 def inspect_model(model: str | Path, **args: Any) -> ModelReport:
@@ -163,6 +168,7 @@ def inspect_model(model: str | Path, **args: Any) -> ModelReport:
     choice = choose_backend(checked, device, config, has_fp8_weights=has_fp8_weights(checkpoint))
     plan = _engine_plan if choice.name == "engine" else _torch_plan
     planned = plan(checked.model_copy(update={"model": path}), checkpoint, config, device)
+    measured = _measured_products(device)
     return ModelReport(
         model=str(model),
         checkpoint=_checkpoint_report(checkpoint),
@@ -185,7 +191,10 @@ def inspect_model(model: str | Path, **args: Any) -> ModelReport:
             config,
             float8=checked.quantization == "fp8" or has_fp8_weights(checkpoint),
             deterministic=checked.deterministic,
+            dtype="float16" if checked.dtype == "float16" else "bfloat16",
+            measured=measured.choices if measured else (),
         ),
+        measured_on=measured.machine if measured else None,
         shortage=planned.shortage,
     )
 
@@ -286,6 +295,14 @@ def _or_shortage(plan: Callable[[int | None], _Planned], device: torch.device) -
         return plan(free_memory(device)), None
     except OutOfMemoryError as error:
         return plan(None), str(error)
+
+
+def _measured_products(device: torch.device) -> ProductChoices | None:
+    """Of this machine's GPU; where there is none, what was measured last, perhaps on another machine."""
+    if not is_available():
+        return ProductChoices.newest()
+    found = ProductChoices.load(gpu_machine(device if device.type == "cuda" else torch.device("cuda", 0)))
+    return found if found.choices else None
 
 
 def _checkpoint_report(checkpoint: Checkpoint) -> CheckpointReport:

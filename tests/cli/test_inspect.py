@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.cli.conftest import Program
+from tokenmill.ops.cublas_lt import gpu_machine
+from tokenmill.ops.product_choices import GpuMachine, ProductChoice, ProductChoices, ProductKey
 
 
 @pytest.mark.spec("A3")
@@ -118,7 +122,44 @@ def test_kernels_are_listed_without_a_gpu(tiny_model: Path, program: Program) ->
     assert done.returncode == 0
     assert "Linear layers on an NVIDIA GPU" in done.stdout
     assert "2 gate_up_proj" in done.stdout and "matvec" in done.stdout and "cuBLAS" in done.stdout
+    assert "measured when an engine starts on the device. For this model nothing is measured yet" in " ".join(
+        done.stdout.split()
+    )
     kernels = json.loads(program("inspect", str(tiny_model), "--json", "--quantization", "fp8").stdout)[
         "linear_kernels"
     ]
     assert {one["kernel"] for one in kernels if one["weights"] == "float8"} >= {"matvec", "_scaled_mm"}
+
+
+@pytest.fixture
+def measured(program: Program, tiny_model: Path) -> Iterator[GpuMachine]:
+    """A GPU, for which choices of the tiny model's first product are in the program's cache folder."""
+    machine = GpuMachine(device="NVIDIA H100 80GB HBM3", capability="9.0", driver=13000, cublas_lt=130002, torch="2.11")
+    if torch.cuda.is_available():  # the program tells of this one then
+        machine = gpu_machine(torch.device("cuda", 0))
+    first = json.loads(program("inspect", str(tiny_model), "--json").stdout)["linear_kernels"][0]
+    out_features, in_features = first["out_features"], first["in_features"]
+    small, large = (ProductKey(num_rows, out_features, in_features, "bfloat16") for num_rows in (512, 1024))
+    tile = "64 x 128 rows, 4 stages of 64"
+    choices = [ProductChoice(large, None, "", 25.5, 25.5), ProductChoice(small, b"1" * 64, tile, 12.345, 15.25)]
+    ProductChoices(machine, choices).save()
+    yield machine
+    machine.path.unlink()
+
+
+@pytest.mark.spec("C6")
+def test_measured_algorithms_are_listed(tiny_model: Path, program: Program, measured: GpuMachine) -> None:
+    report = json.loads(program("inspect", str(tiny_model), "--json").stdout)
+    assert report["measured_on"]["device"] == measured.device
+    assert report["measured_on"]["cublas_lt"] == measured.cublas_lt
+    found = [one["measured"] for one in report["linear_kernels"] if one["measured"]]
+    tile = "64 x 128 rows, 4 stages of 64"
+    names = ("first_rows", "last_rows", "algorithm", "microseconds", "torch_microseconds")
+    of_512, of_1024 = (481, 512, tile, 12.345, 15.25), (961, 1024, None, 25.5, 25.5)
+    assert found == [[dict(zip(names, one, strict=True)) for one in (of_512, of_1024)]]
+    text = _unwrapped(program("inspect", str(tiny_model), "--kernels").stdout)
+    assert f"481 to 512 cuBLASLt {tile} 12.3 us (torch's: 15.2)" in text
+    assert "961 to 1,024 torch's 25.5 us" in text
+    assert f"measured when an engine started on {measured.device} ({measured.versions})" in text
+    text = _unwrapped(program("inspect", str(tiny_model), "--kernels", "--dtype", "float16").stdout)
+    assert f"nothing is measured yet on {measured.device}" in text

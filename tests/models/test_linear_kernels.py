@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tokenmill.models.config import ModelConfig
-from tokenmill.models.linear_kernels import KernelChoice, linear_kernels
+from tokenmill.models.linear_kernels import KernelChoice, MeasuredProduct, linear_kernels
 from tokenmill.ops.linear_plan import small_batch_plan
+from tokenmill.ops.product_choices import ProductChoice, ProductKey
 
 pytestmark = pytest.mark.spec("C6")
 
@@ -46,3 +47,32 @@ def test_one_row_few_rows_many_rows(float8: bool) -> None:
 
 def test_deterministic_products_have_one_kernel() -> None:
     assert {choice.kernel for choice in linear_kernels(LLAMA_8B, float8=True, deterministic=True)} == {"invariant"}
+
+
+def test_measured_algorithms_stand_with_the_products_they_compute() -> None:
+    def measured(rows: int, out: int, size: int, dtype: str = "bfloat16", name: bytes | None = b"1") -> ProductChoice:
+        return ProductChoice(ProductKey(rows, out, size, dtype), name, "tile", float(rows), 2.0 * rows)
+
+    known = [
+        measured(512, 6144, 4096),
+        measured(8192, 6144, 4096, name=None),
+        measured(176, 6144, 4096),
+        measured(72, 28672, 4096),
+        measured(512, 4096, 14336, dtype="float16"),
+        measured(64, 6144, 4096),  # whose own kernel is used
+        measured(512, 6144, 4000),
+    ]
+    choices = linear_kernels(LLAMA_8B, float8=False, measured=known)
+    assert {choice.kernel for choice in choices if choice.measured} == {"cuBLAS"}
+    assert {choice.layer: choice.measured for choice in choices if choice.measured} == {
+        "qkv_proj": (
+            MeasuredProduct(161, 176, "tile", 176.0, 352.0),
+            MeasuredProduct(481, 512, "tile", 512.0, 1024.0),
+            MeasuredProduct(4097, 8192, None, 8192.0, 16384.0),
+        ),
+        "gate_up_proj": (MeasuredProduct(65, 72, "tile", 72.0, 144.0),),
+    }
+    of_float16 = linear_kernels(LLAMA_8B, float8=False, dtype="float16", measured=known)
+    assert [choice.layer for choice in of_float16 if choice.measured] == ["down_proj"]
+    assert not any(choice.measured for choice in linear_kernels(LLAMA_8B, float8=True, measured=known))
+    assert not any(c.measured for c in linear_kernels(LLAMA_8B, float8=False, deterministic=True, measured=known))

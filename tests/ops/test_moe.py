@@ -185,6 +185,19 @@ def test_plans() -> None:
         assert 1 <= plan.num_warps <= 4
 
 
+@pytest.mark.parametrize("num_programs", [16, 132])
+@pytest.mark.parametrize("weight_bytes", [100, 128 * 132, 2**20 + 64, 128 * 1536 * 2048])
+def test_early_weights_are_those_of_the_matrix(weight_bytes: int, num_programs: int) -> None:
+    plan = grouped_plan(2048, 128)
+    piece = plan.early_piece(weight_bytes, 16.0, num_programs)
+    assert piece % 16 == 0
+    assert 0 <= piece * plan.early_pieces * num_programs <= weight_bytes
+    assert piece < 2**20
+    assert weight_bytes < 2**28 or piece == 32 * 1024
+    assert plan.early_piece(weight_bytes, 0.5, num_programs) == 0
+    assert grouped_plan(4096, 128).early_piece(weight_bytes, 32.0, num_programs) == 0
+
+
 def test_products_that_stay_take_whole_blocks() -> None:
     assert fits_many(2048, 768) and fits_many(512, 384)
     assert not any(fits_many(*shape) for shape in ((2048, 700), (2176, 768), (256, 768), (2048, 256)))

@@ -44,7 +44,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "executor.program_factory",
         "models",
         "models.linear_kernels",
+        "ops",  # what was measured on this GPU
         "ops.platform",
+        "ops.product_choices",
         "program",
         "runtime",
         "tokenization",
@@ -136,15 +138,21 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "sampling": ("ops", "engine.plan"),
     "models": ("layers", "attention.base", "parallel", "quantization"),
     "models.step_costs": ("models", "program"),  # what a model's parts move and compute; no torch
-    "models.linear_kernels": ("models", "models.step_costs", "ops.linear_plan"),  # before there is a GPU; no torch
+    "models.linear_kernels": (  # before there is a GPU; no torch
+        "models",
+        "models.step_costs",
+        "ops.linear_plan",
+        "ops.product_choices",
+    ),
     "layers": ("ops", "attention.base", "quantization", "parallel"),
     "attention": ("ops", "ops.platform", "attention.base"),
     "attention.base": (),
     "quantization": ("ops",),
     "parallel": (),
-    "ops": ("ops.linear_plan", "ops.platform"),
+    "ops": ("ops.linear_plan", "ops.platform", "ops.product_choices"),
     "ops.platform": (),
     "ops.linear_plan": (),  # which kernel multiplies: pure arithmetic
+    "ops.product_choices": (),  # which algorithm of a library does: a file; no torch
     "checkpoints": ("program",),  # the formats of encoded weights
     # used everywhere
     "telemetry": (),
@@ -160,9 +168,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 
 # These units see nothing of ours but what is written here, COMMON included.
 WITHOUT_COMMON: dict[str, tuple[str, ...]] = {
-    "ops": ("env", "errors", "ops.linear_plan", "ops.platform"),
+    "ops": ("env", "errors", "ops.linear_plan", "ops.platform", "ops.product_choices"),
     "ops.platform": ("errors",),
     "ops.linear_plan": (),
+    "ops.product_choices": ("env",),
     "errors": (),
     "version": (),
     "env": ("errors",),

@@ -182,21 +182,50 @@ def _windows(report: ModelReport) -> str:
 
 def _kernel_table(report: ModelReport) -> Table:
     """What multiplies on an NVIDIA GPU; known without having one."""
-    table = Table(title="Linear layers on an NVIDIA GPU", title_justify="left", title_style="bold")
+    table = Table(
+        title="Linear layers on an NVIDIA GPU",
+        caption=_measured_where(report),
+        title_justify="left",
+        caption_justify="left",
+        title_style="bold",
+    )
     for heading in ("Layers, weight", "Rows", "Kernel"):
         table.add_column(heading, justify="right" if heading == "Rows" else "left", no_wrap=True)
-    table.add_column("Tile", overflow="fold")
+    table.add_column("Tile, time if measured", overflow="fold")
     before = None
     for one in report.linear_kernels:
         is_new = one.layer != before
         if is_new and before is not None:
             table.add_section()
         before = one.layer
-        rows = str(one.first_rows) if one.first_rows == one.last_rows else f"{one.first_rows} to {one.last_rows:,}"
-        table.add_row(
-            f"{one.count} {one.layer}\n{one.out_features:,} x {one.in_features:,}, {one.weights}" if is_new else "",
-            rows,
-            one.kernel,
-            one.plan,
-        )
+        layer = f"{one.count} {one.layer}\n{one.out_features:,} x {one.in_features:,}, {one.weights}" if is_new else ""
+        table.add_row(layer, _rows(one.first_rows, one.last_rows), one.kernel, one.plan)
+        for known in one.measured:
+            of_torch = f"{known.torch_microseconds:,.1f}"
+            cells = "  torch's", f"{of_torch} us"
+            if known.algorithm is not None:
+                cells = "  cuBLASLt", f"{known.algorithm}\n{known.microseconds:,.1f} us (torch's: {of_torch})"
+            table.add_row("", _rows(known.first_rows, known.last_rows), *cells)
     return table
+
+
+def _measured_where(report: ModelReport) -> str | None:
+    """What `cuBLAS` stands for."""
+    if all(one.kernel != "cuBLAS" for one in report.linear_kernels):
+        return None
+    where = report.measured_on
+    if not any(one.measured for one in report.linear_kernels):
+        of_device = f" on {where.device}" if where else ""
+        return (
+            f"cuBLAS: the fastest of its algorithms for each number of rows, measured when an engine starts on the "
+            f"device. For this model nothing is measured yet{of_device}."
+        )
+    assert where is not None
+    return (
+        f"cuBLAS: torch's choice for numbers of rows that are not listed. Times of one product with the largest number "
+        f"of rows, measured when an engine started on {where.device} ({where.versions})."
+    )
+
+
+def _rows(first: int, last: int) -> str:
+    return f"{first:,}" if first == last else f"{first:,} to {last:,}"

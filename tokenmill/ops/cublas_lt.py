@@ -2,7 +2,8 @@
 its algorithms, and float8 products with a scale for each row that are added to their output.
 
 The library is the one that torch loaded. Matrices are row-major here; cuBLASLt counts columns first and is given the
-transposed product: weight [O, I] times x [T, I] is its D [O, T]. Called by `ops.library_product`.
+transposed product: weight [O, I] times x [T, I] is its D [O, T]. Called by `ops.library_product` and
+`ops.product_timing`; `inspection` asks for the machine.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from threading import Lock
 from typing import Final, NamedTuple
 
 import torch
+
+from tokenmill.ops.cublas_lt_names import AlgorithmNumbers, algorithm_name
+from tokenmill.ops.product_choices import GpuMachine
 
 # Numbers of cublasLt.h and library_types.h.
 _DATA_TYPES: Final = {torch.bfloat16: 14, torch.float16: 2, torch.float8_e4m3fn: 28}
@@ -27,6 +31,8 @@ _DESC_A_SCALE_MODE: Final = 31
 _DESC_B_SCALE_MODE: Final = 32
 _SCALE_OUTER_VECTOR: Final = 3
 _NOT_SUPPORTED: Final = 15
+_ATTRIBUTES_OF_TWO_BYTES: Final = (7, 8)
+"""Of an algorithm; the others have four."""
 ALIGNMENT: Final = 256
 """Bytes; the library takes for granted that addresses are multiples."""
 
@@ -48,6 +54,18 @@ class Algorithm(ctypes.Structure):
         ("waves", ctypes.c_float),
         ("reserved", ctypes.c_int * 4),
     )
+
+    def name(self) -> str:
+        """Tile, stages and splits, as text; what the library does not tell is left out."""
+        numbers, written = [], ctypes.c_size_t()
+        for attribute in range(len(AlgorithmNumbers._fields)):
+            value = ctypes.c_uint32(0)
+            size = 2 if attribute in _ATTRIBUTES_OF_TWO_BYTES else 4
+            library().cublasLtMatmulAlgoConfigGetAttribute(
+                ctypes.byref(self), attribute, ctypes.byref(value), size, ctypes.byref(written)
+            )
+            numbers.append(value.value)
+        return algorithm_name(AlgorithmNumbers(*numbers))
 
 
 class ProductShape(NamedTuple):
@@ -161,6 +179,51 @@ class Product:
         self._set(_DESC_B_SCALE_POINTER, ctypes.c_uint64(x_scales))
 
 
+@lru_cache(maxsize=4096)
+def product_of(shape: ProductShape, device_index: int) -> Product:
+    """The description, made once for a device, which is the current one.
+
+    Raises:
+        CublasLtError: the library does not know such products.
+    """
+    return Product(shape)
+
+
+def product_shape(num_rows: int, weight: torch.Tensor, out_dtype: torch.dtype) -> ProductShape:
+    """Of some rows by weight [O, I]."""
+    return ProductShape(num_rows, weight.shape[0], weight.shape[1], weight.dtype, out_dtype)
+
+
+def launches(
+    algorithm: Algorithm, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, *, adds: bool = False
+) -> bool:
+    """`Product.run` without scales, if the algorithm can compute the product; whether it could."""
+    shape = product_shape(x.shape[0], weight, out.dtype)
+    try:
+        product_of(shape, torch.cuda.current_device()).run(algorithm, x, weight, out, adds=adds)
+    except CublasLtError:
+        return False
+    return True
+
+
+def is_aligned(x: torch.Tensor) -> bool:
+    """Whether the library takes a tensor as it lies."""
+    return x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0
+
+
+def gpu_machine(device: torch.device) -> GpuMachine:
+    """What the speed of algorithms depends on, and the meaning of their bytes."""
+    properties, driver = torch.cuda.get_device_properties(device), ctypes.c_int()
+    _check("cuDriverGetVersion", ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(driver)))
+    return GpuMachine(
+        device=properties.name,
+        capability=f"{properties.major}.{properties.minor}",
+        driver=driver.value,
+        cublas_lt=library().cublasLtGetVersion(),
+        torch=str(torch.__version__),
+    )
+
+
 @lru_cache(maxsize=1)
 def is_available() -> bool:
     """Whether torch has brought the library."""
@@ -188,10 +251,13 @@ def library() -> ctypes.CDLL:
         "cublasLtMatmulPreferenceCreate": [pointer],
         "cublasLtMatmulPreferenceDestroy": [pointer],
         "cublasLtMatmulAlgoGetHeuristic": [*[pointer] * 7, number, pointer, pointer],
+        "cublasLtMatmulAlgoConfigGetAttribute": [pointer, number, pointer, size, pointer],
         "cublasLtMatmul": [*[pointer] * 14, size, pointer],
+        "cublasLtGetVersion": [],
     }
     for name, types in arguments.items():
         getattr(loaded, name).argtypes = types
+    loaded.cublasLtGetVersion.restype = size
     return loaded
 
 

@@ -15,6 +15,10 @@ MAX_PAIR_TOKENS: Final = 4
 """Steps of so few tokens take one matrix-vector product for each token and expert: hardly two share an expert."""
 
 
+EARLY_PIECE: Final = 32 * 1024
+"""Bytes; 6 pieces for each multiprocessor of an H100 are half of its L2."""
+
+
 class GroupedPlan(NamedTuple):
     """How tokens sorted by expert are multiplied.
 
@@ -25,6 +29,7 @@ class GroupedPlan(NamedTuple):
         down_out: output features of a program of the second product, which has `SCALE_GROUP` bytes in a stage.
         down_warps, down_stages: of the second product.
         halves: the first product multiplies a tile's first half alone if there are no more rows.
+        early_pieces: pieces of weights that a program of the first product asks for while pairs are sorted.
     """
 
     block_rows: int
@@ -35,6 +40,17 @@ class GroupedPlan(NamedTuple):
     down_warps: int
     down_stages: int
     halves: bool = False
+    early_pieces: int = 0
+
+    def early_piece(self, weight_bytes: int, mean_rows: float, num_programs: int) -> int:
+        """Bytes of a piece, of which each of the first programs of the first product asks for `early_pieces`.
+
+        The pieces of all follow each other from the first expert's weights on. With fewer rows for each expert on the
+        average than one, too many of the first experts have none: 0.
+        """
+        if self.early_pieces == 0 or mean_rows < 1.0:
+            return 0
+        return min(EARLY_PIECE, weight_bytes // (num_programs * self.early_pieces) // 128 * 128)
 
 
 class PairPlan(NamedTuple):
@@ -46,8 +62,8 @@ class PairPlan(NamedTuple):
 
 
 GROUPED_PLANS: Final = (
-    (12.0, GroupedPlan(16, 8, 3, 256, 128, 4, 4)),
-    (20.0, GroupedPlan(32, 4, 3, 256, 128, 4, 4, halves=True)),
+    (12.0, GroupedPlan(16, 8, 3, 256, 128, 4, 4, early_pieces=6)),
+    (20.0, GroupedPlan(32, 4, 3, 256, 128, 4, 4, halves=True, early_pieces=6)),
     (32.0, GroupedPlan(32, 4, 3, 256, 128, 4, 4)),
     (48.0, GroupedPlan(64, 4, 4, 128, 128, 4, 4)),
     (float("inf"), GroupedPlan(128, 8, 4, 128, 256, 8, 4)),

@@ -16,6 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from tokenmill.ops.fp8 import QuantizedRows
 from tokenmill.ops.moe import ExpertMatrix, ExpertWeights, Routing
 from tokenmill.ops.moe_plan import SCALE_GROUP, GroupedPlan, grouped_plan
+from tokenmill.ops.platform import num_multiprocessors
 from tokenmill.ops.triton.activation import activated
 from tokenmill.ops.triton.fp8 import FP8_MAX, INVERSE_FP8_MAX, MIN_SCALE
 from tokenmill.ops.triton.launch import can_overlap, is_interpreted
@@ -29,6 +30,10 @@ from tokenmill.ops.triton.moe_scales import (
     scale_kind_of,
 )
 from tokenmill.ops.triton.moe_sorting import RowBlocks
+from tokenmill.ops.triton.prefetch import prefetch_and_pause
+
+EARLY_PAUSE = tl.constexpr(1000)
+"""Nanoseconds between pieces: without a pause the kernels ahead, which are short and read little, wait for memory."""
 
 
 @triton.jit
@@ -188,9 +193,12 @@ def _gate_up_kernel(
     in_features: int,
     size: int,
     x_stride: int,
+    early_programs: int,
+    early_piece: int,
     top_k: tl.constexpr,
     block_rows: tl.constexpr,
     halves: tl.constexpr,
+    early_pieces: tl.constexpr,
     block_in: tl.constexpr,
     num_stages: tl.constexpr,
     scale_kind: tl.constexpr,
@@ -202,6 +210,14 @@ def _gate_up_kernel(
     """128 features of gate and of up for one tile of rows, activated and multiplied; quantized if x is."""
     if overlaps:
         gdc_launch_dependents()
+        # The experts are not known yet, but those of the first tiles are the first ones, whatever the routing.
+        program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        if program < early_programs:
+            early = (
+                weight.to(tl.pointer_type(tl.uint8), bitcast=True) + program.to(tl.int64) * early_pieces * early_piece
+            )
+            for piece in tl.static_range(early_pieces):
+                prefetch_and_pause(early + piece * early_piece, early_piece, EARLY_PAUSE)
         gdc_wait()
     expert = tl.load(tile_experts + tl.program_id(1)).to(tl.int64)
     if expert < 0:
@@ -352,6 +368,8 @@ def grouped_gate_up(
     if weights.gate_up.is_block_scaled:
         block_in = min(block_in, SCALE_GROUP)  # one factor for each stage
     overlaps = can_overlap(x.device)
+    num_programs = num_multiprocessors(x.device)  # one fills a multiprocessor, nearly
+    early_piece = plan.early_piece(weights.gate_up.values.nbytes, num_pairs / weights.num_experts, num_programs)
     _gate_up_kernel[(num_groups, blocks.experts.shape[0])](  # programs with the same rows run together
         x,
         x_scales,
@@ -364,9 +382,12 @@ def grouped_gate_up(
         hidden,
         size,
         x.stride(0),
+        num_programs if early_piece else 0,
+        early_piece,
         top_k=routing.experts.shape[1],
         block_rows=blocks.block_rows,
         halves=plan.halves,
+        early_pieces=plan.early_pieces,
         block_in=block_in,
         num_stages=plan.gate_up_stages,
         scale_kind=scale_kind_of(weights.gate_up),
