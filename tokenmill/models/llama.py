@@ -67,9 +67,7 @@ class LlamaAttention(nn.Module):
         """[T, hidden_size] to the rows at `wanted` [n, hidden_size]; `add_to`: see `RowParallelLinear`."""
         qkv = self.qkv_proj(x)
         form = self.o_proj.row_form(qkv) if wanted is None else RowForm.PLAIN
-        rows = self.attention.prepare_and_attend(
-            qkv, rotation, metadata, cache, norms=self.head_norms, form=form
-        )  # fmt: skip
+        rows = self.attention.prepare_and_attend(qkv, rotation, metadata, cache, norms=self.head_norms, form=form)
         if wanted is not None:
             assert isinstance(rows, torch.Tensor), "plain rows were asked for"
             rows = wanted_rows(rows, wanted)
