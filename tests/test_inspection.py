@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.checkpoints.gguf_files import tiny_model, write_model
 from tests.support.single_thread import single_thread
@@ -16,7 +18,7 @@ from tokenmill import LLM
 from tokenmill.builder.build import build
 from tokenmill.builder.packing import packed_nbytes
 from tokenmill.checkpoints.resolve import resolve_model
-from tokenmill.errors import InvalidParameterError, ModelNotFoundError, UnsupportedFeatureError
+from tokenmill.errors import CheckpointError, InvalidParameterError, ModelNotFoundError, UnsupportedFeatureError
 from tokenmill.inspection import inspect_model, plan_engine
 from tokenmill.runtime.huge_pages import HugePages
 
@@ -204,6 +206,33 @@ def test_an_engine_for_a_gpu_is_planned_without_one(
     assert report.memory.cache_tokens >= 5 * 100
     with pytest.raises(InvalidParameterError, match="built for 'cuda'"):
         plan_engine(build(models["safetensors"], device="cuda", **BUILT), tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:3"])
+def test_a_gpu_is_planned_without_one_from_the_configuration_alone(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """Numbers of parameters by transformers."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (tmp_path / "config.json").write_bytes((models["safetensors"] / "config.json").read_bytes())
+    arguments: dict[str, Any] = {"device": device, "load_format": "dummy", "max_batch_size": 5, "max_seq_len": 100}
+    report = inspect_model(tmp_path, **arguments)
+    config = AutoConfig.from_pretrained(tmp_path)
+    with torch.device("meta"):
+        expected = AutoModelForCausalLM.from_config(config)
+    embeddings = expected.get_input_embeddings().weight.numel() * (1 if config.tie_word_embeddings else 2)
+    assert (report.device, report.backend, report.dtype) == ("cuda", "torch", "bfloat16")
+    assert (report.checkpoint.num_tensors, report.memory.free, report.shortage) == (0, None, None)
+    assert report.memory.weights == 2 * expected.num_parameters()
+    assert report.memory.cache_tokens >= 5 * 100
+    assert report.memory.graphs > 0
+    quantized = inspect_model(tmp_path, quantization="fp8", kv_cache_config={"dtype": "fp8"}, **arguments)
+    assert quantized.memory.weights == expected.num_parameters() + embeddings
+    assert 2 * quantized.memory.kv_bytes_per_token == report.memory.kv_bytes_per_token
+    with pytest.raises(CheckpointError, match="holds no"):
+        inspect_model(tmp_path, device=device)
+    with pytest.raises(InvalidParameterError, match="is not a device"):
+        inspect_model(tmp_path, **{**arguments, "device": "cuda:first"})
 
 
 def test_what_cannot_be_compiled_is_planned_for_torch_and_says_why(models: dict[str, Path]) -> None:

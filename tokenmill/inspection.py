@@ -6,6 +6,7 @@ to know before paying for a machine.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -155,16 +156,23 @@ def inspect_model(model: str | Path, **args: Any) -> ModelReport:
 
     Args:
         model: as for `LLM`.
-        args: as for `LLM`: `dtype`, `device`, `max_batch_size`, `max_seq_len`, ... shape the memory plan.
+        args: as for `LLM`: `dtype`, `device`, `max_batch_size`, `max_seq_len`, ... shape the memory plan. With
+            `load_format="dummy"` a directory needs its config.json alone. `device="cuda"` plans for a GPU on a machine
+            without one, too: what weights, steps and a cache for all sequences would take.
 
     Raises:
         UserError: the model or an argument cannot be used.
     """
     checked = LlmArgs(model=model, **args)
     path = resolve_model(model, revision=checked.revision)
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, config_only=checked.load_format == "dummy")
     config = ModelConfig.from_hf(checkpoint.hf_config)
-    device = resolve_device(checked.device)
+    if _is_elsewhere(checked.device):
+        device = torch.device("cuda")
+        if checked.dtype == "auto":
+            checked = checked.model_copy(update={"dtype": "bfloat16"})
+    else:
+        device = resolve_device(checked.device)
     choice = choose_backend(checked, device, config, has_fp8_weights=has_fp8_weights(checkpoint))
     plan = _engine_plan if choice.name == "engine" else _torch_plan
     planned = plan(checked.model_copy(update={"model": path}), checkpoint, config, device)
@@ -215,14 +223,15 @@ def plan_engine(package: EnginePackage, model: str | Path, **args: Any) -> Memor
     """
     checked, built = LlmArgs(model=model, **args), package.config
     check_built_engine(checked, device=built.target.device, dtype=built.dtype, quantization=built.quantization)
-    is_elsewhere = checked.device == "auto" and built.target.device == "cuda" and not torch.cuda.is_available()
+    wanted = built.target.device if checked.device == "auto" else checked.device
+    is_elsewhere = built.target.device == "cuda" and _is_elsewhere(wanted)
     device = torch.device("cuda") if is_elsewhere else engine_device(checked, package)
     weight_nbytes = sum(packed_nbytes(weight) for weight in package.program.weights)
 
     def plan(free: int | None) -> EngineDescription:
         return describe_program_engine(checked, package, device, weight_nbytes, free)
 
-    description, shortage = (plan(None), None) if is_elsewhere else _or_shortage(plan, device)
+    description, shortage = _or_shortage(plan, device)
     return MemoryReport(
         num_parameters=description.model.num_parameters(),
         backend="engine",
@@ -289,8 +298,15 @@ def _torch_plan(args: LlmArgs, checkpoint: Checkpoint, config: ModelConfig, devi
 _Planned = TypeVar("_Planned")
 
 
+def _is_elsewhere(device: str) -> bool:
+    """Whether it names a GPU, and this machine has none."""
+    return re.fullmatch(r"cuda(:\d+)?", device) is not None and not torch.cuda.is_available()
+
+
 def _or_shortage(plan: Callable[[int | None], _Planned], device: torch.device) -> tuple[_Planned, str | None]:
-    """The plan for this machine, or what would be needed and why it does not fit."""
+    """The plan for this machine, or what would be needed and why it does not fit; of a GPU elsewhere what is needed."""
+    if _is_elsewhere(device.type):
+        return plan(None), None
     try:
         return plan(free_memory(device)), None
     except OutOfMemoryError as error:

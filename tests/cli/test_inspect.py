@@ -100,6 +100,15 @@ def test_a_model_that_does_not_fit_is_still_described(program: Program, tiny_mod
     assert "LlamaForCausalLM" in done.stdout
 
 
+def test_the_configuration_alone_is_enough(program: Program, tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
+    done = program("inspect", str(tmp_path), "--load-format", "dummy", "--device", "cuda", "--quantization", "fp8")
+    assert done.returncode == 0, done.stderr
+    for text in ("config.json alone was read", "in fp8", "CUDA graphs"):
+        assert text in done.stdout
+    assert program("inspect", str(tmp_path)).returncode != 0
+
+
 def test_no_weight_is_read(program: Program, tiny_model: Path, tmp_path: Path) -> None:
     """Headers alone: a checkpoint whose tensor data is all wrong looks the same."""
     copy = tmp_path / "copy"

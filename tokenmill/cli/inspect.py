@@ -19,7 +19,7 @@ from tokenmill.errors import InvalidParameterError
 from tokenmill.program.engine_config import is_engine
 
 if TYPE_CHECKING:
-    from tokenmill.inspection import ModelReport
+    from tokenmill.inspection import CheckpointReport, ModelReport
 
 _ENGINE_PANEL = "Built engines"
 
@@ -40,6 +40,10 @@ _EPILOG = examples(
     (
         "Would 32 conversations of 4,096 tokens fit?",
         "tokenmill inspect Qwen/Qwen3-0.6B --max-batch-size 32 --max-seq-len 4096 --kv-cache-tokens 131072",
+    ),
+    (
+        "Memory on a GPU that is not here, from config.json alone",
+        "tokenmill inspect path/to/folder --load-format dummy --device cuda --quantization fp8",
     ),
     ("What multiplies its matrices on a GPU", "tokenmill inspect Qwen/Qwen3-0.6B --kernels --quantization fp8"),
     ("The operations of a built engine", "tokenmill inspect engines/smollm2 --step-tokens 16"),
@@ -153,7 +157,7 @@ def _model_table(report: ModelReport) -> Table:
     row("Context", f"{config.max_position_embeddings:,} tokens")
     tied = ", tied to the output head" if config.tie_word_embeddings else ""
     row("Vocabulary", f"{config.vocab_size:,} tokens{tied}")
-    row("Checkpoint", f"{checkpoint.format}, {readable_size(checkpoint.num_bytes)} in {checkpoint.num_tensors} tensors")
+    row("Checkpoint", _checkpoint(checkpoint))
     row("Quantization", checkpoint.quantization)
     if report.tokenizer is None:
         row("Tokenizer", "none")
@@ -167,6 +171,12 @@ def _model_table(report: ModelReport) -> Table:
         row("Attention backend", report.attn_backend + (f" (there are also: {', '.join(others)})" if others else ""))
     row("Files", checkpoint.path)
     return table
+
+
+def _checkpoint(checkpoint: CheckpointReport) -> str:
+    if not checkpoint.num_tensors:
+        return "config.json alone was read"
+    return f"{checkpoint.format}, {readable_size(checkpoint.num_bytes)} in {checkpoint.num_tensors} tensors"
 
 
 def _backend(report: ModelReport) -> str:
